@@ -1,0 +1,144 @@
+"""What every command line shares: a parser that reads YAML strictly, logging, and errors without tracebacks."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import configargparse
+import yaml
+
+from sdumc import __version__
+from sdumc.errors import EXIT_USAGE, EXIT_USER_ERROR, UserError
+
+log = logging.getLogger("sdumc")
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Show defaults, and keep the line breaks of a command's description."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, argparse.SUPPRESS) or action.required:
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(configargparse.ArgumentParser):
+    """A configargparse parser with ``--config FILE.yaml`` in which an unknown or doubled key is an error."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description,
+            formatter_class=_Formatter,
+            config_file_parser_class=configargparse.YAMLConfigFileParser,
+            add_config_file_help=False,
+            add_env_var_help=False,
+            allow_abbrev=False,
+        )
+        self.add_argument("--config", is_config_file=True, metavar="FILE.yaml", help="YAML file of these options")
+        self.add_argument("--version", action="version", version=f"sdumc {__version__}")
+        self.add_argument("--verbose", action="store_true", help="log debug messages too")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace=None, **kwargs):  # type: ignore[override]
+        args = list(sys.argv[1:] if args is None else args)
+        self._check_config_files(args)
+        return super().parse_args(args, namespace, **kwargs)
+
+    def _check_config_files(self, args: Sequence[str]) -> None:
+        """Refuse, naming the file and the key, what configargparse would report as a stray argument."""
+        known = {
+            option.lstrip("-").replace("_", "-")
+            for action in self._actions
+            for option in action.option_strings
+            if option.startswith("--")
+        }
+        for path in _config_files(args):
+            for key in read_yaml(path):
+                if str(key).replace("_", "-") not in known:
+                    self.exit(
+                        EXIT_USAGE,
+                        f"error: {path}: unknown key {key!r}; `python -m {_module_name()} --help` lists the keys\n",
+                    )
+
+    def convert_item_to_command_line_arg(self, action, key, value):  # type: ignore[override]
+        # YAML keys may be written with underscores, as in config.yaml that we write ourselves.
+        if action is None:
+            action = self._option_string_actions.get("--" + key.replace("_", "-"))
+            key = key.replace("_", "-")
+        return super().convert_item_to_command_line_arg(action, key, value)
+
+
+def _config_files(args: Sequence[str]) -> list[str]:
+    found = [args[i + 1] for i, a in enumerate(args[:-1]) if a == "--config"]
+    return found + [a.split("=", 1)[1] for a in args if a.startswith("--config=")]
+
+
+def _module_name() -> str:
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return spec.name if spec else Path(sys.argv[0]).name
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Safe YAML in which a key given twice is an error: the second would silently win."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str | os.PathLike) -> dict:
+    """Read a YAML mapping with plain values.
+
+    Raises:
+        UserError: the file is missing, is not YAML, gives a key twice, or is not a mapping.
+    """
+    try:
+        with open(path, encoding="utf-8") as f:
+            content = yaml.load(f, Loader=_UniqueKeyLoader)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: not valid YAML: {e}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected `key: value` lines, found a {type(content).__name__}")
+    return content
+
+
+def setup_logging(verbose: bool = False, prefix: str = "") -> None:
+    """Log to stderr with the time; ``prefix`` tells ranks or jobs apart."""
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO,
+        format=f"%(asctime)s %(levelname)s {prefix}%(message)s",
+        datefmt="%Y-%m-%d %H:%M:%S",
+        force=True,
+    )
+    for noisy in ("matplotlib", "PIL", "urllib3", "httpx", "libav"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
+    """Call ``main()`` as a command: a :class:`UserError` becomes one line on stderr and exit code 1."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        code = main(None)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        code = EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.stderr.flush()
+    sys.stdout.flush()
+    sys.exit(code or 0)
