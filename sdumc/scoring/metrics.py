@@ -1,0 +1,198 @@
+"""The measures of the MOSEI/MOSI regression task, and the file of predictions that they are computed from.
+
+Every variant that circulates is named apart, because papers differ in which one they call "accuracy": see
+``docs/metrics.md``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sdumc.errors import UserError
+
+HEADER = ("utt_id", "prediction", "label")
+ROUNDINGS = ("half-even", "away")
+MEASURES = ("mae", "corr", "acc7", "acc5", "acc3", "acc2_has0", "f1_has0", "acc2_non0", "f1_non0")
+
+
+@dataclass
+class Predictions:
+    """The lines of a ``predictions.tsv``: ids in file order, predictions (N,), labels (N,) with NaN where unknown."""
+
+    ids: list[str]
+    predictions: np.ndarray
+    labels: np.ndarray
+    path: str = ""
+    unlabelled: list[str] = field(default_factory=list)
+
+
+def read_predictions(path: str | os.PathLike, require_labels: bool = True) -> Predictions:
+    """Read a table with the header ``utt_id<TAB>prediction<TAB>label``.
+
+    Args:
+        require_labels: refuse utterances whose label is empty or ``nan``, as decoding writes for unlabelled data.
+
+    Raises:
+        UserError: naming file and line: another header or number of columns, an id given twice or out of order,
+            a prediction or label that is not a finite number; or no utterance at all.
+    """
+    try:
+        with open(path, encoding="utf-8", newline="") as f:
+            lines = f.read().split("\n")
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}); run sdumc.bin.decode first") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not UTF-8 text: {e.reason} at byte {e.start}") from None
+    if lines[-1] == "":
+        lines.pop()
+    if not lines or tuple(lines[0].rstrip("\r").split("\t")) != HEADER:
+        raise UserError(f"{path}:1: the header must be {'<TAB>'.join(HEADER)}")
+
+    ids: list[str] = []
+    values: list[tuple[float, float]] = []
+    unlabelled: list[str] = []
+    seen: dict[str, int] = {}
+    for number, line in enumerate(lines[1:], start=2):
+        where = f"{path}:{number}"
+        columns = line.rstrip("\r").split("\t")
+        if len(columns) != len(HEADER):
+            raise UserError(
+                f"{where}: expected {len(HEADER)} columns separated by tabs, found {len(columns)}: {line!r}"
+            )
+        utt, prediction, label = columns
+        if not utt or utt != utt.strip():
+            raise UserError(f"{where}: the utterance id is empty or has blanks around it: {utt!r}")
+        if utt in seen:
+            raise UserError(f"{where}: utterance {utt} was given in line {seen[utt]} already")
+        if ids and utt < ids[-1]:
+            raise UserError(f"{where}: utterance {utt} comes after {ids[-1]}: sort the lines by id (LC_ALL=C)")
+        if label.strip().lower() in ("", "nan"):
+            if require_labels:
+                raise UserError(
+                    f"{where}: utterance {utt} has no label, and there is nothing to compare its prediction with; "
+                    "decode a set that has utt2label to score it"
+                )
+            unlabelled.append(utt)
+            y = math.nan
+        else:
+            y = _number(label, f"{where}: utterance {utt}: the label")
+        seen[utt] = number
+        ids.append(utt)
+        values.append((_number(prediction, f"{where}: utterance {utt}: the prediction"), y))
+    if not ids:
+        raise UserError(f"{path}: no utterance below the header; nothing to score")
+    table = np.array(values, dtype=np.float64)
+    return Predictions(ids, table[:, 0], table[:, 1], str(path), unlabelled)
+
+
+def _number(text: str, what: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise UserError(f"{what} is not a number: {text!r}") from None
+    if not math.isfinite(value):
+        raise UserError(f"{what} is not finite: {text!r}")
+    return value
+
+
+def score(
+    predictions: Sequence[float] | np.ndarray, labels: Sequence[float] | np.ndarray, rounding: str = "half-even"
+) -> dict[str, float | int | str | list[str]]:
+    """All measures of one set of predictions p (N,) against the labels y (N,), both in [-3, 3] as a rule.
+
+    p is never clipped except for the classes. Accuracies and F1 are fractions of 1. What the data leave undefined
+    is NaN, with a sentence in ``notes``.
+
+    Returns:
+        ``mae, corr, acc7, acc5, acc3, acc2_has0, f1_has0, acc2_non0, f1_non0, n``, and then ``n_non0, rounding,
+        notes``.
+
+    Raises:
+        ValueError: no utterance, shapes that differ, values that are not finite, or an unknown rounding.
+    """
+    p = np.asarray(predictions, dtype=np.float64)
+    y = np.asarray(labels, dtype=np.float64)
+    if p.shape != y.shape or p.ndim != 1 or p.size == 0:
+        raise ValueError(f"predictions {p.shape} and labels {y.shape} must be equally long and not empty")
+    if not (np.isfinite(p).all() and np.isfinite(y).all()):
+        raise ValueError("predictions and labels must be finite")
+
+    notes: list[str] = []
+    corr, why = pearson(p, y)
+    if why:
+        notes.append(f"corr is undefined: {why}")
+    nonzero = y != 0
+    if nonzero.any():
+        acc2_non0 = float(np.mean((p[nonzero] > 0) == (y[nonzero] > 0)))
+        f1_non0 = weighted_f1(y[nonzero] > 0, p[nonzero] > 0)
+    else:
+        acc2_non0 = f1_non0 = math.nan
+        notes.append("acc2_non0 and f1_non0 are undefined: every label is zero")
+    return {
+        "mae": float(np.mean(np.abs(p - y))),
+        "corr": corr,
+        "acc7": class_accuracy(p, y, 3, rounding),
+        "acc5": class_accuracy(p, y, 2, rounding),
+        "acc3": class_accuracy(p, y, 1, rounding),
+        "acc2_has0": float(np.mean((p >= 0) == (y >= 0))),
+        "f1_has0": weighted_f1(y >= 0, p >= 0),
+        "acc2_non0": acc2_non0,
+        "f1_non0": f1_non0,
+        "n": int(y.size),
+        "n_non0": int(nonzero.sum()),
+        "rounding": rounding,
+        "notes": notes,
+    }
+
+
+def pearson(p: np.ndarray, y: np.ndarray) -> tuple[float, str]:
+    """Pearson's correlation of p (N,) and y (N,), or NaN and the reason why it is undefined."""
+    if p.size < 2:
+        return math.nan, "there is only one utterance"
+    # Compared as numbers: a mean in floating point can leave a constant with a spread just above zero.
+    if np.all(p == p[0]):
+        return math.nan, "all predictions are the same"
+    if np.all(y == y[0]):
+        return math.nan, "all labels are the same"
+    a, b = p - p.mean(), y - y.mean()
+    a, b = a / np.abs(a).max(), b / np.abs(b).max()  # keeps the squares of very small spreads above zero
+    r = float(a @ b / math.sqrt(float(a @ a) * float(b @ b)))
+    return max(-1.0, min(1.0, r)), ""
+
+
+def class_accuracy(p: np.ndarray, y: np.ndarray, limit: int, rounding: str = "half-even") -> float:
+    """Share of utterances whose predicted class equals the true one, of the classes -limit ... limit.
+
+    Both sides are clipped to [-limit, limit] and then made integers. ``half-even`` rounds to the nearest integer and
+    .5 to the even neighbour, as numpy does. ``away`` is the rule of the CMU SDK: any fraction goes to the next
+    integer away from zero, so that only exactly 0 is class 0.
+    """
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, not {rounding!r}")
+    p, y = np.clip(p, -limit, limit), np.clip(y, -limit, limit)
+    if rounding == "half-even":
+        p, y = np.round(p), np.round(y)
+    else:
+        p, y = np.sign(p) * np.ceil(np.abs(p)), np.sign(y) * np.ceil(np.abs(y))
+    return float(np.mean(p == y))
+
+
+def weighted_f1(truth: np.ndarray, predicted: np.ndarray) -> float:
+    """F1 of both classes of two boolean arrays (N,), weighted by how often each is *true*.
+
+    The order of the arguments matters: two well-known toolkits once had them swapped. A class that is never
+    predicted has F1 = 0.
+    """
+    total = 0.0
+    for cls in (False, True):
+        support = int(np.sum(truth == cls))
+        hits = int(np.sum((truth == cls) & (predicted == cls)))
+        chosen = int(np.sum(predicted == cls))
+        if support:
+            total += support * 2.0 * hits / (support + chosen)
+    return total / truth.size
