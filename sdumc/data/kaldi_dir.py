@@ -156,7 +156,8 @@ def _scan(path: str | os.PathLike, allow_empty: bool = False) -> tuple[list[tupl
             problems.append(f"{where}: utterance {key!r}: given twice (first in line {first_line[key]}); remove one")
         elif previous is not None and key < previous:  # code points order as UTF-8 bytes do
             problems.append(
-                f"{where}: utterance {key!r}: out of order after {previous!r}; sort with: LC_ALL=C sort -o {path} {path}"
+                f"{where}: utterance {key!r}: out of order after {previous!r}; sort with: "
+                f"LC_ALL=C sort -o {path} {path}"
             )
         first_line.setdefault(key, number)
         previous = key
