@@ -1,0 +1,325 @@
+"""What the job runners run.py and slurm.py share: their argument grammar, the log format, and ending of processes.
+
+Needs Python's standard library only, as the runners also work before (and outside) the recipe's environment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+EXIT_REQUEUE = 75  # a command that saved its state on a signal and wants to be run again; as in sdumc/errors.py
+TAIL_LINES = 15
+GRACE = 30.0  # seconds between asking a job to end and killing it: a training saves its state in that time
+END = "# ended:   "
+REQUEUED = ", requeued"
+# Options of both runners, all with a value; a recipe's slurm.conf may add more.
+OPTIONS = {
+    "mem",
+    "gpu",
+    "num_threads",
+    "max_jobs_run",
+    "time",
+    "num_nodes",
+    "tasks_per_node",
+    "partition",
+    "account",
+    "qos",
+    "config",
+}
+
+
+class UsageError(Exception):
+    """A wrong command line of a runner."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One call of a runner: `[options] [JOB=first:last] log command...`."""
+
+    options: dict[str, str]
+    variable: str  # "" for a single job without JOB=
+    first: int
+    last: int
+    log: str
+    command: list[str]
+
+    @property
+    def indices(self) -> range:
+        return range(self.first, self.last + 1)
+
+    def fill(self, text: str, index: int) -> str:
+        """Put the job's number in place of the variable's name wherever it occurs, as Kaldi's runners do."""
+        return text.replace(self.variable, str(index)) if self.variable else text
+
+    def log_of(self, index: int) -> Path:
+        return Path(self.fill(self.log, index))
+
+    def command_of(self, index: int) -> list[str]:
+        return [self.fill(word, index) for word in self.command]
+
+    def label(self, index: int) -> str:
+        return f"job {index} of {self.first}:{self.last}" if self.variable else "the job"
+
+    def number(self, option: str, default: int) -> int:
+        """An option's value as a whole number.
+
+        Raises:
+            UsageError: it is not one.
+        """
+        value = self.options.get(option, str(default))
+        if not value.isdigit():
+            raise UsageError(f"--{option.replace('_', '-')} needs a whole number, not {value!r}")
+        return int(value)
+
+
+def check_options(spec: Spec, known: set[str]) -> None:
+    """Refuse options that no one knows.
+
+    Raises:
+        UsageError: naming the option and the known ones.
+    """
+    for name in spec.options:
+        if name not in known:
+            listed = " ".join(sorted("--" + k.replace("_", "-") for k in known))
+            raise UsageError(f"unknown option --{name.replace('_', '-')}; known are: {listed}")
+
+
+def parse(argv: list[str]) -> Spec:
+    """Read a runner's command line; which options there are, `check_options` decides later.
+
+    Raises:
+        UsageError: option without value, empty range, no log or command, one log for several jobs.
+    """
+    words = list(argv)
+    options: dict[str, str] = {}
+    while words and words[0].startswith("--"):
+        name, has_value, value = words.pop(0)[2:].partition("=")
+        name = name.replace("-", "_")
+        if not has_value:
+            if not words or words[0].startswith("--"):
+                raise UsageError(f"option --{name.replace('_', '-')} needs a value")
+            value = words.pop(0)
+        options[name] = value
+    variable, first, last = "", 1, 1
+    if words and (match := re.fullmatch(r"([A-Za-z_]\w*)=(\d+)(?::(\d+))?", words[0])):
+        words.pop(0)
+        variable, first = match[1], int(match[2])
+        last = int(match[3] or match[2])
+        if last < first:
+            raise UsageError(f"{match[0]} is an empty range of jobs")
+    if len(words) < 2:
+        raise UsageError(
+            "usage: [options] [JOB=1:8] LOG COMMAND [WORD...], for example --mem 4G JOB=1:8 x.JOB.log cp a b"
+        )
+    log, command = words[0], words[1:]
+    if last > first and variable not in log:
+        raise UsageError(f"the log's name {log!r} has no {variable} in it: all jobs would write the same file")
+    return Spec(options, variable, first, last, log, command)
+
+
+def cores() -> int:
+    """CPU cores that this process may use, a container's quota counted."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, max(1, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no such file, or "max": no quota
+        pass
+    return count
+
+
+# ---- one job --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Running:
+    """A started job."""
+
+    index: int
+    process: subprocess.Popen
+    log: Path
+    start: float
+    gpus: tuple[str, ...] = ()
+
+
+def die_with_parent() -> None:
+    """Let the kernel send this process SIGTERM when its parent dies: a killed recipe leaves nothing running."""
+    if _PRCTL is not None:
+        _PRCTL(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+try:
+    _PRCTL = ctypes.CDLL(None).prctl
+except (AttributeError, OSError):  # not Linux
+    _PRCTL = None
+
+
+def in_child() -> None:
+    """Between fork and exec: follow the parent into death, and hear signals that the parent holds back."""
+    die_with_parent()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _WATCHED)
+
+
+def start_job(command: list[str], log: Path, env: dict[str, str], index: int = 1, append: bool = False) -> Running:
+    """Start `command` in a process group of its own with both output streams in `log`; no shell reads the words."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    start = time.time()
+    with open(log, "ab" if append else "wb") as f:
+        lines = [
+            f"# command: {shlex.join(command)}",
+            f"# host:    {socket.gethostname()}",
+            f"# start:   {time.strftime('%F %T')}",
+        ]
+        f.write(("\n".join(lines) + "\n").encode("utf-8", "surrogateescape"))
+    with open(log, "ab") as f:
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=f,
+                stderr=f,
+                env=env,
+                start_new_session=True,
+                preexec_fn=in_child,
+            )
+        except OSError as e:
+            f.write(f"cannot start {command[0]}: {e.strerror}\n".encode())
+            f.write(f"{END}{time.strftime('%F %T')}, exit code 127, 0.0 s\n".encode())
+            raise
+    return Running(index, process, log, start)
+
+
+def finish_job(job: Running, status: int, usage, note: str = "") -> int:
+    """Write the log's last line; returns the exit code, 128 + signal number for a job ended by a signal."""
+    code = os.waitstatus_to_exitcode(status)
+    job.process.returncode = code  # wait4 has already collected it
+    what = f"exit code {code}" if code >= 0 else f"exit code {128 - code} (killed by {signal_name(-code)})"
+    # The kernel counts the largest single process of the job, in KiB on Linux.
+    memory = usage.ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
+    seconds = time.time() - job.start
+    with open(job.log, "rb+") as f:
+        size = f.seek(0, os.SEEK_END)
+        f.seek(max(0, size - 1))
+        newline = b"" if f.read(1) == b"\n" else b"\n"
+        f.seek(0, os.SEEK_END)
+        line = f"{END}{time.strftime('%F %T')}, {what}, {seconds:.1f} s, peak memory {memory:.0f} MB{note}\n"
+        f.write(newline + line.encode())
+    return code if code >= 0 else 128 - code
+
+
+def signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def ended(log: Path) -> int | None:
+    """The exit code in a log's last line; None when the job has not ended by itself, or was put back in the queue."""
+    try:
+        with open(log, "rb") as f:
+            size = f.seek(0, os.SEEK_END)
+            f.seek(max(0, size - 1000))
+            last = f.read().decode("utf-8", "replace").rstrip("\n").rpartition("\n")[2]
+    except OSError:
+        return None
+    match = re.search(r"exit code (\d+)", last) if last.startswith(END) and not last.endswith(REQUEUED) else None
+    return int(match[1]) if match else None
+
+
+def tail(log: Path, lines: int = TAIL_LINES) -> str:
+    """The last lines of a log, indented, for an error message."""
+    try:
+        with open(log, "rb") as f:
+            size = f.seek(0, os.SEEK_END)
+            f.seek(max(0, size - 20000))
+            text = f.read().decode("utf-8", "replace")
+    except OSError as e:
+        return f"    (cannot be read: {e.strerror})"
+    # A progress bar rewrites its line with carriage returns: its last state is what counts.
+    kept = [line.rpartition("\r")[2] for line in text.rstrip("\n").split("\n")]
+    return "\n".join("    " + line[:500] for line in kept[-lines:])
+
+
+def explain(code: int) -> str:
+    """What an exit code means, where that is not plain."""
+    if code == EXIT_REQUEUE:
+        return " (stopped by a signal, its state is saved: run the same command again to go on)"
+    if code == 137:
+        return " (killed; often for want of memory)"
+    return f" ({signal_name(code - 128)})" if 128 < code < 160 else ""
+
+
+# ---- waiting and stopping -------------------------------------------------------------------------------------------
+
+_STOPPING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+_WATCHED = _STOPPING | {signal.SIGCHLD, signal.SIGUSR1}
+
+
+def watch_signals() -> None:
+    """Hold back the signals that `next_signal` hands out one by one, so that none arrives between two lines."""
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
+    die_with_parent()
+
+
+def next_signal(timeout: float | None = None) -> int | None:
+    """Wait for a child's end, a stop signal or SIGUSR1; None when `timeout` seconds pass without one."""
+    if timeout is None:
+        return signal.sigwait(_WATCHED)
+    info = signal.sigtimedwait(_WATCHED, max(0.0, timeout))
+    return info.si_signo if info else None
+
+
+def is_stop(number: int | None) -> bool:
+    return number in _STOPPING
+
+
+def reap(running: dict[int, Running]) -> list[tuple[Running, int, object]]:
+    """Collect the jobs that have ended: (job, wait status, resource usage)."""
+    found = []
+    while running:
+        try:
+            pid, status, usage = os.wait4(-1, os.WNOHANG)
+        except ChildProcessError:
+            break
+        if pid == 0:
+            break
+        if pid in running:
+            found.append((running.pop(pid), status, usage))
+    return found
+
+
+def stop_jobs(running: dict[int, Running], first: int = signal.SIGTERM) -> None:
+    """End all jobs with their children: ask, wait up to GRACE seconds, kill. A second stop signal kills at once."""
+    groups = list(running)
+    _signal_groups(groups, first)
+    deadline = time.monotonic() + GRACE
+    said = False
+    while running:
+        number = next_signal(min(1.0, deadline - time.monotonic()))
+        if is_stop(number) or time.monotonic() >= deadline:
+            _signal_groups(list(running), signal.SIGKILL)
+        elif number is None and not said:
+            print(f"waiting for {len(running)} job(s) to end; once more to kill them", file=sys.stderr)
+            said = True
+        for job, status, usage in reap(running):
+            finish_job(job, status, usage, note=" (stopped)")
+    _signal_groups(groups, signal.SIGKILL)  # what a job has started and left behind
+
+
+def _signal_groups(pids: list[int], number: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, number)

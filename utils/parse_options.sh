@@ -1,0 +1,134 @@
+#!/usr/bin/env bash
+# Command-line options of a shell script; source it after the script's defaults:
+#
+#     #: Group heading
+#     nj=4         #: number of parallel jobs
+#     force=false  #: redo what is done already
+#     . utils/parse_options.sh
+#
+# Every line `name=default  #: help` of the sourcing script declares an option, and nothing else is one: no other
+# variable of the shell can be set from outside. `--name value` and `--name=value` are the same, dashes and underscores too.
+# An option whose default is true or false is a flag: `--force`, `--force true` and `--force=true` mean the same.
+# Values are assigned as they are; none is ever evaluated. A value that begins with `--` needs the form with `=`.
+# The last of several settings wins. Options end at `--` or at the first word that does not begin with a dash;
+# what follows stays in "$@". `--help` prints the script's leading comment and all options with their defaults.
+# Errors go to stderr and end the script with status 2.
+
+_po_script=${BASH_SOURCE[1]:-$0}
+declare -A _po_help=() _po_flag=()
+_po_lines=() # what --help shows, in the script's order: "=Heading" or an option's name
+while IFS= read -r _po_line; do
+  if [[ ${_po_line} =~ ^'#: '(.*)$ ]]; then
+    _po_lines+=("=${BASH_REMATCH[1]}")
+  elif [[ ${_po_line} =~ ^([a-z][a-z0-9_]*)=.*'#: '(.*)$ ]]; then
+    _po_help[${BASH_REMATCH[1]}]=${BASH_REMATCH[2]}
+    _po_lines+=("${BASH_REMATCH[1]}")
+    case ${!BASH_REMATCH[1]-} in true | false) _po_flag[${BASH_REMATCH[1]}]=yes ;; esac
+  fi
+done <"${_po_script}"
+
+_po_die() {
+  printf '%s: error: %s\n' "${_po_script##*/}" "$1" >&2
+  exit 2
+}
+
+_po_print_help() {
+  local line shown
+  awk 'NR > 1 && !/^#/ { exit } NR > 1 && !/^# shellcheck/ { sub(/^# ?/, ""); print }' "${_po_script}"
+  for line in "${_po_lines[@]}"; do
+    if [[ ${line} == =* ]]; then
+      printf '\n%s:\n' "${line#=}"
+    else
+      shown=${!line-}
+      printf '  --%-19s %s (default: %s)\n' "${line//_/-}" "${_po_help[${line}]}" "${shown:-none}"
+    fi
+  done
+}
+
+# Number of single-letter edits between two words.
+_po_distance() {
+  local a=$1 b=$2 i j cost
+  local -a row next
+  for ((j = 0; j <= ${#b}; j++)); do row[j]=${j}; done
+  for ((i = 1; i <= ${#a}; i++)); do
+    next[0]=${i}
+    for ((j = 1; j <= ${#b}; j++)); do
+      cost=1
+      [[ ${a:i-1:1} != "${b:j-1:1}" ]] || cost=0
+      next[j]=$((row[j - 1] + cost))
+      ((next[j] <= row[j] + 1)) || next[j]=$((row[j] + 1))
+      ((next[j] <= next[j - 1] + 1)) || next[j]=$((next[j - 1] + 1))
+    done
+    row=("${next[@]}")
+  done
+  printf '%s\n' "${row[${#b}]}"
+}
+
+# The declared option that was probably meant, if any is near.
+_po_suggest() {
+  local wanted=$1 name best='' least=3 distance
+  ((${#wanted} <= 40)) || return 0
+  for name in "${!_po_help[@]}"; do
+    if [[ ${#wanted} -ge 3 && ${name} == "${wanted}"* ]]; then
+      distance=0
+    else
+      distance=$(_po_distance "${wanted}" "${name}")
+    fi
+    if ((distance < least)); then
+      least=${distance} best=${name}
+    fi
+  done
+  [[ -z ${best} ]] || printf '; did you mean --%s?' "${best//_/-}"
+}
+
+_po_show_help=false
+while (($# > 0)); do
+  case $1 in
+    --)
+      shift
+      break
+      ;;
+    --help | -h)
+      _po_show_help=true
+      shift
+      continue
+      ;;
+    --?*) ;;
+    -?*) _po_die "unknown option '$1'; options begin with two dashes, --help lists them" ;;
+    *) break ;;
+  esac
+  _po_word=${1%%=*}
+  _po_name=${_po_word#--}
+  _po_name=${_po_name//-/_}
+  if [[ ! ${_po_name} =~ ^[a-z][a-z0-9_]*$ || -z ${_po_help[${_po_name}]+set} ]]; then
+    _po_die "unknown option '${_po_word}'$(_po_suggest "${_po_name}"); --help lists the options"
+  fi
+  if [[ $1 == *=* ]]; then
+    _po_value=${1#*=}
+    shift
+  elif [[ -n ${_po_flag[${_po_name}]+set} ]]; then
+    _po_value=true
+    shift
+    if [[ ${1-} == true || ${1-} == false ]]; then
+      _po_value=$1
+      shift
+    fi
+  elif (($# < 2)); then
+    _po_die "option '${_po_word}' needs a value"
+  elif [[ $2 == --* ]]; then
+    _po_die "option '${_po_word}' needs a value, but the next word is '$2'; a value that begins with -- is written ${_po_word}=VALUE"
+  else
+    _po_value=$2
+    shift 2
+  fi
+  if [[ -n ${_po_flag[${_po_name}]+set} && ${_po_value} != true && ${_po_value} != false ]]; then
+    _po_die "option '${_po_word}' is true or false, not '${_po_value}'"
+  fi
+  printf -v "${_po_name}" '%s' "${_po_value}"
+done
+if [[ ${_po_show_help} == true ]]; then
+  _po_print_help
+  exit 0
+fi
+unset _po_script _po_help _po_flag _po_lines _po_line _po_word _po_name _po_value _po_show_help
+unset -f _po_die _po_print_help _po_distance _po_suggest
