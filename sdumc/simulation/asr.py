@@ -1,0 +1,187 @@
+"""Speech recognition for the `asr` condition: a CTC model folder or a Whisper folder of transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sdumc.errors import UserError
+from sdumc.simulation.checkpoints import load_model, load_tokenizer, model_folder, read_model_config
+from sdumc.simulation.encoder import MIN_SAMPLES, RATE, _RowByRow, normalise
+from sdumc.simulation.quality import find_loop
+
+_WINDOW = 30 * RATE  # Whisper hears 30 s at once
+_SEARCH = 5 * RATE  # a longer clip is cut at the quietest moment of a window's last 5 s
+_HOP = RATE // 50
+
+
+def load_recogniser(
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    language: str = "en",
+    max_new_tokens: int = 200,
+) -> CtcRecogniser | WhisperRecogniser:
+    """The recogniser in a model folder: Whisper if its ``model_type`` says so, else a ``...ForCTC`` model.
+
+    Raises:
+        UserError: neither of the two, incomplete, or without a tokenizer.
+    """
+    folder = model_folder(name)
+    config = read_model_config(folder)
+    if config["model_type"] == "whisper":
+        return WhisperRecogniser(folder, dtype, device, language, max_new_tokens)
+    if any(str(a).endswith("ForCTC") for a in config.get("architectures") or []):
+        return CtcRecogniser(folder, dtype, device)
+    raise UserError(
+        f"{folder}: a {config['model_type']} model ({config.get('architectures')}) is no recogniser; give a folder of "
+        "Whisper or of a ...ForCTC model"
+    )
+
+
+class CtcRecogniser:
+    """Greedy decoding of a WavLM, wav2vec 2.0 or HuBERT model with a CTC head and its character tokenizer."""
+
+    kind = "ctc"
+
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device | str):
+        from transformers import AutoModelForCTC
+
+        self.folder, self.dtype, self.device = folder, dtype, torch.device(device)
+        self.tokenizer = load_tokenizer(folder)
+        self.model: Any = load_model(AutoModelForCTC, folder, dtype, self.device)
+        self.normalised = _preprocessor(folder).get("do_normalize", True)
+        base = self.model.base_model
+        self.front = None
+        if getattr(self.model.config, "feat_extract_norm", "layer") == "group":
+            self.front = base.feature_extractor = _RowByRow(base.feature_extractor)
+
+    @torch.no_grad()
+    def __call__(self, waves: Sequence[np.ndarray]) -> list[str]:
+        """Clips (T_i,) at 16 kHz -> transcripts."""
+        waves = [normalise(w) if self.normalised else np.asarray(w, np.float32) for w in waves]
+        waves = [np.pad(w, (0, max(0, MIN_SAMPLES - len(w)))) for w in waves]
+        lengths = [len(w) for w in waves]
+        batch = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(w) for w in waves], batch_first=True)
+        mask = torch.arange(batch.shape[1])[None] < torch.tensor(lengths)[:, None]
+        if self.front is not None:
+            self.front.lengths = lengths
+        logits = self.model(
+            batch.to(self.device, self.dtype),
+            attention_mask=mask.to(self.device, torch.long) if min(lengths) < max(lengths) else None,
+        ).logits
+        frames = [int(self.model._get_feat_extract_output_lengths(n)) for n in lengths]
+        best = logits.argmax(-1).cpu()
+        texts = (self.tokenizer.decode(ids[:n].tolist()) for ids, n in zip(best, frames, strict=True))
+        return [" ".join(t.replace("<s>", "").replace("</s>", "").split()) for t in texts]
+
+
+class WhisperRecogniser:
+    """Greedy decoding of Whisper, window by window, with the language and task fixed.
+
+    The forced start tokens come from the tokenizer and the suppressed ones from ``generation_config.json`` as it is on
+    disk: what `generate()` makes of that file differs between transformers versions.
+    """
+
+    kind = "whisper"
+
+    def __init__(
+        self, folder: Path, dtype: torch.dtype, device: torch.device | str, language: str, max_new_tokens: int
+    ):
+        from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+        self.folder, self.dtype, self.device = folder, dtype, torch.device(device)
+        self.tokenizer = load_tokenizer(folder)
+        try:
+            self.spectrogram = WhisperFeatureExtractor.from_pretrained(str(folder), local_files_only=True)
+        except Exception as e:
+            raise UserError(f"{folder}: no usable preprocessor_config.json ({e})") from None
+        self.model: Any = load_model(WhisperForConditionalGeneration, folder, dtype, self.device, ("proj_out",))
+        settings = _json(folder / "generation_config.json") or read_model_config(folder)
+        self.start = self._start_tokens(settings, language)
+        self.eos = self._token("<|endoftext|>")
+        self.suppress = [t for t in settings.get("suppress_tokens") or [] if t >= 0]
+        self.suppress_first = [t for t in settings.get("begin_suppress_tokens") or [] if t >= 0]
+        room = self.model.config.max_target_positions - len(self.start)
+        self.max_new_tokens = min(max_new_tokens, room)
+
+    def _token(self, text: str) -> int:
+        token = self.tokenizer.convert_tokens_to_ids(text)
+        if token is None or token == self.tokenizer.unk_token_id and text != self.tokenizer.unk_token:
+            raise UserError(f"{self.folder}: the tokenizer does not know {text}; is this Whisper's own tokenizer?")
+        return int(token)
+
+    def _start_tokens(self, settings: dict, language: str) -> list[int]:
+        vocabulary = self.model.config.vocab_size
+        multilingual = settings.get("is_multilingual", vocabulary >= 51865)
+        start = [self._token("<|startoftranscript|>")]
+        if multilingual:
+            start += [self._token(f"<|{language}|>"), self._token("<|transcribe|>")]
+        elif language != "en":
+            raise UserError(f"{self.folder}: an English-only Whisper; --language {language} needs a multilingual one")
+        return [*start, self._token("<|notimestamps|>")]
+
+    @torch.no_grad()
+    def __call__(self, waves: Sequence[np.ndarray]) -> list[str]:
+        """Clips (T_i,) at 16 kHz -> transcripts."""
+        pieces = [(i, piece) for i, wave in enumerate(waves) for piece in windows(np.asarray(wave, np.float32))]
+        texts: list[list[str]] = [[] for _ in waves]
+        for start in range(0, len(pieces), len(waves)):  # long clips are more windows, but no larger batch
+            part = pieces[start : start + len(waves)]
+            for (i, _), text in zip(part, self._decode([p for _, p in part]), strict=True):
+                texts[i].append(text)
+        return [" ".join(" ".join(t).split()) for t in texts]
+
+    def _decode(self, pieces: list[np.ndarray]) -> list[str]:
+        features = self.spectrogram(pieces, sampling_rate=RATE, return_tensors="pt").input_features
+        encoded = self.model.get_encoder()(features.to(self.device, self.dtype))
+        tokens = torch.tensor([self.start] * len(pieces), device=self.device)
+        done = torch.zeros(len(pieces), dtype=torch.bool, device=self.device)
+        cache, given, produced = None, tokens, []
+        for step in range(self.max_new_tokens):
+            output = self.model(encoder_outputs=encoded, decoder_input_ids=given, past_key_values=cache, use_cache=True)
+            cache, logits = output.past_key_values, output.logits[:, -1].float()
+            banned = self.suppress + (self.suppress_first if step == 0 else [])
+            if banned:
+                logits[:, banned] = -torch.inf
+            best = torch.where(done, self.eos, logits.argmax(-1))
+            done |= best == self.eos
+            produced.append(best)
+            if bool(done.all()):
+                break
+            given = best[:, None]
+        rows = torch.stack(produced, dim=1).tolist()
+        return [self._text(row[: row.index(self.eos)] if self.eos in row else row) for row in rows]
+
+    def _text(self, ids: list[int]) -> str:
+        loop = find_loop(ids)  # Whisper too goes round in circles on noise; the pattern is kept once
+        return self.tokenizer.decode(ids[:loop], skip_special_tokens=True).strip()
+
+
+def windows(wave: np.ndarray) -> list[np.ndarray]:
+    """Cut a clip into parts of at most 30 s, each cut made at the quietest 20 ms of the window's last 5 s."""
+    parts = []
+    while len(wave) > _WINDOW:
+        tail = wave[_WINDOW - _SEARCH : _WINDOW].reshape(-1, _HOP)
+        cut = _WINDOW - _SEARCH + int(np.argmin((tail**2).mean(1))) * _HOP + _HOP // 2
+        parts.append(wave[:cut])
+        wave = wave[cut:]
+    return [*parts, wave]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as e:
+        raise UserError(f"{path}: not valid JSON ({e}); fetch the model again") from None
+
+
+def _preprocessor(folder: Path) -> dict[str, Any]:
+    return _json(folder / "preprocessor_config.json")

@@ -1,0 +1,125 @@
+"""What can be wrong with a machine's transcript: error rate, refusals, endless repeats, nothing at all."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+STATUSES = ("ok", "empty", "refusal", "repeat", "limit")
+
+# What chat models answer instead of a transcript. Kept narrow: people in real clips do say "I'm sorry, but I ...".
+_REFUSALS = [
+    r"\bas an? (ai|artificial intelligence)\b",
+    r"\bi('m| am) (just |only |merely )?(an? )?(ai\b|artificial intelligence|(large )?language model|text[- ]based)",
+    r"\bai language model\b",
+    r"\blanguage model (developed|trained|created|made) by\b",
+    r"\b(can't|cannot|can not|unable to|not able to|don't have the (ability|capability) to|"
+    r"do not have the (ability|capability) to) (directly )?(transcribe|listen|hear|access|process|play)\b.{0,40}"
+    r"\b(audio|speech|sound|recording|voice|file)",
+    r"\bsorry,? (but )?i (can't|cannot|am unable to|'m unable to) (assist|help|fulfil+|transcribe|provide)\b",
+    r"\b(please|could you|can you) (provide|upload|share|send)( me)?( with)? (the |an? |your |some )?(more )?"
+    r"(audio|speech|recording|sound|voice)\b",
+    r"\bno (audio|speech|recording|sound)( file| clip| input)? (was |were |is |has been )?(provided|attached|given)\b",
+]
+_REFUSAL = re.compile("|".join(_REFUSALS))
+
+
+def normalise(text: str) -> str:
+    """The form in which transcripts are compared.
+
+    Unicode NFKC, lower case, typographic apostrophes made plain, hyphens and dashes made spaces, all other
+    punctuation and symbols removed save apostrophes inside words, runs of white space made one space. Numbers and
+    contractions stay as they are written.
+    """
+    text = unicodedata.normalize("NFKC", text).lower()
+    text = re.sub("[‘’ʼ`´]", "'", text)
+    text = "".join(
+        c if c == "'" or unicodedata.category(c)[0] not in "PSC" else (" " if unicodedata.category(c) == "Pd" else "")
+        for c in re.sub(r"\s", " ", text)
+    )
+    text = re.sub(r"(?<!\w)'|'(?!\w)", "", text)
+    return " ".join(text.split())
+
+
+def word_error_rate(references: Mapping[str, str], hypotheses: Mapping[str, str]) -> dict[str, Any]:
+    """Corpus word error rate of normalised texts over the ids that both sides have.
+
+    Returns:
+        ``wer`` (errors over reference words; None if there is no reference word), ``substitutions``, ``deletions``,
+        ``insertions``, ``words`` of the references, ``utterances`` compared. References that are empty once
+        normalised are left out.
+    """
+    import jiwer
+
+    pairs = [
+        (normalise(references[u]), normalise(hypotheses[u])) for u in sorted(references.keys() & hypotheses.keys())
+    ]
+    pairs = [(r, h) for r, h in pairs if r]
+    if not pairs:
+        return {"wer": None, "substitutions": 0, "deletions": 0, "insertions": 0, "words": 0, "utterances": 0}
+    output = jiwer.process_words([r for r, _ in pairs], [h for _, h in pairs])
+    words = output.hits + output.substitutions + output.deletions
+    return {
+        "wer": (output.substitutions + output.deletions + output.insertions) / words,
+        "substitutions": output.substitutions,
+        "deletions": output.deletions,
+        "insertions": output.insertions,
+        "words": words,
+        "utterances": len(pairs),
+    }
+
+
+def find_loop(items: Sequence[Hashable], min_repeats: int = 4, min_length: int = 16) -> int | None:
+    """Where a sequence starts to go round in circles.
+
+    A loop is a pattern of any length that comes ``min_repeats`` times in a row or more and covers at least
+    ``min_length`` items ("very very very good" is none).
+
+    Returns:
+        How many items to keep so that the loop's pattern stays once, or None if there is no loop.
+    """
+    n = len(items)
+    best: int | None = None
+    for period in range(1, n // min_repeats + 1):
+        run = 0  # how long items[i] == items[i - period] has held
+        for i in range(period, n):
+            run = run + 1 if items[i] == items[i - period] else 0
+            if run + period >= max(period * min_repeats, min_length):
+                keep = i + 1 - run
+                best = keep if best is None else min(best, keep)
+                break
+    return best
+
+
+def judge(text: str, tokens: Sequence[Hashable], ended: bool = True) -> tuple[str, int]:
+    """Status of a transcript and how many of its tokens are worth keeping.
+
+    Args:
+        text: the decoded transcript. tokens: its tokens, on which loops are looked for.
+        ended: False if generation ran into its limit; shorter loops count then, since something must have been.
+
+    Returns:
+        ``(status, kept)`` with status one of ``ok``, ``empty``, ``refusal``, ``repeat`` (kept < len(tokens)), and
+        ``limit`` (not ended, though no loop was found).
+    """
+    if not normalise(text):
+        return "empty", 0
+    if _REFUSAL.search(re.sub("[‘’ʼ`´]", "'", text.lower())):
+        return "refusal", 0
+    loop = find_loop(tokens) if ended else find_loop(tokens, min_repeats=3, min_length=9)
+    if loop is not None:
+        return "repeat", loop
+    return ("ok" if ended else "limit"), len(tokens)
+
+
+def summarise(statuses: Mapping[str, str], fallbacks: Mapping[str, str]) -> dict[str, Any]:
+    """``n``, ``counts`` of every status and of every fallback taken, for quality.json."""
+    counts = Counter(statuses.values())
+    return {
+        "n": len(statuses),
+        "counts": {s: counts.get(s, 0) for s in STATUSES},
+        "fallbacks": dict(sorted(Counter(f for f in fallbacks.values() if f and f != "none").items())),
+    }

@@ -1,0 +1,87 @@
+"""Taking chosen hidden states out of a transformers model while nothing else of them is kept.
+
+`output_hidden_states=True` holds every layer of every position until the pass ends. A :class:`StateTap` adds up
+just the layers asked for, at just the positions asked for, as they are computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from sdumc.errors import UserError
+
+
+def decoder_layers(base: nn.Module, name: str) -> nn.ModuleList:
+    """The stack of layers of a headless transformers model."""
+    for path in ("layers", "encoder.layers", "decoder.layers", "h"):
+        found = base
+        for part in path.split("."):
+            found = getattr(found, part, None)
+        if isinstance(found, nn.ModuleList):
+            return found
+    raise UserError(f"{name}: the layers of {type(base).__name__} were not found; this architecture is not supported")
+
+
+def layer_index(layer: int, num_layers: int, name: str) -> int:
+    """``layer`` as in ``hidden_states[layer]``: 0 the embeddings, ``num_layers`` (or -1) the final output.
+
+    Raises:
+        UserError: there is no such layer.
+    """
+    index = layer if layer >= 0 else num_layers + 1 + layer
+    if not 0 <= index <= num_layers:
+        raise UserError(
+            f"{name}: no layer {layer}; with {num_layers} layers choose from {-num_layers - 1} to {num_layers}"
+        )
+    return index
+
+
+class StateTap:
+    """Sum of ``hidden_states[layer]`` over ``layers``, taken with hooks during forward passes of ``base``.
+
+    Used as a context manager; after a forward pass :attr:`states` is a float32 (B, T, D) tensor, or (B, 1, D) if
+    ``last_only``. ``hidden_states[i]`` is the input of layer i; the last entry is the model's final (normalised)
+    output, as transformers defines it.
+    """
+
+    def __init__(self, base: nn.Module, layers: Sequence[int], name: str = "model", last_only: bool = False):
+        self._base, self._stack = base, decoder_layers(base, name)
+        self._wanted = [layer_index(layer, len(self._stack), name) for layer in layers]
+        self._last_only = last_only
+        self._handles: list = []
+        self.states: torch.Tensor | None = None
+
+    def _add(self, hidden: torch.Tensor, times: int) -> None:
+        hidden = (hidden[:, -1:] if self._last_only else hidden).detach().float() * times
+        self.states = hidden if self.states is None else self.states + hidden
+
+    def __enter__(self) -> StateTap:
+        for index in sorted(set(self._wanted)):
+            times = self._wanted.count(index)
+            if index < len(self._stack):
+
+                def before(_module, args, kwargs, times=times):
+                    self._add(args[0] if args else kwargs["hidden_states"], times)
+
+                self._handles.append(self._stack[index].register_forward_pre_hook(before, with_kwargs=True))
+            else:
+
+                def after(_module, _args, output, times=times):
+                    self._add(output[0] if isinstance(output, tuple) else output.last_hidden_state, times)
+
+                self._handles.append(self._base.register_forward_hook(after))
+        return self
+
+    def __exit__(self, *_error) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def take(self) -> torch.Tensor:
+        """Return what the last forward pass left, and forget it."""
+        states, self.states = self.states, None
+        assert states is not None, "no forward pass ran under this tap"
+        return states
