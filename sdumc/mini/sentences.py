@@ -1,0 +1,167 @@
+"""Templated English with graded sentiment words, and the function that grades a whole sentence.
+
+A sentence is an opener, one or two clauses and a closer; a clause is ``the NOUN was [DEGREE] ADJECTIVE``. Its
+sentiment is not a sum over its words: degree words multiply, a negation turns round and weakens, and after ``but``
+the second clause decides. See :func:`sentiment`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+OPENERS = (
+    "honestly",
+    "i think",
+    "we thought",
+    "to be fair",
+    "my friend said",
+    "they told us",
+    "people agree that",
+    "looking back",
+)
+CLOSERS = ("", "this time", "last night", "in the end", "once again", "on the whole", "yesterday evening")
+NOUNS = (
+    "movie",
+    "story",
+    "music",
+    "acting",
+    "picture",
+    "book",
+    "singer",
+    "dinner",
+    "hotel",
+    "service",
+    "garden",
+    "phone",
+    "camera",
+    "lecture",
+    "journey",
+    "concert",
+)
+# How good each word says a thing is; 0 = says nothing about it.
+ADJECTIVES = {
+    "terrible": -2.0,
+    "horrible": -2.0,
+    "disgusting": -2.0,
+    "bad": -1.5,
+    "ugly": -1.5,
+    "annoying": -1.5,
+    "weak": -1.0,
+    "boring": -1.0,
+    "clumsy": -1.0,
+    "long": 0.0,
+    "modern": 0.0,
+    "typical": 0.0,
+    "short": 0.0,
+    "nice": 1.0,
+    "pleasant": 1.0,
+    "useful": 1.0,
+    "good": 1.5,
+    "clever": 1.5,
+    "lovely": 1.5,
+    "wonderful": 2.0,
+    "amazing": 2.0,
+    "perfect": 2.0,
+}
+# Words before the adjective, what they multiply its value by, and how often they are chosen.
+DEGREES = {
+    "": (1.0, 0.30),
+    "slightly": (0.4, 0.14),
+    "rather": (0.7, 0.10),
+    "very": (1.5, 0.14),
+    "extremely": (1.5, 0.10),
+    "not": (-0.6, 0.12),
+    "never": (-0.6, 0.06),
+    "not very": (-0.4, 0.04),
+}
+BUT_WEIGHTS = (0.25, 0.75)  # of the clause before "but" and of the one after it
+AND_WEIGHTS = (0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class Clause:
+    """``the NOUN was [DEGREE] ADJECTIVE``."""
+
+    noun: str
+    degree: str
+    adjective: str
+
+    @property
+    def words(self) -> str:
+        return " ".join(part for part in ("the", self.noun, "was", self.degree, self.adjective) if part)
+
+    @property
+    def value(self) -> float:
+        """Value of the adjective times that of the degree words, in [-3, 3]."""
+        return ADJECTIVES[self.adjective] * DEGREES[self.degree][0]
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """An opener, one clause or two joined by ``and``/``but``, and a closer (which may be empty)."""
+
+    opener: str
+    clauses: tuple[Clause, ...]
+    joint: str
+    closer: str
+
+    @property
+    def text(self) -> str:
+        clauses = f" {self.joint} ".join(clause.words for clause in self.clauses)
+        return " ".join(part for part in (self.opener, clauses, self.closer) if part)
+
+
+def sentiment(sentence: Sentence) -> float:
+    """What the words alone say, in [-3, 3].
+
+    One clause: its value (adjective x degree; a negation multiplies by -0.6, ``not very`` by -0.4). Two clauses: the
+    mean for ``and``, 0.25 first + 0.75 second for ``but``.
+    """
+    values = [clause.value for clause in sentence.clauses]
+    if len(values) == 1:
+        return values[0]
+    first, second = BUT_WEIGHTS if sentence.joint == "but" else AND_WEIGHTS
+    return first * values[0] + second * values[1]
+
+
+def vocabulary() -> list[str]:
+    """Every word a sentence can hold, sorted."""
+    phrases = [*OPENERS, *CLOSERS, *NOUNS, *ADJECTIVES, *DEGREES, "the was and but"]
+    return sorted({word for phrase in phrases for word in phrase.split()})
+
+
+def _draw_clause(rng: np.random.Generator, noun: str) -> Clause:
+    degrees = list(DEGREES)
+    degree = degrees[rng.choice(len(degrees), p=[DEGREES[d][1] for d in degrees])]
+    # Degree words are said of what can be graded: nothing is extremely typical.
+    neutral = not degree and rng.random() < 0.3
+    pool = [adjective for adjective, value in ADJECTIVES.items() if (value == 0) == neutral]
+    return Clause(noun, degree, pool[rng.integers(len(pool))])
+
+
+def draw_sentence(rng: np.random.Generator) -> Sentence:
+    """Draw one sentence of 6 to 16 words, most of 8 to 12."""
+    opener = OPENERS[rng.integers(len(OPENERS))]
+    first, second = (NOUNS[i] for i in rng.choice(len(NOUNS), size=2, replace=False))
+    if rng.random() < 0.55:
+        closer = CLOSERS[rng.integers(1, len(CLOSERS))]
+        return Sentence(opener, (_draw_clause(rng, first),), "", closer)
+    joint = "but" if rng.random() < 0.5 else "and"
+    opener = opener if rng.random() < 0.3 else ""
+    return Sentence(opener, (_draw_clause(rng, first), _draw_clause(rng, second)), joint, "")
+
+
+def draw_sentences(
+    rng: np.random.Generator, count: int, taken: Collection[str] = (), words: Collection[str] | None = None
+) -> list[Sentence]:
+    """Draw ``count`` sentences, no two with the same text, none with a text in ``taken``, all of ``words`` if given."""
+    seen, sentences = set(taken), []
+    while len(sentences) < count:
+        sentence = draw_sentence(rng)
+        if sentence.text not in seen and (words is None or all(word in words for word in sentence.text.split())):
+            seen.add(sentence.text)
+            sentences.append(sentence)
+    return sentences
