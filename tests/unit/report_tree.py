@@ -1,0 +1,125 @@
+"""A small recipe folder as stages 1 to 5 leave it, made up but with the right shapes and the right order of scores."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import kaldiio
+import numpy as np
+import yaml
+
+from sdumc.data.atomic import write_json, write_text
+from sdumc.scoring.metrics import score
+
+CONDITIONS = {"full": 0.35, "missing": 0.5, "asr": 0.55, "none": 0.95}  # spread of the error
+DIMS = {"audio": 6, "text": 10, "text_sim": 10, "text_asr": 10, "video": 4}
+WORDS = {-3: "dreadful", -2: "bad", -1: "dull", 0: "plain", 1: "nice", 2: "good", 3: "wonderful"}
+
+
+def make_tree(
+    root: Path,
+    seeds: tuple[int, ...] = (1, 2, 3),
+    sizes: dict[str, int] | None = None,
+    epochs: int = 12,
+    media: str = "clips/{utt}.mp4",
+) -> None:
+    """Write data/, dump/ and exp/train_seed<N>/ below ``root``."""
+    rng = np.random.default_rng(7)
+    labels = {}
+    for name, size in (sizes or {"train": 60, "valid": 24, "test": 40}).items():
+        labels[name] = _make_set(root, name, size, rng, media)
+    for seed in seeds:
+        _make_run(root / f"exp/train_seed{seed}", seed, labels["test"], epochs, np.random.default_rng(seed))
+
+
+def _make_set(root: Path, name: str, size: int, rng: np.random.Generator, media: str) -> dict[str, float]:
+    utts = [f"{name}{i % 5:02d}-{i:04d}" for i in range(size)]
+    utts.sort()
+    labels = {u: float(v) for u, v in zip(utts, np.round(rng.uniform(-3, 3, size) * 3) / 3, strict=True)}
+    words = {u: f"the day was {WORDS[round(y)]} <b>& then</b> it went on" for u, y in labels.items()}
+    simulated = {u: w.replace("day", "say") if i % 3 else w for i, (u, w) in enumerate(words.items())}
+    simulated[utts[1]] = ""
+    data, dump = root / "data" / name, root / "dump" / name
+    for folder in (data, dump):
+        _table(folder / "utt2label", {u: f"{y:.6f}" for u, y in labels.items()})
+        _table(folder / "utt2spk", {u: u.split("-")[0] for u in utts})
+    _table(data / "text", words)
+    _table(data / "text_sim", simulated)
+    _table(data / "text_asr", simulated)
+    _table(data / "wav.scp", {u: media.format(utt=u) for u in utts})
+    _table(data / "video.scp", {u: media.format(utt=u) for u in utts})
+    (dump / "ark").mkdir(parents=True, exist_ok=True)
+    for feature, dim in DIMS.items():
+        noise = {"text": 0.5, "text_sim": 0.9, "text_asr": 1.0}.get(feature, 2.5)
+        _feature(dump, feature, dim, labels, noise, rng)
+    states = {u: "empty" if i == 1 else "repeat" if i == 2 else "ok" for i, u in enumerate(utts)}
+    write_text(dump / "text_sim.status.tsv", "utt_id\tstatus\n" + "".join(f"{u}\t{s}\n" for u, s in states.items()))
+    counts = {state: list(states.values()).count(state) for state in ("ok", "empty", "refusal", "repeat")}
+    write_json(dump / "text_sim.quality.json", {"wer": 0.187, "n": size, "counts": counts, "fallbacks": 1})
+    write_json(dump / "text_asr.quality.json", {"wer": 0.243, "n": size})
+    return labels
+
+
+def _table(path: Path, values: dict[str, str]) -> None:
+    write_text(path, "".join(f"{k} {v}".rstrip() + "\n" for k, v in sorted(values.items())))
+
+
+def _feature(dump: Path, name: str, dim: int, labels: dict[str, float], noise: float, rng) -> None:
+    direction = np.linspace(-1, 1, dim)
+    arrays = {}
+    for utt, y in labels.items():
+        frames = int(rng.integers(4, 12))
+        arrays[utt] = (y * direction + rng.normal(0, noise, dim) + rng.normal(0, 1, (frames, dim))).astype(np.float32)
+    ark = dump / "ark" / f"{name}.1.ark"
+    with kaldiio.WriteHelper(f"ark,scp:{ark},{dump / f'{name}.scp'}") as writer:
+        for utt, array in arrays.items():
+            writer(utt, array)
+    _table(dump / f"{name}.frames", {u: str(len(a)) for u, a in arrays.items()})
+    meta = {"extractor": f"extract_{name}", "model": f"models/{name}", "layers": [-4], "dim": dim, "frame_rate": 25.0}
+    write_text(dump / f"{name}.yaml", yaml.safe_dump(meta))
+
+
+def _make_run(exp: Path, seed: int, labels: dict[str, float], epochs: int, rng: np.random.Generator) -> None:
+    config = {"seed": seed, "exp_dir": str(exp), "lr": 1e-4, "batch_size": 96, "model": {"dim": 256, "dropout": 0.3}}
+    write_text(exp / "config.yaml", yaml.safe_dump(config))
+    _safetensors(exp / "model.valid-best.safetensors", {"a.weight": (3, 4), "a.bias": (3,)})
+    lines = []
+    for epoch in range(1, epochs + 1):
+        fall = np.exp(-epoch / 4)
+        terms = {"mse_full": 0.3, "mse_missing": 0.4, "distil_query": 0.1, "distil_content": 0.07, "similarity": 0.05}
+        terms = {k: v * (0.3 + 3 * fall) * rng.uniform(0.9, 1.1) for k, v in terms.items()} | {"rnc": 4.0 + fall}
+        valid = {
+            c: {"mae": base + 0.9 * fall + 0.002 * epoch + rng.normal(0, 0.01), "corr": 0.8}
+            for c, base in (("full", 0.35), ("missing", 0.45))
+        }
+        row = {"epoch": epoch, "step": epoch * 10, "lr": 1e-4, "train": {"loss": sum(terms.values()), **terms}}
+        lines.append(json.dumps(row | {"valid": valid, "seconds": 1.5}))
+    write_text(exp / "metrics.jsonl", "\n".join(lines) + "\n")
+
+    ids = sorted(labels)
+    y = np.array([labels[u] for u in ids])
+    direction = rng.normal(0, 1, (2, 256))
+    for condition, deviation in CONDITIONS.items():
+        folder = exp / "decode_test" / condition
+        p = 0.9 * y + rng.normal(0, deviation, len(y))
+        rows = "".join(f"{u}\t{a:.6f}\t{b:.6f}\n" for u, a, b in zip(ids, p, y, strict=True))
+        write_text(folder / "predictions.tsv", "utt_id\tprediction\tlabel\n" + rows)
+        table = np.array([[float(v) for v in r.split("\t")[1:]] for r in rows.splitlines()])
+        write_json(folder / "score.json", score(table[:, 0], table[:, 1]))
+        hidden = (y + rng.normal(0, deviation, len(y)))[:, None] * direction[:1] + direction[1:] * 2
+        np.savez(
+            folder / "internals.npz",
+            ids=np.array(ids),
+            query_weights=rng.normal(np.linspace(-0.5, 1, 7), 0.1, (len(ids), 7)),
+            modality_weights=rng.normal([0.4, 1.2 - deviation, 0.3], 0.1, (len(ids), 3)),
+            text_feature=(hidden + rng.normal(0, 1, hidden.shape)).astype(np.float32),
+            utterance_feature=hidden[:, :128].astype(np.float32),
+        )
+
+
+def _safetensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    from safetensors.numpy import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: np.zeros(s, np.float32) for k, s in shapes.items()}, path)
