@@ -1,0 +1,259 @@
+"""The SDUMC network: attentive pooling, imagination (MIA) and unified modality cross-attention (UMCA).
+
+One set of weights serves two flows. The *complete* flow sees audio, real text and video; the *missing* flow sees
+audio, simulated text (or none) and video, and imagines what the real text would have added. Both run in one pass:
+whatever they share (everything before text enters) is computed once.
+
+Shapes: B utterances, F flows, N = F * B rows (flow-major), T frames, D features, d = ``dim``, e = ``content_dim``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sdumc.model.layers import AttentivePooling, CrossAttention, Imagination, PerQueryLinear, frame_mask, mlp
+
+MODALITIES = ("audio", "text", "video")
+QUERIES = ("fused", "audio+text", "text+video", "audio+video", "audio", "text", "video")
+TEXT_QUERY = QUERIES.index("text")
+# Which modalities (rows of MODALITIES) each of the first four queries sums over.
+_FUSIONS = ((1, 1, 1), (1, 1, 0), (0, 1, 1), (1, 0, 1))
+COMPLETE, MISSING = "complete", "missing"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that fixes the shape and the arithmetic of the network.
+
+    ``audio_dim``, ``text_dim``, ``video_dim``: features per frame; 0 where the corpus has no such modality at all.
+    ``scale``: the factor s on attention scores. ``imagination``: where MIA acts: ``both`` places, only on the pooled
+    ``utterance`` vectors, only on the attended ``content``, or ``none``. ``fusion``: ``umca``, or ``concat`` for the
+    ablation that feeds the pooled vectors straight to a perceptron. ``mask_padding``: False reproduces the released
+    network, whose attention also spreads over padded frames.
+    """
+
+    audio_dim: int
+    text_dim: int
+    video_dim: int
+    dim: int = 256
+    content_dim: int = 128
+    dropout: float = 0.3
+    attention_dropout: float = 0.5
+    scale: float = 0.3
+    imagination: str = "both"
+    fusion: str = "umca"
+    mask_padding: bool = True
+
+    def __post_init__(self) -> None:
+        if self.imagination not in ("both", "utterance", "content", "none"):
+            raise ValueError(f"imagination must be both, utterance, content or none, not {self.imagination!r}")
+        if self.fusion not in ("umca", "concat"):
+            raise ValueError(f"fusion must be umca or concat, not {self.fusion!r}")
+
+
+@dataclass
+class FlowOutput:
+    """What one flow computes for B utterances; the entries after ``contrast`` are None with ``fusion: concat``."""
+
+    prediction: Tensor  # (B,) sentiment, unclipped
+    utterance: Tensor  # (B, e) r, the vector the prediction is read from
+    contrast: Tensor  # (B, 64) projection of r, for Rank-N-Contrast only
+    text_feature: Tensor  # (B, d) z_t after imagination
+    modality_weights: Tensor  # (B, 3) w, raw
+    text_query: Tensor | None = None  # (B, d) the text query q_t
+    text_content: Tensor | None = None  # (B, 7, e) c_t after imagination
+    query_weights: Tensor | None = None  # (B, 7) beta, raw
+    attention: dict[str, Tensor] | None = None  # per modality (B, 7, T), on request
+
+
+class SDUMC(nn.Module):
+    """The whole network (Weng et al., ICASSP 2025)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = c = config
+        dims = dict(zip(MODALITIES, (c.audio_dim, c.text_dim, c.video_dim), strict=True))
+        self.available = tuple(m for m in MODALITIES if dims[m] > 0)
+        self.frame_projection = nn.ModuleDict({m: nn.Linear(dims[m], c.dim) for m in self.available})
+        self.pooling = nn.ModuleDict(
+            {m: AttentivePooling(c.dim, c.scale, c.attention_dropout) for m in self.available}
+        )
+        self.utterance_mlp = nn.ModuleDict({m: mlp(c.dim, (c.dim, c.dim), c.dropout) for m in self.available})
+        if c.imagination in ("both", "utterance"):
+            self.imagine_utterance = Imagination(c.dim, c.dim // 2)
+        self.modality_weight_mlp = mlp(3 * c.dim, (c.dim, c.dim), c.dropout)
+        self.modality_weight = nn.Linear(c.dim, 3)
+        if c.fusion == "umca":
+            self.query_mlp = nn.Sequential(
+                PerQueryLinear(len(QUERIES), c.dim, c.dim), nn.ReLU(), nn.Dropout(c.dropout)
+            )
+            self.cross_attention = nn.ModuleDict(
+                {m: CrossAttention(c.dim, c.scale, c.attention_dropout) for m in self.available}
+            )
+            self.content_mlp = nn.ModuleDict(
+                {m: mlp(c.dim, (c.dim, c.content_dim), c.dropout) for m in self.available}
+            )
+            if c.imagination in ("both", "content"):
+                self.imagine_content = Imagination(c.content_dim, c.content_dim // 2)
+            self.query_weight_mlp = mlp(len(QUERIES) * c.content_dim, (c.dim, c.content_dim), c.dropout)
+            self.query_weight = nn.Linear(c.content_dim, len(QUERIES))
+        else:
+            self.concat_mlp = mlp(3 * c.dim, (c.dim, c.content_dim), c.dropout)
+        self.output = nn.Linear(c.content_dim, 1)
+        self.contrast_head = nn.Sequential(nn.Linear(c.content_dim, 64), nn.ReLU(), nn.Linear(64, 64))
+        self.register_buffer("fusions", torch.tensor(_FUSIONS, dtype=torch.float32), persistent=False)
+
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        lengths: dict[str, Tensor],
+        flows: Sequence[str] = (COMPLETE, MISSING),
+        with_attention: bool = False,
+    ) -> dict[str, FlowOutput]:
+        """Score B utterances in the given flows.
+
+        Args:
+            features: (B, T_m, D_m) float tensors, zero padded: ``audio``, ``video``, ``text`` (read by the complete
+                flow) and ``text_sim`` (read by the missing flow). A name left out is absent for every utterance.
+            lengths: (B,) true frames per name; 0 marks a modality that the utterance does not have. Absent
+                modalities take no part in pooling, fusion or attention.
+            flows: which flows to run. A row whose *real* text is absent is imagined, in the complete flow too.
+            with_attention: also return the attention of the seven queries over frames.
+
+        Returns:
+            One :class:`FlowOutput` per flow.
+
+        Raises:
+            ValueError: no feature is given, or one has the wrong number of features per frame.
+        """
+        size = self._check(features, lengths)
+        hidden, mask, present = self._project(features, lengths, flows, size)
+        count = len(flows)
+
+        # One vector per utterance and modality. Audio and video are the same in every flow.
+        reference = next(iter(hidden.values()))
+        absent = reference.new_zeros(count * size, self.config.dim)
+        z = {}
+        for m in MODALITIES:
+            if m not in hidden:
+                z[m] = absent
+                continue
+            pooled = self.utterance_mlp[m](self.pooling[m](hidden[m], mask[m]))
+            z[m] = _per_flow(pooled, count, m) * present[m].unsqueeze(-1)
+
+        # MIA acts on the rows that have no real text; there the imagined text counts as present from here on.
+        imagined = self._imagined_rows(lengths, flows, size, present)
+        text_present = present["text"]
+        if hasattr(self, "imagine_utterance"):
+            z["text"] = torch.where(imagined.unsqueeze(-1), self.imagine_utterance(z), z["text"])
+            text_present = text_present | imagined
+
+        stacked = torch.stack([z[m] for m in MODALITIES], dim=1)  # (N, 3, d)
+        w = self.modality_weight(self.modality_weight_mlp(stacked.flatten(1)))  # (N, 3), raw
+
+        if self.config.fusion == "concat":
+            r = self.concat_mlp(stacked.flatten(1))
+            return self._outputs(flows, r, {"text_feature": z["text"], "modality_weights": w})
+
+        weighted = w.unsqueeze(-1) * stacked
+        fused = torch.einsum("qm,nmd->nqd", self.fusions.to(weighted.dtype), weighted)
+        queries = self.query_mlp(torch.cat([fused, stacked], dim=1))  # (N, 7, d)
+
+        content, attention = {}, {}
+        for m in MODALITIES:
+            if m not in hidden:
+                content[m] = stacked.new_zeros(count * size, len(QUERIES), self.config.content_dim)
+                continue
+            attended, attention[m] = self.cross_attention[m](queries, hidden[m], mask[m])
+            content[m] = self.content_mlp[m](attended) * present[m].view(-1, 1, 1)
+        if hasattr(self, "imagine_content"):
+            content["text"] = torch.where(imagined.view(-1, 1, 1), self.imagine_content(content), content["text"])
+
+        g = torch.einsum("nm,mnqe->nqe", w, torch.stack([content[m] for m in MODALITIES]))  # (N, 7, e)
+        beta = self.query_weight(self.query_weight_mlp(g.flatten(1)))  # (N, 7), raw
+        r = torch.einsum("nq,nqe->ne", beta, g)
+        parts = {
+            "text_feature": z["text"],
+            "modality_weights": w,
+            "text_query": queries[:, TEXT_QUERY],
+            "text_content": content["text"],
+            "query_weights": beta,
+        }
+        outputs = self._outputs(flows, r, parts)
+        if with_attention:
+            for i, flow in enumerate(flows):
+                outputs[flow].attention = {m: a.reshape(count, size, *a.shape[1:])[i] for m, a in attention.items()}
+        return outputs
+
+    def _check(self, features: dict[str, Tensor], lengths: dict[str, Tensor]) -> int:
+        sizes = set()
+        for name, x in features.items():
+            m = "text" if name == "text_sim" else name
+            if m not in self.available:
+                raise ValueError(f"this model was made without {m}, but {name} was given")
+            want = self.frame_projection[m].in_features
+            if x.dim() != 3 or x.shape[-1] != want:
+                raise ValueError(f"{name}: expected (B, T, {want}), got {tuple(x.shape)}")
+            if lengths[name].shape != x.shape[:1]:
+                raise ValueError(f"{name}: expected one length for each of {x.shape[0]} utterances")
+            sizes.add(x.shape[0])
+        if len(sizes) != 1:
+            raise ValueError("no features given" if not sizes else f"batch sizes differ between features: {sizes}")
+        return sizes.pop()
+
+    def _project(self, features, lengths, flows, size):
+        """Frames to the common width: hidden (rows, T, d), its mask (rows, T), and presence (N,) per modality.
+
+        Audio and video have B rows. Text has N rows, real and simulated text side by side along the batch.
+        """
+        device = next(iter(features.values())).device
+        nobody = torch.zeros(len(flows) * size, dtype=torch.bool, device=device)
+        hidden, mask, present = {}, {}, {m: nobody for m in MODALITIES}
+        for m in ("audio", "video"):
+            if m in features:
+                hidden[m] = self.frame_projection[m](features[m])
+                mask[m] = frame_mask(lengths[m], features[m].shape[1], self.config.mask_padding)
+                present[m] = (lengths[m] > 0).repeat(len(flows))
+        names = ["text" if flow == COMPLETE else "text_sim" for flow in flows]
+        given = [n for n in names if n in features]
+        if given:
+            frames = max(features[n].shape[1] for n in given)
+            # Where the texts have different widths, pad after the projection: there it is d wide, not D_t.
+            rows, keep, there = [], [], []
+            for n in names:
+                if n in features:
+                    h = self.frame_projection["text"](features[n])
+                    own = frame_mask(lengths[n], features[n].shape[1], self.config.mask_padding)
+                    there.append(lengths[n] > 0)
+                else:
+                    some = features[given[0]]
+                    h = self.frame_projection["text"](some.new_zeros(size, 1, some.shape[-1]))
+                    own = torch.zeros(size, 1, dtype=torch.bool, device=device)
+                    there.append(nobody[:size])
+                extra = frames - h.shape[1]
+                rows.append(nn.functional.pad(h, (0, 0, 0, extra)) if extra else h)
+                keep.append(nn.functional.pad(own, (0, extra)) if extra else own)
+            hidden["text"], mask["text"], present["text"] = torch.cat(rows), torch.cat(keep), torch.cat(there)
+        return hidden, mask, present
+
+    def _imagined_rows(self, lengths, flows, size, present) -> Tensor:
+        """(N,) True where a row is scored without its real text."""
+        imagined = torch.ones_like(present["text"]).view(len(flows), size)
+        for i, flow in enumerate(flows):
+            if flow == COMPLETE and "text" in lengths:
+                imagined[i] = lengths["text"] == 0
+        return imagined.flatten()
+
+    def _outputs(self, flows, r: Tensor, parts: dict[str, Tensor]) -> dict[str, FlowOutput]:
+        parts = {"prediction": self.output(r).squeeze(-1), "utterance": r, "contrast": self.contrast_head(r), **parts}
+        split = {name: x.reshape(len(flows), -1, *x.shape[1:]) for name, x in parts.items()}
+        return {flow: FlowOutput(**{name: x[i] for name, x in split.items()}) for i, flow in enumerate(flows)}
+
+
+def _per_flow(x: Tensor, flows: int, modality: str) -> Tensor:
+    """Give every flow its copy of what the flows share; text is already one block of rows per flow."""
+    return x if modality == "text" else x.repeat(flows, *([1] * (x.dim() - 1)))

@@ -1,0 +1,173 @@
+"""The options of training: one flat list, the same on the command line, in YAML and in an exp folder's config.yaml."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sdumc.cli import Parser, read_yaml
+from sdumc.data.atomic import write_text
+from sdumc.errors import UserError
+from sdumc.losses.objective import ObjectiveWeights
+from sdumc.model.network import ModelConfig
+
+CONFIG = "config.yaml"
+# What may differ between a run and the run that continues it; everything else changes the result.
+FREE_TO_CHANGE = frozenset(
+    {"config", "verbose", "version", "dry_run", "train_dir", "valid_dir", "exp_dir", "epochs", "device", "num_workers"}
+    | {"save_every"}
+)
+_MODEL = ("audio_dim", "text_dim", "video_dim", "dim", "content_dim", "dropout", "attention_dropout", "scale")
+_MODEL += ("imagination", "fusion", "mask_padding")
+_OBJECTIVE = ("mse_complete", "mse_missing", "distil_query", "distil_content", "similarity", "contrast", "temperature")
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in ("true", "yes"):
+        return True
+    if text.lower() in ("false", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected true or false, not {text!r}")
+
+
+def _at_least(low: float, kind: type = float, below: float | None = None):
+    def parse(text: str):
+        value = kind(text)
+        if not (value >= low and (below is None or value < below)):
+            limit = f"at least {low}" + (f" and below {below}" if below is not None else "")
+            raise argparse.ArgumentTypeError(f"expected {limit}, not {text}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def get_parser() -> Parser:
+    """All options of ``sdumc.bin.train``."""
+    parser = Parser("Train SDUMC on a dump folder; killed at any moment, the same command goes on where it stopped.")
+    g = parser.add_argument_group("data")
+    g.add_argument("--train-dir", metavar="DIR", help="dump folder to learn from")
+    g.add_argument("--valid-dir", metavar="DIR", help="dump folder that chooses the model")
+    g.add_argument("--exp-dir", metavar="DIR", help="where everything is written")
+    g.add_argument("--batch-size", type=_at_least(1, int), default=96, help="utterances in a batch, over all ranks")
+    g.add_argument(
+        "--batch-frames", type=_at_least(0, int), default=0, help="padded frames in a batch at most (0: no limit)"
+    )
+    g.add_argument("--num-workers", type=_at_least(0, int), default=0, help="processes per rank that read features")
+    g.add_argument(
+        "--missing-text",
+        choices=("simulated", "none"),
+        default="simulated",
+        help="what the missing flow reads for text; where the dump has no text_sim, none",
+    )
+    g.add_argument(
+        "--modality-dropout",
+        type=_at_least(0, below=1),
+        default=0.1,
+        help="chance that an utterance loses its audio, its video, or the missing flow's text, each on its own",
+    )
+
+    g = parser.add_argument_group("model")
+    for m in ("audio", "text", "video"):
+        g.add_argument(f"--{m}-dim", type=_at_least(0, int), default=0, help=f"{m} features a frame (0: as in the dump)")
+    g.add_argument("--dim", type=_at_least(2, int), default=256, help="width d of everything before the content")
+    g.add_argument("--content-dim", type=_at_least(2, int), default=128, help="width e of the attended content")
+    g.add_argument("--dropout", type=_at_least(0, below=1), default=0.3, help="in the perceptrons")
+    g.add_argument("--attention-dropout", type=_at_least(0, below=1), default=0.5, help="around both attentions")
+    g.add_argument("--scale", type=_at_least(0), default=0.3, help="factor on attention scores")
+    g.add_argument(
+        "--imagination", choices=("both", "utterance", "content", "none"), default="both", help="where MIA acts"
+    )
+    g.add_argument("--fusion", choices=("umca", "concat"), default="umca", help="concat: no cross-attention (ablation)")
+    g.add_argument(
+        "--mask-padding", type=_boolean, default=True, help="false: attend over padding as the released network does"
+    )
+
+    g = parser.add_argument_group("objective (0 leaves a term out)")
+    g.add_argument("--flows", choices=("both", "complete"), default="both", help="complete: no missing flow (ablation)")
+    terms = {
+        "mse-complete": "squared error of the complete flow",
+        "mse-missing": "squared error of the missing flow",
+        "distil-query": "distance of the missing flow's text query to the complete flow's",
+        "distil-content": "distance of the missing flow's text content to the complete flow's",
+        "similarity": "distance of the two flows' utterance vectors",
+        "contrast": "Rank-N-Contrast over both flows",
+    }
+    default = ObjectiveWeights()
+    for name, text in terms.items():
+        value = getattr(default, name.replace("-", "_"))
+        g.add_argument(f"--{name}", type=_at_least(0), default=value, metavar="WEIGHT", help=text)
+    g.add_argument("--temperature", type=_at_least(1e-6), default=2.0, help="of Rank-N-Contrast")
+
+    g = parser.add_argument_group("optimisation")
+    g.add_argument("--epochs", type=_at_least(1, int), default=25)
+    g.add_argument("--lr", type=_at_least(0), default=1e-4, help="Adam's step size after warm-up")
+    g.add_argument("--weight-decay", type=_at_least(0), default=1e-5)
+    g.add_argument("--warmup-epochs", type=_at_least(0, int), default=5, help="epochs of linear warm-up")
+    g.add_argument("--decay", type=_at_least(0), default=0.9, help="factor on the step size ...")
+    g.add_argument("--decay-every", type=_at_least(1, int), default=10, help="... every so many epochs after warm-up")
+    g.add_argument("--average-best", type=_at_least(1, int), default=5, help="epochs in model.averaged, best on valid")
+    g.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast of matrix products")
+    g.add_argument("--compile", type=_boolean, default=False, help="torch.compile the network")
+    g.add_argument("--seed", type=_at_least(0, int), default=1)
+
+    g = parser.add_argument_group("running")
+    g.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    g.add_argument("--save-every", type=_at_least(0, int), default=200, help="steps between checkpoints inside an epoch")
+    g.add_argument("--dry-run", action="store_true", help="check the settings, build the model, do one step, stop")
+    return parser
+
+
+def model_config(settings: argparse.Namespace) -> ModelConfig:
+    """The network that the settings describe; the feature dimensions must be filled in."""
+    return ModelConfig(**{name: getattr(settings, name) for name in _MODEL})
+
+
+def objective_weights(settings: argparse.Namespace) -> ObjectiveWeights:
+    """The factor of each term of the objective."""
+    return ObjectiveWeights(**{name: getattr(settings, name) for name in _OBJECTIVE})
+
+
+def as_dict(settings: argparse.Namespace) -> dict[str, Any]:
+    """Settings as plain values, without those that only say how this process was called."""
+    return {k: v for k, v in sorted(vars(settings).items()) if k not in ("config", "verbose", "version", "dry_run")}
+
+
+def write_config(exp_dir: Path, settings: argparse.Namespace) -> None:
+    """Write every resolved setting to ``exp_dir/config.yaml``; `train --config` reads it back."""
+    keys = {name.replace("_", "-"): value for name, value in as_dict(settings).items()}
+    write_text(exp_dir / CONFIG, yaml.safe_dump(keys, sort_keys=True))
+
+
+def load_config(exp_dir: Path) -> argparse.Namespace:
+    """Read an exp folder's settings.
+
+    Raises:
+        UserError: there is no such folder, or a key is unknown or of the wrong kind.
+    """
+    path = exp_dir / CONFIG
+    if not path.exists():
+        raise UserError(f"{path}: no such file; is {exp_dir} a folder that training (stage 4) wrote?")
+    values = read_yaml(path)
+    parser = get_parser()
+    known = {a.dest: a for a in parser._actions}
+    for key in values:
+        if key.replace("-", "_") not in known:
+            raise UserError(f"{path}: unknown key {key!r}")
+    return parser.parse_args([f"--{key}={value}" for key, value in values.items()])
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Lines `key: old -> new` for the settings that change a result."""
+    keys = sorted((old.keys() | new.keys()) - FREE_TO_CHANGE)
+    return [f"{k}: {old.get(k)} -> {new.get(k)}" for k in keys if old.get(k) != new.get(k)]
+
+
+def learning_rate(settings: argparse.Namespace, epoch: int) -> float:
+    """Step size in epoch 1, 2, ...: linear warm-up, then `decay` every `decay_every` epochs."""
+    if epoch <= settings.warmup_epochs:
+        return settings.lr * epoch / settings.warmup_epochs
+    return settings.lr * settings.decay ** ((epoch - settings.warmup_epochs - 1) // settings.decay_every)
