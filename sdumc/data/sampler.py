@@ -1,0 +1,122 @@
+"""Batches of utterances of similar length, the same on any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+# Lengths are multiplied by a random factor within 1 +- _JITTER before they are sorted: neighbours change from epoch to
+# epoch, while the utterances of a batch still differ by no more than about a fifth in length.
+_JITTER = 0.1
+
+
+class GlobalBatchSampler:
+    """Gives each rank its share of each global batch, as indices; for DataLoader's ``batch_sampler``.
+
+    Global batches depend on the lengths, sizes, seed and epoch only. Each utterance is in exactly one of them. Rank r
+    of W takes every W-th utterance of a batch, starting with the r-th, so that an epoch has the same number of steps on
+    every rank; where a batch has fewer utterances than there are ranks, **the last ranks get an empty list**, and it is
+    the training loop's part to take a step without data there. All epochs have the same number of batches.
+
+    Args:
+        frames: frames of each utterance (summed over its features).
+        batch_size: the most utterances in a global batch.
+        batch_frames: the most frames in a global batch, padding counted (utterances x longest utterance); None for no
+            limit. An utterance that is longer by itself forms a batch of its own.
+        seed: with the epoch, decides the order.
+        shuffle: mix utterances of similar length, and the order of the batches, anew each epoch; otherwise batches
+            come by falling length.
+        world_size: number of ranks.
+        rank: this rank.
+
+    Attributes:
+        start_batch: the batch with which the next iteration begins, to go on in the middle of an epoch. Set it before
+            iterating; it counts for one iteration and is 0 again afterwards.
+
+    Raises:
+        ValueError: a size is below 1 or the rank is not below the world size.
+    """
+
+    def __init__(
+        self,
+        frames: Sequence[int],
+        batch_size: int,
+        batch_frames: int | None = None,
+        seed: int = 0,
+        shuffle: bool = True,
+        world_size: int = 1,
+        rank: int = 0,
+    ):
+        if batch_size < 1 or (batch_frames is not None and batch_frames < 1):
+            raise ValueError(f"batch_size {batch_size} and batch_frames {batch_frames} must be at least 1")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} must be at least 0 and below the world size {world_size}")
+        self.frames = np.asarray(frames, dtype=np.int64)
+        self.seed, self.shuffle, self.world_size, self.rank = seed, shuffle, world_size, rank
+        self.epoch = 0
+        self.start_batch = 0
+        self._cuts = _cut(self._longest_at_each_place(), batch_size, batch_frames)
+        self._batches: list[list[int]] | None = None
+
+    def _longest_at_each_place(self) -> np.ndarray:
+        """The greatest length that can come to stand at each place of an epoch's order, whatever the jitter.
+
+        The i-th largest jittered length is at most (1 + j) times the i-th largest length, and the length behind it at
+        most 1 / (1 - j) times that. Cutting by these bounds keeps every epoch within the frame budget with the same
+        number of batches.
+        """
+        falling = np.sort(self.frames)[::-1].astype(np.float64)
+        if not self.shuffle or not len(falling):
+            return falling
+        return np.minimum(falling * (1 + _JITTER) / (1 - _JITTER), falling[0])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, from 0, whose batches come next."""
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self._batches = None
+
+    def _global_batches(self) -> list[list[int]]:
+        if self._batches is None:
+            keys = self.frames.astype(np.float64)
+            rng = np.random.default_rng([self.seed, self.epoch])
+            ties = np.arange(len(keys))
+            if self.shuffle:
+                keys = keys * rng.uniform(1 - _JITTER, 1 + _JITTER, len(keys))
+                ties = rng.permutation(len(keys))
+            order = np.lexsort((ties, -keys))
+            batches = [order[a:b].tolist() for a, b in zip(self._cuts, self._cuts[1:], strict=False)]
+            if self.shuffle:
+                batches = [batches[i] for i in rng.permutation(len(batches))]
+            self._batches = batches
+        return self._batches
+
+    def global_batch(self, i: int) -> list[int]:
+        """Utterance indices of the i-th global batch of this epoch, over all ranks."""
+        return list(self._global_batches()[i])
+
+    def __len__(self) -> int:
+        """Number of global batches in a whole epoch."""
+        return len(self._cuts) - 1
+
+    def __iter__(self) -> Iterator[list[int]]:
+        start, self.start_batch = self.start_batch, 0
+        return iter([batch[self.rank :: self.world_size] for batch in self._global_batches()[start:]])
+
+
+def _cut(falling: np.ndarray, batch_size: int, batch_frames: int | None) -> list[int]:
+    """Where to cut an order of falling lengths into batches: places from 0 to the number of utterances."""
+    cuts = [0]
+    count = len(falling)
+    while cuts[-1] < count:
+        first = cuts[-1]
+        size = batch_size
+        if batch_frames is not None and falling[first] > 0:
+            size = max(1, min(size, int(batch_frames / falling[first])))
+        cuts.append(min(first + size, count))
+    # The rest at the end may be small: share it evenly with the batch before it. That stays within both limits, since
+    # lengths fall, and gives Rank-N-Contrast and several ranks something to work on.
+    if len(cuts) > 2:
+        cuts[-2] = cuts[-3] + (count - cuts[-3] + 1) // 2 if cuts[-1] - cuts[-2] < cuts[-2] - cuts[-3] else cuts[-2]
+    return cuts
