@@ -112,7 +112,7 @@ class WhisperRecogniser:
 
     def _token(self, text: str) -> int:
         token = self.tokenizer.convert_tokens_to_ids(text)
-        if token is None or token == self.tokenizer.unk_token_id and text != self.tokenizer.unk_token:
+        if token is None or (token == self.tokenizer.unk_token_id and text != self.tokenizer.unk_token):
             raise UserError(f"{self.folder}: the tokenizer does not know {text}; is this Whisper's own tokenizer?")
         return int(token)
 

@@ -116,15 +116,13 @@ class SpeechLLM:
         follows "ASSISTANT:"; a tokenizer that merges across that border gets the answer alone.
         """
         together = self._ids(self._chat_text + text)
-        if together[: len(self.chat_ids)] == self.chat_ids and len(together) > len(self.chat_ids):
-            alone_is_better = self._unknowns(together[len(self.chat_ids) :]) > 0
-            if not alone_is_better:
-                return together[len(self.chat_ids) :]
+        if together[: len(self.chat_ids)] == self.chat_ids:
+            return together[len(self.chat_ids) :]
         return self._ids(text)
 
-    def _unknowns(self, ids: list[int]) -> int:
-        unknown = self.tokenizer.unk_token_id
-        return 0 if unknown is None else ids.count(unknown)
+    def plain_ids(self, text: str) -> list[int]:
+        """Token ids of ``text`` with nothing but BOS before it."""
+        return self._ids(text)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Token ids -> text on one line."""

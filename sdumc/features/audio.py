@@ -1,0 +1,33 @@
+"""Audio features: one hidden layer of a speech encoder, frame by frame."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sdumc.data.ark import ShardWriter
+from sdumc.data.kaldi_dir import KaldiDir
+from sdumc.simulation.encoder import SpeechEncoder
+from sdumc.simulation.jobs import Progress, ahead, halving, read_waves
+
+
+def extract_audio(
+    data: KaldiDir, batches: Sequence[list[str]], encoder: SpeechEncoder, writer: ShardWriter, bad_media: str = "stop"
+) -> None:
+    """Write (frames, D) of every utterance in ``batches`` that ``writer`` does not have yet; commit each batch.
+
+    Raises:
+        UserError: a media file cannot be read, or a feature is not finite (fp16 overflows in some models).
+    """
+    todo = [b for b in ([u for u in batch if u not in writer.done] for batch in batches) if b]
+    progress = Progress(sum(map(len, batches)), len(writer.done))
+    for batch, (waves, reasons) in ahead(todo, lambda b: read_waves(data, b, bad_media)):
+        utts = [u for u in batch if u in waves]
+        encoded = halving(utts, lambda part, w=waves: encoder([w[u] for u in part])) if utts else []
+        features = dict(zip(utts, encoded, strict=True))
+        for utt in batch:
+            if utt in reasons:
+                writer.absent(utt, reasons[utt])
+            else:
+                writer.write(utt, features[utt].float().cpu().numpy())
+        writer.commit()
+        progress.step(len(batch))

@@ -1,0 +1,160 @@
+"""Text from sound alone: transcripts by the speech LLM with their hidden states, and what to do when it fails."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from sdumc.cli import read_yaml
+from sdumc.data.ark import ShardWriter
+from sdumc.data.kaldi_dir import KaldiDir
+from sdumc.errors import UserError
+from sdumc.simulation.encoder import SpeechEncoder
+from sdumc.simulation.jobs import Progress, ahead, halving, read_waves
+from sdumc.simulation.projector import Projector, load_projector, project
+from sdumc.simulation.quality import judge, normalise
+from sdumc.simulation.speech_llm import SpeechLLM, Transcript
+
+log = logging.getLogger("sdumc")
+
+
+@dataclass
+class SpeechReader:
+    """Encoder, projector and LLM together; ``contexts`` turns sound into what stands before the answer."""
+
+    encoder: SpeechEncoder
+    projector: Projector
+    llm: SpeechLLM
+
+    @classmethod
+    def load(cls, encoder: SpeechEncoder, projector_path: str, llm: SpeechLLM) -> SpeechReader:
+        """Load a projector between a loaded encoder and LLM; :class:`UserError` if it does not fit them."""
+        projector = load_projector(projector_path, encoder.dim, llm.dim, llm.dtype, llm.device)
+        return cls(encoder, projector, llm)
+
+    def contexts(self, waves: Sequence[np.ndarray]) -> list[Tensor]:
+        """Clips (T_i,) -> input embeddings (P_i, D): projected sound, BOS, prompt."""
+        return self.llm.contexts(project(self.projector, self.encoder(waves)))
+
+
+@dataclass(frozen=True)
+class Search:
+    """Settings of decoding: beams, most new tokens, exponent of the length penalty."""
+
+    beam: int = 4
+    max_new_tokens: int = 200
+    length_penalty: float = 1.0
+
+
+@dataclass
+class Simulated:
+    """Simulated text of one utterance.
+
+    ``states`` (N, D) float32; ``text`` is the transcript that the states belong to, ``raw`` what the LLM wrote;
+    ``fallback`` is one of none, asr, cut, prompt.
+    """
+
+    states: Tensor
+    text: str
+    raw: str
+    status: str
+    fallback: str
+
+
+def without_first(states: Tensor, keep_first: bool) -> Tensor:
+    """Drop the state before the first token (prompt's end, or BOS) unless it is kept or the only one."""
+    return states if keep_first or len(states) == 1 else states[1:]
+
+
+def simulate(
+    reader: SpeechReader,
+    waves: Sequence[np.ndarray],
+    asr_texts: Sequence[str | None],
+    search: Search,
+    keep_first: bool = False,
+) -> list[Simulated]:
+    """Simulated text for a batch of clips.
+
+    When the LLM refuses or says nothing, its answer is replaced by the ASR transcript, read behind the same sound and
+    prompt (fallback ``asr``), or, without one, by the single state at the prompt's end (``prompt``). An endless repeat
+    is cut where it begins (``cut``).
+    """
+    llm = reader.llm
+    contexts = reader.contexts(waves)
+    written = llm.transcribe(contexts, search.beam, search.max_new_tokens, search.length_penalty)
+    verdicts = [judge(t.text, t.tokens, t.ended) for t in written]
+    results: list[Simulated | None] = [
+        _kept(llm, t, status, kept, keep_first) if status not in ("empty", "refusal") else None
+        for t, (status, kept) in zip(written, verdicts, strict=True)
+    ]
+    failed = [i for i, r in enumerate(results) if r is None]
+    with_asr = [i for i in failed if asr_texts[i] and normalise(asr_texts[i] or "")]
+    if with_asr:
+        answers = [llm.answer_ids(asr_texts[i] or "") for i in with_asr]
+        for i, states in zip(with_asr, llm.encode([contexts[i] for i in with_asr], answers), strict=True):
+            results[i] = Simulated(
+                without_first(states, keep_first), asr_texts[i] or "", written[i].text, verdicts[i][0], "asr"
+            )
+    for i in failed:
+        if results[i] is None:
+            results[i] = Simulated(written[i].states[:1], "", written[i].text, verdicts[i][0], "prompt")
+    return [r for r in results if r is not None]
+
+
+def _kept(llm: SpeechLLM, written: Transcript, status: str, kept: int, keep_first: bool) -> Simulated:
+    if status != "repeat":
+        return Simulated(without_first(written.states, keep_first), written.text, written.text, status, "none")
+    states = without_first(written.states[: kept + 1], keep_first)
+    return Simulated(states, llm.decode(written.tokens[:kept]), written.text, status, "cut")
+
+
+def simulate_shard(
+    data: KaldiDir,
+    batches: Sequence[list[str]],
+    reader: SpeechReader,
+    writer: ShardWriter,
+    asr_texts: Mapping[str, str],
+    search: Search,
+    keep_first: bool = False,
+    bad_media: str = "stop",
+) -> None:
+    """Simulate every utterance in ``batches`` that ``writer`` does not have yet; commit each batch.
+
+    Raises:
+        UserError: a media file cannot be read, or one clip alone does not fit into the GPU's memory.
+    """
+    todo = [b for b in ([u for u in batch if u not in writer.done] for batch in batches) if b]
+    progress = Progress(sum(map(len, batches)), len(writer.done))
+    for batch, (waves, reasons) in ahead(todo, lambda b: read_waves(data, b, bad_media)):
+
+        def work(part: Sequence[str], waves=waves) -> list[Simulated]:
+            return simulate(reader, [waves[u] for u in part], [asr_texts.get(u) for u in part], search, keep_first)
+
+        utts = [u for u in batch if u in waves]
+        results = dict(zip(utts, halving(utts, work) if utts else [], strict=True))
+        for utt in batch:
+            if utt in reasons:
+                writer.absent(utt, reasons[utt], hyp="", raw="", status="empty", fallback="absent")
+                continue
+            r = results[utt]
+            writer.write(utt, r.states.cpu().numpy(), hyp=r.text, raw=r.raw, status=r.status, fallback=r.fallback)
+        writer.commit()
+        progress.step(len(batch))
+
+
+def check_projector_prompt(projector_path: str, prompt: str) -> None:
+    """Raise a :class:`UserError` when a projector that was trained here saw another prompt than is used now."""
+    folder = Path(projector_path)
+    config = (folder if folder.is_dir() else folder.parent) / "config.yaml"
+    if not config.is_file():
+        return
+    trained = read_yaml(config).get("prompt")
+    if isinstance(trained, str) and trained != prompt:
+        raise UserError(
+            f"{config}: the projector was trained with the prompt {trained!r}, not {prompt!r}; use the same --prompt"
+        )
