@@ -13,3 +13,10 @@ class UserError(Exception):
     The message names the file and, where there is one, the utterance, and says what to do. Commands print it
     as ``error: ...`` without a traceback and exit with :data:`EXIT_USER_ERROR`.
     """
+
+    def __init__(self, message: object = ""):
+        # A DataLoader raises a worker's error again with the worker's traceback as text in front: keep the message.
+        text = str(message)
+        if text.startswith("Caught UserError in DataLoader worker"):
+            text = text.rpartition("sdumc.errors.UserError: ")[2].strip()
+        super().__init__(text)
