@@ -2,13 +2,13 @@
 """Run a step of a recipe unless it is up to date.
 
     step.py --name NAME [--inputs F...] [--optional-inputs F...] [--settings F...] [--outputs F...] [--stale F...]
-            [--ignore WORD...] [--force] [--state-dir .done] -- [RUNNER... --] COMMAND... [--then COMMAND...]
+            [--ignore NAME...] [--force] [--state-dir .done] -- [RUNNER... --] COMMAND... [--then COMMAND...]
 
 A step is up to date when all its outputs exist and neither its commands nor its inputs have changed since it last
 succeeded. Inputs, optional inputs and settings are files, folders or patterns in quotes ('dump/train/*.scp'), compared
 by size and time; all but the optional ones have to exist. RUNNER is what stands before the first command (a job runner
-with its options and log, torchrun): it is no part of the comparison. Nor are the options named by --ignore with the
-word after each, for what does not change the result (--device cuda).
+with its options and log, torchrun): it is no part of the comparison. Nor are the options named by --ignore (without
+their dashes) with the word after each, for what does not change the result: `--ignore device` for `--device cuda`.
 
 The commands run one after the other until one fails. One whose work was cut short is expected to go on where it
 stopped, so nothing is deleted between two attempts; but when an input has changed, or with --force, what `--stale`
@@ -24,7 +24,6 @@ import fcntl
 import glob
 import json
 import os
-import shutil
 import sys
 import time
 from zlib import crc32
@@ -111,12 +110,10 @@ def without_ignored(command: list[str], ignored: list[str]) -> list[str]:
     kept: list[str] = []
     skip = False
     for word in command:
-        if skip:
-            skip = False
-        elif word in ignored:
-            skip = True
-        elif word.partition("=")[0] not in ignored:
+        option = word.startswith("--") and word[2:].partition("=")[0] in ignored
+        if not skip and not option:
             kept.append(word)
+        skip = option and "=" not in word and not skip
     return kept
 
 
@@ -162,6 +159,8 @@ def lock(path: str, name: str):
 
 
 def delete(patterns: list[str]) -> None:
+    import shutil
+
     for pattern in patterns:
         for path in glob.glob(pattern):
             if os.path.isdir(path) and not os.path.islink(path):
@@ -239,11 +238,14 @@ def main(argv: list[str]) -> int:
         return 0
 
     last = load(started_file) or load(done_file)
-    resumed = os.path.exists(started_file) and last is not None and last["inputs"] == now["inputs"]
-    print(f"  run    {name} ({'going on' if resumed and not options['--force'] else reason}) ... ", end="", flush=True)
+    if reason == "new" and last is not None and last["inputs"] == now["inputs"]:
+        reason = "going on"
+    print(f"  run    {name} ({reason}) ... ", end="", flush=True)
     if options["--force"] or (last is not None and last["inputs"] != now["inputs"]):
         delete(options["--stale"])
     save(started_file, now)
+    if os.path.exists(done_file):  # what it vouched for is about to change
+        os.unlink(done_file)
     start = time.monotonic()
     for i, command in enumerate(commands):
         code = run(runner + command if i == 0 else command)
