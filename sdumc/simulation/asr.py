@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from sdumc.data.ark import ShardWriter
+from sdumc.data.kaldi_dir import KaldiDir
 from sdumc.errors import UserError
 from sdumc.simulation.checkpoints import load_model, load_tokenizer, model_folder, read_model_config
 from sdumc.simulation.encoder import MIN_SAMPLES, RATE, _RowByRow, normalise
-from sdumc.simulation.quality import find_loop
+from sdumc.simulation.jobs import Progress, ahead, halving, read_waves
+from sdumc.simulation.quality import find_loop, judge
 
 _WINDOW = 30 * RATE  # Whisper hears 30 s at once
 _SEARCH = 5 * RATE  # a longer clip is cut at the quietest moment of a window's last 5 s
@@ -185,3 +188,31 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _preprocessor(folder: Path) -> dict[str, Any]:
     return _json(folder / "preprocessor_config.json")
+
+
+def recognise_shard(
+    data: KaldiDir,
+    batches: Sequence[list[str]],
+    recogniser: CtcRecogniser | WhisperRecogniser,
+    writer: ShardWriter,
+    bad_media: str = "stop",
+) -> None:
+    """Note the transcript of every utterance in ``batches`` that ``writer`` does not have yet; commit each batch.
+
+    Raises:
+        UserError: a media file cannot be read, or one clip alone does not fit into the GPU's memory.
+    """
+    todo = [b for b in ([u for u in batch if u not in writer.done] for batch in batches) if b]
+    progress = Progress(sum(map(len, batches)), len(writer.done))
+    for batch, (waves, reasons) in ahead(todo, lambda b: read_waves(data, b, bad_media)):
+        utts = [u for u in batch if u in waves]
+        texts = halving(utts, lambda part, w=waves: recogniser([w[u] for u in part])) if utts else []
+        found = dict(zip(utts, texts, strict=True))
+        for utt in batch:
+            if utt in reasons:
+                writer.note(utt, hyp="", status="empty", fallback="absent", reason=reasons[utt])
+            else:
+                status, _ = judge(found[utt], found[utt].split())
+                writer.note(utt, hyp=found[utt], status="empty" if status == "empty" else "ok")
+        writer.commit()
+        progress.step(len(batch))

@@ -50,14 +50,6 @@ def add_compute_options(parser: Parser) -> None:
     group.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="number format of the models")
 
 
-def int_list(text: str) -> list[int]:
-    """``"-4,-3,-2,-1"`` -> [-4, -3, -2, -1], for argparse."""
-    try:
-        return [int(part) for part in text.replace(" ", "").strip("[]").split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected whole numbers with commas, e.g. -4,-3, not {text!r}") from None
-
-
 def job_number(text: str) -> int:
     """The JOB of ``JOB/JOBS``, which :func:`shard` has checked."""
     return int(text.split("/")[0])

@@ -15,13 +15,8 @@ from torch import Tensor
 from sdumc.errors import UserError
 from sdumc.simulation.beam import Winner, additive_mask, beam_search
 from sdumc.simulation.checkpoints import load_model, load_tokenizer, model_folder
+from sdumc.simulation.options import PROMPTS
 from sdumc.simulation.states import StateTap, decoder_layers, layer_index
-
-SHORT_PROMPT = "Transcribe speech to text. "
-LONG_PROMPT = (
-    "Transcribe speech to text. Output the transcription directly without redundant content. "
-    "Ensure that the output is not duplicated. "
-)
 
 
 @dataclass
@@ -76,7 +71,7 @@ class SpeechLLM:
         name: str,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        prompt: str = SHORT_PROMPT,
+        prompt: str = PROMPTS["short"],
         layers: Sequence[int] = (-1,),
     ):
         from transformers import AutoModelForCausalLM

@@ -1,0 +1,77 @@
+"""Stage 3: text features, LLM hidden states at the tokens of given transcripts, for one shard of a data directory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sdumc.cli import Parser, run, setup_logging
+from sdumc.simulation.jobs import add_job_options
+from sdumc.simulation.options import add_reader_options, add_state_options
+
+
+def get_parser() -> Parser:
+    parser = Parser(
+        "Read given transcripts (real ones, or ASR's) with the LLM and keep its hidden states, for a shard of a data "
+        "directory;\n`sdumc.bin.finish_dump --name text` then joins the shards. By default everything but the words is "
+        "as in the simulated text:\nthe same sound and prompt stand before them."
+    )
+    add_job_options(parser)
+    group = parser.add_argument_group("models")
+    group.add_argument("--llm", required=True, metavar="DIR", help="causal LLM: a transformers folder")
+    add_reader_options(group, required=False)
+    group = parser.add_argument_group("text")
+    group.add_argument("--text", metavar="FILE", help="Kaldi text file; default DATA_DIR/text")
+    group.add_argument("--name", default="text", help="name of the feature: text, or text_asr")
+    group.add_argument(
+        "--context",
+        choices=("audio+prompt", "prompt", "none"),
+        default="audio+prompt",
+        help="what stands before the words: sound and prompt as in simulated text, the prompt, or BOS only",
+    )
+    group.add_argument("--text-case", choices=("keep", "lower"), default="keep", help="change the words' case first")
+    add_state_options(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = get_parser().parse_args(argv)
+    setup_logging(args.verbose)
+    from pathlib import Path
+
+    from sdumc.data.ark import ShardWriter
+    from sdumc.data.kaldi_dir import read_table
+    from sdumc.features.text import extract_text
+    from sdumc.simulation.jobs import data_hash, durations, job_number, load_job, make_batches
+    from sdumc.simulation.options import load_llm, load_reader
+
+    data, utterances = load_job(args)
+    text_file = Path(args.text) if args.text else Path(args.data_dir) / "text"
+    texts = read_table(text_file, allow_empty=args.name != "text")
+    if args.text_case == "lower":
+        texts = {u: t.lower() for u, t in texts.items()}
+    reader = None
+    if args.context == "audio+prompt":
+        reader, settings = load_reader(args)
+        llm = reader.llm
+    else:
+        llm, settings = load_llm(args)
+    settings = {
+        "extractor": "text",
+        **settings,
+        "context": args.context,
+        "text_case": args.text_case,
+        "data_hash": data_hash(data, text_file),
+    }
+    if args.context == "audio+prompt":
+        lengths = durations(data, utterances)
+    else:
+        lengths = {u: float(len(texts.get(u, ""))) / 15 for u in utterances}  # as long as it takes to say them
+    batches = make_batches(lengths, args.batch_size, args.batch_seconds)
+    with ShardWriter(args.dump_dir, args.name, job_number(args.shard), settings, utterances) as writer:
+        extract_text(
+            data, texts, batches, llm, writer, args.context, args.first_state == "keep", reader, args.bad_media
+        )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,124 @@
+"""Stages 2 and 3: join the shards of a feature, write its index, transcripts and quality report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from sdumc.cli import Parser, run, setup_logging
+from sdumc.errors import UserError
+
+log = logging.getLogger("sdumc")
+
+TEXT_FILES = {"asr_hyp": "text_asr", "text_sim": "text_sim"}  # feature -> its transcripts in the data directory
+
+
+def get_parser() -> Parser:
+    parser = Parser(
+        "Join the shards that --num-jobs jobs of extract_*, simulate_text or recognize wrote: DUMP_DIR/NAME.scp and "
+        ".frames, .yaml, .absent;\nfor transcripts also DATA_DIR/text_sim or text_asr and DUMP_DIR/*.quality.json. "
+        "utt2label and utt2spk are copied to DUMP_DIR."
+    )
+    group = parser.add_argument_group("shards")
+    group.add_argument("--data-dir", required=True, metavar="DIR", help="Kaldi data directory")
+    group.add_argument("--dump-dir", required=True, metavar="DIR", help="where the shards are")
+    group.add_argument("--name", required=True, help="feature: audio, text, text_sim, text_asr, video; asr_hyp for ASR")
+    group.add_argument("--num-jobs", type=int, default=1, metavar="N", help="how many shards there must be")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = get_parser().parse_args(argv)
+    setup_logging(args.verbose)
+    from sdumc.data.ark import merge_shards
+    from sdumc.data.kaldi_dir import load_kaldi_dir
+
+    data_dir, dump_dir = Path(args.data_dir), Path(args.dump_dir)
+    data = load_kaldi_dir(data_dir)
+    meta = _meta(dump_dir / "ark" / f"{args.name}.1.json")
+    for name in ("utt2label", "utt2spk"):  # before the index: whoever sees the index finds them too
+        if (data_dir / name).is_file():
+            _copy(data_dir / name, dump_dir / name)
+    merged = merge_shards(dump_dir, args.name, args.num_jobs, meta, data.utterances)
+    if args.name in TEXT_FILES:
+        _finish_transcripts(args.name, data, dump_dir, merged)
+    if merged.frames:
+        log.info(
+            "%s: %d utterances, %d frames, %d dimensions, %d absent",
+            dump_dir / f"{args.name}.scp",
+            len(merged.frames),
+            sum(merged.frames.values()),
+            merged.dim,
+            len(merged.absent),
+        )
+
+
+def _meta(manifest: Path) -> dict:
+    """The first shard's settings and the versions at work; merge_shards checks that the others agree."""
+    import torch
+    import transformers
+
+    from sdumc import __version__
+
+    try:
+        settings = json.loads(manifest.read_text(encoding="utf-8"))["settings"]
+    except FileNotFoundError:
+        raise UserError(f"{manifest}: not there; run the jobs of this feature first") from None
+    except (ValueError, KeyError):
+        raise UserError(f"{manifest}: damaged; remove it and run its job again") from None
+    versions = {
+        "sdumc": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+    return {**settings, "versions": versions}
+
+
+def _copy(source: Path, target: Path) -> None:
+    from sdumc.data.atomic import atomic_write
+
+    with open(source, "rb") as f, atomic_write(target, "wb") as g:
+        shutil.copyfileobj(f, g)
+
+
+def _finish_transcripts(name: str, data, dump_dir: Path, merged) -> None:
+    """Write DATA_DIR/<text file>, DUMP_DIR/<text file>.status.tsv and .quality.json from the shards' notes."""
+    from sdumc.data.atomic import write_json, write_text
+    from sdumc.data.kaldi_dir import write_table
+    from sdumc.simulation.quality import summarise, word_error_rate
+
+    text_name = TEXT_FILES[name]
+    texts = {u: merged.notes.get(u, {}).get("hyp", "") for u in data.utterances}
+    raw = {u: merged.notes.get(u, {}).get("raw", texts[u]) for u in texts}
+    status = {u: merged.notes.get(u, {}).get("status", "empty") for u in texts}
+    fallback = {u: merged.notes.get(u, {}).get("fallback", "none") for u in texts}
+    lines = ["utt_id\tstatus\tfallback\traw\n"]
+    lines += [f"{u}\t{status[u]}\t{fallback[u]}\t{' '.join(raw[u].split())}\n" for u in sorted(texts)]
+    write_text(dump_dir / f"{text_name}.status.tsv", "".join(lines))
+    report = summarise(status, fallback)
+    if data.text:
+        rates = word_error_rate(data.text, texts)
+        report = {"wer": rates["wer"], "wer_raw": word_error_rate(data.text, raw)["wer"], **report, "errors": rates}
+    write_json(dump_dir / f"{text_name}.quality.json", report)
+    write_table(data.path / text_name, texts)
+    counts = ", ".join(f"{v} {k}" for k, v in report["counts"].items() if v)
+    wer = f"WER {100 * report['wer']:.1f}%, " if report.get("wer") is not None else ""
+    print(f"{data.path / text_name}: {wer}{report['n']} utterances: {counts}")
+    failed = report["n"] - report["counts"]["ok"] - report["counts"]["limit"]
+    if name == "text_sim" and failed > 0.1 * report["n"]:
+        log.warning(
+            "%d of %d simulated transcripts are refusals, repeats or empty; see %s. Check that prompt, projector and "
+            "LLM belong together",
+            failed,
+            report["n"],
+            dump_dir / f"{text_name}.status.tsv",
+        )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,55 @@
+"""Stage 2: transcripts by a speech recogniser (CTC or Whisper) for one shard of a data directory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sdumc.cli import Parser, run, setup_logging
+from sdumc.simulation.jobs import add_job_options
+
+
+def get_parser() -> Parser:
+    parser = Parser(
+        "Transcribe a shard of a data directory with a CTC model (greedy) or Whisper (greedy, 30 s windows), chosen by "
+        "the folder's config.json;\n`sdumc.bin.finish_dump --name asr_hyp` then writes DATA_DIR/text_asr."
+    )
+    add_job_options(parser)
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", required=True, metavar="DIR", help="recogniser: a transformers folder")
+    group.add_argument("--language", default="en", help="of the speech, for multilingual Whisper")
+    group.add_argument(
+        "--max-new-tokens", type=int, default=200, metavar="N", help="Whisper's longest answer per window"
+    )
+    group.add_argument("--name", default="asr_hyp", help="name of the shards")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = get_parser().parse_args(argv)
+    setup_logging(args.verbose)
+    from sdumc.data.ark import ShardWriter
+    from sdumc.simulation.asr import load_recogniser, recognise_shard
+    from sdumc.simulation.checkpoints import DTYPES, fingerprint, pick_device
+    from sdumc.simulation.jobs import data_hash, durations, job_number, load_job, make_batches
+
+    data, utterances = load_job(args)
+    recogniser = load_recogniser(
+        args.model, DTYPES[args.dtype], pick_device(args.device), args.language, args.max_new_tokens
+    )
+    settings = {
+        "extractor": "asr",
+        "recogniser": recogniser.kind,
+        "model": args.model,
+        "model_hash": fingerprint(recogniser.folder),
+        "language": args.language,
+        "max_new_tokens": args.max_new_tokens,
+        "dtype": args.dtype,
+        "data_hash": data_hash(data),
+    }
+    batches = make_batches(durations(data, utterances), args.batch_size, args.batch_seconds)
+    with ShardWriter(args.dump_dir, args.name, job_number(args.shard), settings, utterances) as writer:
+        recognise_shard(data, batches, recogniser, writer, args.bad_media)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,70 @@
+"""Stage 2: text simulated from sound alone, transcripts and their hidden states, for one shard of a data directory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sdumc.cli import Parser, run, setup_logging
+from sdumc.simulation.jobs import add_job_options
+from sdumc.simulation.options import add_reader_options, add_state_options
+
+
+def get_parser() -> Parser:
+    parser = Parser(
+        "Let the speech LLM (frozen encoder, projector, frozen LLM) write a transcript of each clip of a shard by beam "
+        "search,\nand keep the hidden states of what it wrote; `sdumc.bin.finish_dump --name text_sim` then joins the "
+        "shards.\nRefusals, endless repeats and empty answers are found, counted and replaced: see the documentation."
+    )
+    add_job_options(parser)
+    group = parser.add_argument_group("models")
+    add_reader_options(group, required=True)
+    group.add_argument("--llm", required=True, metavar="DIR", help="causal LLM: a transformers folder")
+    add_state_options(parser)
+    group = parser.add_argument_group("search")
+    group.add_argument("--beam", type=int, default=4, metavar="N", help="hypotheses kept at each step")
+    group.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="longest answer")
+    group.add_argument("--length-penalty", type=float, default=1.0, metavar="X", help="score is divided by length**X")
+    group = parser.add_argument_group("failures")
+    group.add_argument(
+        "--asr-text",
+        metavar="FILE",
+        help="transcripts read in place of a refusal or an empty answer; default DATA_DIR/text_asr if there is one",
+    )
+    group.add_argument("--name", default="text_sim", help="name of the feature")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = get_parser().parse_args(argv)
+    setup_logging(args.verbose)
+    from sdumc.data.ark import ShardWriter
+    from sdumc.data.kaldi_dir import read_table
+    from sdumc.errors import UserError
+    from sdumc.simulation.jobs import data_hash, durations, job_number, load_job, make_batches
+    from sdumc.simulation.options import load_reader
+    from sdumc.simulation.simulate import Search, simulate_shard
+
+    if args.beam < 1 or args.max_new_tokens < 1:
+        raise UserError("--beam and --max-new-tokens must be at least 1")
+    data, utterances = load_job(args)
+    asr_file = Path(args.asr_text) if args.asr_text else Path(args.data_dir) / "text_asr"
+    asr_texts = read_table(asr_file, allow_empty=True) if args.asr_text or asr_file.is_file() else {}
+    reader, settings = load_reader(args)
+    settings = {
+        "extractor": "text_sim",
+        **settings,
+        "context": "audio+prompt",
+        "beam": args.beam,
+        "max_new_tokens": args.max_new_tokens,
+        "length_penalty": args.length_penalty,
+        "data_hash": data_hash(data, asr_file),
+    }
+    search = Search(args.beam, args.max_new_tokens, args.length_penalty)
+    batches = make_batches(durations(data, utterances), args.batch_size, args.batch_seconds)
+    with ShardWriter(args.dump_dir, args.name, job_number(args.shard), settings, utterances) as writer:
+        simulate_shard(data, batches, reader, writer, asr_texts, search, args.first_state == "keep", args.bad_media)
+
+
+if __name__ == "__main__":
+    run(main)
