@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import mmap
 import os
 import re
 import struct
@@ -123,15 +124,53 @@ def _past_end(span: MediaSpan, duration: float) -> str:
 # ------------------------------------------------------------------------------------------------- all other files
 
 
+def _cut_in_unit(path: str, container_format: str) -> bool:
+    """Whether the file ends within a box (MP4) or packet (MPEG), which FFmpeg passes over in silence.
+
+    Files that do not follow their format to the letter get the benefit of the doubt.
+    """
+    size = os.path.getsize(path)
+    with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if container_format.startswith("mov,mp4"):
+            at = 0
+            while at + 8 <= size:
+                length, kind = struct.unpack_from(">I4s", data, at)
+                if length == 1 and at + 16 <= size:
+                    length = struct.unpack_from(">Q", data, at + 8)[0]
+                if length < 8:  # 0: to the end of the file, whatever that is
+                    return False
+                if at + length > size:
+                    return kind in (b"mdat", b"moof", b"moov")
+                at += length
+        elif container_format == "mpegts":
+            return data[0] == 0x47 and size > 188 and data[188] == 0x47 and size % 188 != 0
+        elif container_format == "mpeg":
+            at = 0
+            while at + 14 <= size and data[at : at + 3] == b"\0\0\1":
+                kind = data[at + 3]
+                if kind == 0xBA:  # pack header, of MPEG-2 or MPEG-1
+                    at += 14 + (data[at + 13] & 7) if data[at + 4] >> 6 == 1 else 12
+                elif kind >= 0xBB:
+                    at += 6 + struct.unpack_from(">H", data, at + 4)[0]
+                else:
+                    return False
+            return at > size
+    return False
+
+
 def _open(span: MediaSpan) -> av.container.InputContainer:
     try:
         # "file:" keeps FFmpeg from taking a path with a colon for a network protocol.
-        return av.open("file:" + span.path)
+        container = av.open("file:" + span.path)
     except (av.error.FFmpegError, OSError, ValueError) as e:
         raise UserError(
             f"{span}: not a readable media file ({getattr(e, 'strerror', None) or e}); it may be cut short or no media "
             "at all: copy or make it again"
         ) from None
+    if _cut_in_unit(span.path, container.format.name):
+        container.close()
+        raise UserError(f"{span}: cut short: the file ends in the middle of a packet; copy or make it again")
+    return container
 
 
 def _track(container: av.container.InputContainer, kind: str):
