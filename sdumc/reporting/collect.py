@@ -7,6 +7,7 @@ import math
 import os
 import re
 import struct
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +20,21 @@ from sdumc.data.kaldi_dir import read_table
 from sdumc.errors import UserError
 from sdumc.scoring.metrics import MEASURES, read_predictions, score
 
-# The order of tables and legends; conditions that others add follow in alphabetical order.
-CONDITIONS = ("full", "missing", "asr", "none")
-CONDITION_NAMES = {"full": "real text", "missing": "simulated text", "asr": "ASR text", "none": "no text"}
+# In the order of tables and legends; conditions that others add follow in alphabetical order.
+CONDITION_NAMES = {
+    "full": "real text",
+    "missing": "simulated text",
+    "asr": "ASR text",
+    "none": "no text",
+    "audio": "nothing else",
+    "text": "nothing else",
+    "video": "nothing else",
+    "audio+text": "no video",
+    "audio+video": "no text",
+    "text+video": "no audio",
+}
+CONDITIONS = tuple(CONDITION_NAMES)
+MAIN_CONDITIONS = CONDITIONS[:4]
 QUERY_NAMES = ("fused", "audio + text", "text + video", "audio + video", "audio", "text", "video")
 MODALITY_NAMES = ("audio", "text", "video")
 
@@ -45,6 +58,10 @@ class Condition:
     predictions: np.ndarray  # (R, N)
     scores: list[dict]  # R score.json, with NaN for null
     internals: list[dict[str, np.ndarray]]  # R times internals.npz, rows in the order of the utterances
+
+    @property
+    def is_main(self) -> bool:
+        return self.name in MAIN_CONDITIONS
 
     @property
     def title(self) -> str:
@@ -75,6 +92,12 @@ class TestSet:
     texts: dict[str, dict[str, str]] = field(default_factory=dict)  # text, text_sim, text_asr -> utterance -> words
     status: dict[str, str] = field(default_factory=dict)  # what became of the simulated text: ok, empty, refusal ...
     media: dict[str, Media] = field(default_factory=dict)
+
+    @property
+    def shown(self) -> dict[str, Condition]:
+        """The conditions that figures show: the four main ones, or whatever there is when none of them is."""
+        main = {name: c for name, c in self.conditions.items() if c.is_main}
+        return main or self.conditions
 
 
 def collect_runs(exp_dirs: Sequence[str | Path]) -> list[Run]:
@@ -230,7 +253,7 @@ def _read_internals(path: Path, ids: list[str]) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, EOFError, KeyError) as e:
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as e:
         raise UserError(f"{path}: cannot be read ({e}); {advice}") from None
     if "ids" not in arrays or sorted(arrays["ids"].tolist()) != ids:
         raise UserError(f"{path}: not about the utterances of {path.with_name('predictions.tsv')}; {advice}")

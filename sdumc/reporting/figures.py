@@ -18,9 +18,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.transforms import ScaledTranslation
 
 from sdumc.data.atomic import atomic_write
-from sdumc.reporting.collect import CONDITIONS, MODALITY_NAMES, QUERY_NAMES, Run, TestSet
+from sdumc.reporting.collect import MODALITY_NAMES, QUERY_NAMES, Run, TestSet, condition_order
 from sdumc.reporting.summary import best_epoch, spread
 
 MAX_MATRIX = 500  # rows of a similarity matrix; more are thinned out evenly
@@ -159,7 +160,7 @@ def training_figures(runs: Sequence[Run], valid_set: str) -> list[Figure]:
     return [
         Figure(
             "training_curves",
-            "Training",
+            "Curves",
             f"{many}The circle marks the epoch with the lowest MAE on {valid_set}. The terms are not weighted.",
             panels,
             columns=3,
@@ -183,7 +184,7 @@ def set_figures(test_set: TestSet, runs: Sequence[Run]) -> list[Figure]:
                     width=3.6,
                     height=3.7,
                 )
-                for c in test_set.conditions
+                for c in test_set.shown
             ],
         ),
         Figure(
@@ -235,7 +236,7 @@ def _epoch_axis(ax: Axes) -> None:
 
 
 def _draw_valid(ax: Axes, theme: Theme, runs: Sequence[Run], valid_set: str) -> None:
-    names = sorted({c for run in runs for e in run.history for c in e.get("valid", {})}, key=_order)
+    names = sorted({c for run in runs for e in run.history for c in e.get("valid", {})}, key=condition_order)
     for i, name in enumerate(names):
         colour = theme.colour(name, i)
         for run in runs:
@@ -251,7 +252,7 @@ def _draw_valid(ax: Axes, theme: Theme, runs: Sequence[Run], valid_set: str) -> 
     ax.set_ylabel("mean absolute error")
     _epoch_axis(ax)
     if names:
-        ax.legend()
+        _legend(ax)
 
 
 def _draw_loss(ax: Axes, theme: Theme, runs: Sequence[Run]) -> None:
@@ -276,22 +277,31 @@ def _draw_terms(ax: Axes, theme: Theme, runs: Sequence[Run], terms: Sequence[str
     ax.set_title("Terms of the loss")
     ax.set_ylabel("value (log scale)")
     _epoch_axis(ax)
-    ax.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.17))
+    _legend(ax, columns=2)
 
 
 def _draw_scatter(ax: Axes, theme: Theme, test_set: TestSet, name: str) -> None:
-    condition = test_set.conditions[name]
+    condition = test_set.shown[name]
     x = np.tile(test_set.labels, len(condition.predictions))
     y = condition.predictions.ravel()
-    colour = theme.colour(name, list(test_set.conditions).index(name))
-    low, high = min(-3.2, y.min() - 0.2), max(3.2, y.max() + 0.2)
+    colour = theme.colour(name, list(test_set.shown).index(name))
+    # One scale for all conditions, so that they can be compared by eye.
+    everything = np.stack([c.predictions for c in test_set.shown.values()])
+    low, high = min(-3.2, everything.min() - 0.2), max(3.2, everything.max() + 0.2)
     ax.plot([-3, 3], [-3, 3], color=theme.ink, linewidth=0.8, alpha=0.8)
     size = 12 if len(x) < 2000 else 4
     ax.scatter(x, y, s=size, color=colour, alpha=min(0.6, max(0.06, 150 / len(x) ** 0.9)), linewidths=0)
     mae = spread([s["mae"] for s in condition.scores])
     corr = spread([s["corr"] for s in condition.scores])
     ax.text(
-        0.04, 0.96, f"MAE {_pm(*mae)}\nCorr {_pm(*corr)}", transform=ax.transAxes, va="top", fontsize=8, linespacing=1.4
+        0.04,
+        0.96,
+        f"MAE {_pm(*mae)}\nCorr {_pm(*corr)}",
+        transform=ax.transAxes,
+        va="top",
+        fontsize=8,
+        linespacing=1.4,
+        bbox={"facecolor": theme.background, "edgecolor": "none", "pad": 1.5},
     )
     ax.set(xlim=(-3.2, 3.2), ylim=(low, high), xticks=range(-3, 4), yticks=range(int(np.ceil(low)), int(high) + 1))
     ax.set_title(condition.title)
@@ -308,8 +318,8 @@ def _pm(mean: float, deviation: float | None) -> str:
 def _draw_bins(ax: Axes, theme: Theme, test_set: TestSet, signed: bool) -> None:
     bins = np.round(test_set.labels).astype(int)
     present = np.unique(bins)
-    offsets = _offsets(len(test_set.conditions), 0.12)
-    for i, (name, condition) in enumerate(test_set.conditions.items()):
+    offsets = _offsets(len(test_set.shown), 0.12)
+    for i, (name, condition) in enumerate(test_set.shown.items()):
         error = condition.predictions - test_set.labels
         error = error if signed else np.abs(error)
         per_bin = np.stack([error[:, bins == b].mean(axis=1) for b in present])  # (bins, seeds)
@@ -334,7 +344,23 @@ def _draw_bins(ax: Axes, theme: Theme, test_set: TestSet, signed: bool) -> None:
     ax.set_title("Mean signed error" if signed else "Mean absolute error")
     ax.set_xlabel("true sentiment, rounded")
     ax.set_ylabel("predicted - true" if signed else "|predicted - true|")
-    ax.legend()
+    _legend(ax, gap=0.58)
+
+
+def _legend(ax: Axes, columns: int = 4, gap: float = 0.42) -> None:
+    """A legend below the plot, where it hides nothing; ``gap`` in inches leaves room for the axis's own words."""
+    handles, labels = ax.get_legend_handles_labels()
+    below = ax.transAxes + ScaledTranslation(0, -gap, ax.figure.dpi_scale_trans)
+    ax.legend(
+        handles,
+        labels,
+        ncols=min(columns, max(1, len(labels))),
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0),
+        bbox_transform=below,
+        handletextpad=0.5,
+        columnspacing=1.2,
+    )
 
 
 def _offsets(count: int, step: float) -> np.ndarray:
@@ -351,8 +377,8 @@ def _similarity(test_set: TestSet, runs: Sequence[Run]) -> Figure | None:
     for key, what in (("text_feature", "Text feature"), ("utterance_feature", "Utterance feature")):
         matrices = {}
         for name in ("full", "missing"):
-            if name in test_set.conditions and key in test_set.conditions[name].internals[0]:
-                matrices[name] = cosine_matrix(test_set.conditions[name].internals[0][key][order])
+            if name in test_set.shown and key in test_set.shown[name].internals[0]:
+                matrices[name] = cosine_matrix(test_set.shown[name].internals[0][key][order])
         if not matrices:
             continue
         # One scale for both, from the bulk of the values: they are what the eye compares.
@@ -415,7 +441,7 @@ def _attention(test_set: TestSet, runs: Sequence[Run]) -> Figure | None:
     """Weights over the seven queries, a panel per seed as their scale and sign are each run's own."""
     panels = []
     for i, run in enumerate(runs[:3]):
-        if all("query_weights" in c.internals[i] for c in test_set.conditions.values()):
+        if all("query_weights" in c.internals[i] for c in test_set.shown.values()):
             panels.append(
                 Panel(
                     lambda ax, t, i=i, run=run: _draw_weights(
@@ -424,7 +450,7 @@ def _attention(test_set: TestSet, runs: Sequence[Run]) -> Figure | None:
                     f"mean and spread of the weights over the seven queries, seed {run.seed}",
                 )
             )
-    if all("modality_weights" in c.internals[0] for c in test_set.conditions.values()):
+    if all("modality_weights" in c.internals[0] for c in test_set.shown.values()):
         panels.append(
             Panel(
                 lambda ax, t: _draw_weights(
@@ -448,8 +474,8 @@ def _attention(test_set: TestSet, runs: Sequence[Run]) -> Figure | None:
 def _draw_weights(
     ax: Axes, theme: Theme, test_set: TestSet, run: int, key: str, names: Sequence[str], title: str
 ) -> None:
-    offsets = _offsets(len(test_set.conditions), 0.17)
-    for i, (name, condition) in enumerate(test_set.conditions.items()):
+    offsets = _offsets(len(test_set.shown), 0.17)
+    for i, (name, condition) in enumerate(test_set.shown.items()):
         weights = condition.internals[run][key]
         ax.errorbar(
             weights.mean(axis=0),
@@ -461,14 +487,14 @@ def _draw_weights(
             elinewidth=1,
             label=name,
         )
-    count = test_set.conditions[next(iter(test_set.conditions))].internals[run][key].shape[1]
+    count = test_set.shown[next(iter(test_set.shown))].internals[run][key].shape[1]
     ax.axvline(0, color=theme.ink, linewidth=0.8)
     ax.set_yticks(range(count), [names[i] if i < len(names) else str(i) for i in range(count)])
     ax.set_ylim(count - 0.5, -0.5)
     ax.grid(axis="y", visible=False)
     ax.set_title(title)
     ax.set_xlabel("weight (no unit)")
-    ax.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.4, -0.16), handletextpad=0.2, columnspacing=0.9)
+    _legend(ax)
 
 
 def speaker_errors(test_set: TestSet) -> list[tuple[str, int, dict[str, float]]]:
@@ -481,10 +507,10 @@ def speaker_errors(test_set: TestSet) -> list[tuple[str, int, dict[str, float]]]
     for speaker, index in members.items():
         mae = {
             name: float(np.abs(c.predictions[:, index] - test_set.labels[index]).mean())
-            for name, c in test_set.conditions.items()
+            for name, c in test_set.shown.items()
         }
         rows.append((speaker, len(index), mae))
-    key = "missing" if "missing" in test_set.conditions else next(iter(test_set.conditions))
+    key = "missing" if "missing" in test_set.shown else next(iter(test_set.shown))
     return sorted(rows, key=lambda row: (-row[2][key], row[0]))
 
 
@@ -494,7 +520,7 @@ def _speakers(test_set: TestSet) -> Figure | None:
         return None
     shown = rows[:MAX_SPEAKERS]
     which = f"The {len(shown)} worst of {len(rows)} speakers" if len(rows) > len(shown) else "All speakers"
-    key = "missing" if "missing" in test_set.conditions else next(iter(test_set.conditions))
+    key = "missing" if "missing" in test_set.shown else next(iter(test_set.shown))
     return Figure(
         f"{test_set.name}_error_by_speaker",
         "Error by speaker",
@@ -514,7 +540,7 @@ def _speakers(test_set: TestSet) -> Figure | None:
 def _draw_speakers(ax: Axes, theme: Theme, test_set: TestSet, rows: list) -> None:
     for y, (_, _, mae) in enumerate(rows):
         ax.plot([min(mae.values()), max(mae.values())], [y, y], color=theme.faint, linewidth=2, zorder=1)
-    for i, name in enumerate(test_set.conditions):
+    for i, name in enumerate(test_set.shown):
         ax.scatter(
             [mae[name] for _, _, mae in rows],
             range(len(rows)),
@@ -530,12 +556,8 @@ def _draw_speakers(ax: Axes, theme: Theme, test_set: TestSet, rows: list) -> Non
     ax.grid(axis="y", visible=False)
     ax.set_title("Mean absolute error by speaker")
     ax.set_xlabel("|predicted - true|")
-    ax.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.55 / (1.6 + 0.24 * len(rows))))
+    _legend(ax)
 
 
 def _clip(text: str, length: int = 20) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def _order(name: str) -> tuple[int, str]:
-    return (CONDITIONS.index(name), "") if name in CONDITIONS else (len(CONDITIONS), name)

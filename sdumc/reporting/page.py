@@ -16,7 +16,7 @@ from sdumc.reporting.figures import DARK, LIGHT, Figure, render, speaker_errors
 from sdumc.reporting.results import recovered_sentence
 from sdumc.reporting.summary import MEASURE_NAMES, Summary, format_value, spread
 
-WORST = 8  # utterances shown per condition
+WORST = 9  # utterances shown per condition
 WORST_CONDITIONS = ("missing", "full")
 SPEAKER_ROWS = 60
 
@@ -107,7 +107,7 @@ def worst_utterances(test_set: TestSet, condition: str, count: int = WORST) -> l
                 utterance=utt,
                 speaker=test_set.speakers.get(utt, ""),
                 label=float(test_set.labels[i]),
-                predictions=[(n, float(c.predictions[:, i].mean())) for n, c in test_set.conditions.items()],
+                predictions=[(n, float(c.predictions[:, i].mean())) for n, c in test_set.shown.items()],
                 error=float(error[i]),
                 texts=[(headings[k], t.get(utt, "")) for k, t in test_set.texts.items()],
                 status=test_set.status.get(utt, ""),
@@ -140,7 +140,7 @@ def scale(worst: Worst) -> Markup:
 def _tiles(test_set: TestSet) -> list[tuple[str, str, str]]:
     """Condition, what it is, MAE with its spread."""
     tiles = []
-    for name, condition in test_set.conditions.items():
+    for name, condition in test_set.shown.items():
         mae = spread([s["mae"] for s in condition.scores])
         tiles.append((name, CONDITION_NAMES.get(name, ""), format_value("mae", *mae)))
     return tiles

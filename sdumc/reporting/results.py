@@ -58,6 +58,9 @@ def _set_part(summary: Summary, part: SetSummary) -> list[str]:
     lines = [f"* {'yes' if holds else 'NO'}: {text}" for holds, text in part.findings]
     lines.append(f"* {recovered_sentence(part)}")
     lines += [f"* {note}" for note in part.notes]
+    if part.penalties:
+        chosen = ", ".join(f"{name} {value:.3g}" for name, value in part.penalties.items())
+        lines.append(f"* Ridge penalties, by the condition with the same modalities: {chosen}.")
     return [*out, "\n".join(lines)]
 
 

@@ -64,6 +64,7 @@ class SetSummary:
     recovered: tuple[float, float | None]  # share of the gap between none and full; NaN where undefined
     findings: list[tuple[bool, str]]  # whether it holds, and what
     notes: list[str]
+    penalties: dict[str, float]  # of the ridge regression per condition
 
     def row(self, kind: str, condition: str) -> Row | None:
         return next((r for r in self.rows if r.kind == kind and r.condition == condition), None)
@@ -215,7 +216,7 @@ def _summarise_set(test_set: TestSet, runs: list[Run], ridges: dict, train: Dump
             continue
         measures = score(ridge(pooled_sets[test_set.name]), test_set.labels, first["rounding"])
         values = {m: (measures[m], None) for m in MEASURES}
-        rows.append(Row(f"ridge: {' + '.join(names)} (penalty {ridge.penalty:.3g})", "ridge", name, values))
+        rows.append(Row(f"ridge: {' + '.join(names)}", "ridge", name, values))
     if train is not None:
         median = float(np.median(list(train.labels.values())))
         measures = score(np.full(len(test_set.labels), median), test_set.labels, first["rounding"])
@@ -225,7 +226,8 @@ def _summarise_set(test_set: TestSet, runs: list[Run], ridges: dict, train: Dump
     for condition in test_set.conditions.values():
         for run, scores in zip(runs, condition.scores, strict=True):
             seen += [f"{condition.name}, seed {run.seed}: {note}" for note in scores["notes"]]
-    summary = SetSummary(test_set, rows, _recovered(test_set), [], notes + seen)
+    penalties = {row.condition: ridges[row.condition][1].penalty for row in rows if row.kind == "ridge"}
+    summary = SetSummary(test_set, rows, _recovered(test_set), [], notes + seen, penalties)
     summary.findings = _findings(summary)
     return summary
 
@@ -250,7 +252,7 @@ def _findings(summary: SetSummary) -> list[tuple[bool, str]]:
         values = [mae["model", c] for c in order]
         holds = all(a < b for a, b in itertools.pairwise(values))
         found.append((holds, f"MAE {' < '.join(order)}: " + ", ".join(f"{v:.3f}" for v in values)))
-    conditions = [r.condition for r in summary.rows if r.kind == "model"]
+    conditions = list(summary.test_set.shown)
     if ("median", "") in mae:
         worst = max(conditions, key=lambda c: mae["model", c])
         found.append(

@@ -1,0 +1,322 @@
+"""The report on a made-up recipe folder: its numbers, its files, and what it says when something is missing."""
+
+import html.parser
+import json
+import re
+import shutil
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+import pytest
+from report_tree import make_tree
+
+from sdumc.bin.report import common_title, main
+from sdumc.errors import UserError
+from sdumc.reporting import baselines, figures
+from sdumc.reporting.collect import media_links
+from sdumc.reporting.summary import format_value, spread
+
+ARGS = ["--exp-dirs", "exp/train_seed1", "exp/train_seed2", "--output-dir", "exp/report", "--results", "RESULTS.md"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("recipe")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        make_tree(Path("."), seeds=(1, 2))
+        main(ARGS)
+    return root
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_tree(Path("."), seeds=(1, 2), sizes={"train": 20, "valid": 8, "test": 10}, epochs=2)
+    return tmp_path
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Leave out the drawing where a test is about the words."""
+    monkeypatch.setattr(figures, "render", lambda *a, **k: b"png")
+    monkeypatch.setattr("sdumc.reporting.page.render", lambda *a, **k: b"png")
+
+
+def rows_of(markdown: str) -> dict[str, list[str]]:
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in markdown.splitlines() if line.startswith("|")]
+    return {row[0]: row[1:] for row in cells}
+
+
+def test_table_is_mean_and_spread_of_the_scores(made):
+    rows = rows_of((made / "RESULTS.md").read_text())
+    for condition, title in (("full", "full: real text"), ("none", "none: no text")):
+        mae, acc = (
+            [
+                json.loads((made / f"exp/train_seed{s}/decode_test/{condition}/score.json").read_text())[m]
+                for s in (1, 2)
+            ]
+            for m in ("mae", "acc7")
+        )
+        assert rows[title][0] == f"{np.mean(mae):.3f} ± {np.std(mae, ddof=1):.3f}"
+        assert rows[title][2] == f"{100 * np.mean(acc):.1f} ± {100 * np.std(acc, ddof=1):.1f}"
+
+
+def test_median_row_and_recovered_share(made):
+    text = (made / "RESULTS.md").read_text()
+    labels = {
+        s: np.array([float(v.split()[1]) for v in (made / f"dump/{s}/utt2label").read_text().splitlines()])
+        for s in ("train", "test")
+    }
+    median = np.median(labels["train"])
+    row = rows_of(text)[f"median of the train labels ({median:.2f})"]
+    assert row[0] == f"{np.abs(labels['test'] - median).mean():.3f}" and row[1] == "–"
+    mae = {
+        c: np.array(
+            [json.loads((made / f"exp/train_seed{s}/decode_test/{c}/score.json").read_text())["mae"] for s in (1, 2)]
+        )
+        for c in ("full", "missing", "none")
+    }
+    share = 100 * (mae["none"] - mae["missing"]) / (mae["none"] - mae["full"])
+    assert f"recovers {share.mean():.0f} ± {share.std(ddof=1):.0f}% of the gap" in text
+
+
+def test_results_state_what_they_rest_on(made):
+    text = (made / "RESULTS.md").read_text()
+    assert "40 utterances" in text and "over 2 seeds (1, 2)" in text and "chosen on `valid`" in text
+    assert "15 parameters" in text and "model.dim: 256" in text and "torch 2" in text
+    rows = rows_of(text)
+    for title in ("audio + text + video", "audio + text_sim + video", "audio + text_asr + video", "audio + video"):
+        assert f"ridge: {title}" in rows
+    assert float(rows["ridge: audio + text + video"][0]) < float(rows["ridge: audio + video"][0])
+    assert rows["test"]  # the last table with such a row
+    assert "| test | 40 | 18.7% | 38 | 1 | 0 | 1 | 1 | 24.3% |" in text
+    assert str(made) not in text
+
+
+def test_a_rerun_writes_the_same_files(made, monkeypatch):
+    monkeypatch.chdir(made)
+    paths = [p for p in [Path("RESULTS.md"), *Path("exp/report").rglob("*")] if p.is_file()]
+    assert len(paths) == 8
+    before = {p: p.read_bytes() for p in paths}
+    main(ARGS)
+    assert {p: p.read_bytes() for p in paths} == before
+
+
+class Page(html.parser.HTMLParser):
+    """Collects tags, and checks that they are closed in order."""
+
+    VOID = frozenset(("meta", "link", "img", "source", "line", "path", "circle"))
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.words = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, f"</{tag}> at {self.getpos()}"
+
+    def handle_data(self, data):
+        self.words += data
+
+    def all(self, *tags):
+        return [a for t, a in self.tags if t in tags]
+
+
+def test_page_is_whole_and_stands_alone(made):
+    text = (made / "exp/report/report.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    assert not page.all("script", "iframe", "object") and "http" not in re.sub(r"data:[^\"]+", "", text)
+    for image in page.all("img"):
+        assert image["src"].startswith("data:image/png;base64,") and image["alt"]
+    assert len(page.all("img")) == len(page.all("source")) >= 4 + 2 + 4 + 3 + 1 + 3
+    ids = {a["id"] for _, a in page.tags if "id" in a}
+    for link in page.all("a"):
+        assert not link["href"].startswith("#") or link["href"][1:] in ids
+    assert "prefers-color-scheme: dark" in text and "@media print" in text and "width=device-width" in text
+
+
+def test_page_shows_words_as_words_and_links_to_media(made):
+    page = Page((made / "exp/report/report.html").read_text())
+    assert not page.all("b", "script") or "then" in page.words
+    assert "<b>& then</b>" in page.words  # the transcript's own characters, not markup
+    videos = page.all("video")
+    assert len(videos) == 18
+    for video in videos:
+        target = (made / "exp/report" / unquote(urlsplit(video["src"]).path)).resolve()
+        assert target.parent == (made / "clips").resolve()
+
+
+def test_figures_are_written(made):
+    names = {p.name for p in (made / "exp/report/images").iterdir()}
+    assert names == {
+        "training_curves.png",
+        "test_predicted_vs_true.png",
+        "test_error_by_label.png",
+        "test_similarity.png",
+        "test_query_attention.png",
+        "test_error_by_speaker.png",
+    }
+    for name in names:
+        assert (made / "exp/report/images" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_seed_and_no_extras(tree, quick):
+    """A dump made elsewhere: no data directory, no text, no quality, no saved model."""
+    shutil.rmtree("data")
+    for path in Path("dump").rglob("*"):
+        if (path.name.startswith("text") and path.is_file()) or path.name in ("utt2spk",):
+            path.unlink()
+    Path("exp/train_seed1/model.valid-best.safetensors").unlink()
+    shutil.rmtree("exp/train_seed1/decode_test/none")
+    main(["--exp-dirs", "exp/train_seed1", "--output-dir", "exp/report"])
+    text = Path("exp/report/RESULTS.md").read_text()
+    assert "One run, seed 1: no spread." in text and "±" not in text
+    assert "undefined here" in text and "unknown parameters" in text and "ridge: audio + video" in text
+    page = Page(Path("exp/report/report.html").read_text())
+    assert "No players" in page.words and "No errors by speaker" in page.words
+    assert not page.all("video", "audio")
+
+
+def test_without_dump_there_are_no_baselines_but_a_note(tree, quick):
+    shutil.rmtree("dump/valid")
+    main(ARGS)
+    text = Path("RESULTS.md").read_text()
+    assert "No baselines: dump lacks train or valid" in text and "ridge:" not in text
+
+
+def test_other_conditions_get_rows_but_no_claims(tree, quick):
+    for seed in (1, 2):
+        folder = Path(f"exp/train_seed{seed}/decode_test")
+        shutil.copytree(folder / "none", folder / "audio")
+        shutil.copytree(folder / "none", folder / "zebra")
+    main(ARGS)
+    rows = rows_of(Path("RESULTS.md").read_text())
+    order = list(rows)
+    assert order.index("none: no text") < order.index("audio: nothing else") < order.index("zebra")
+    assert "at worst" in Path("RESULTS.md").read_text()
+
+
+def refused(*changes) -> str:
+    with pytest.raises(UserError) as e:
+        main([*ARGS, *changes])
+    return str(e.value)
+
+
+def test_missing_pieces_name_what_to_run(tree, quick):
+    decoded = Path("exp/train_seed2/decode_test")
+    shutil.move(decoded / "asr", "asr")
+    message = refused()
+    assert "decode_test/asr: not decoded" in message and "sdumc.bin.decode --exp-dir exp/train_seed2" in message
+    shutil.move("asr", decoded / "asr")
+
+    (decoded / "full/score.json").rename("score.json")
+    assert "sdumc.bin.score --predictions exp/train_seed2/decode_test/full/predictions.tsv" in refused()
+    Path("score.json").rename(decoded / "full/score.json")
+
+    (decoded / "full/internals.npz").rename("internals.npz")
+    assert "internals.npz: not there; decode" in refused()
+    Path("internals.npz").rename(decoded / "full/internals.npz")
+
+    Path("exp/train_seed2/metrics.jsonl").rename("metrics.jsonl")
+    assert "metrics.jsonl: cannot be read" in refused() and "stage 4" in refused()
+    Path("metrics.jsonl").rename("exp/train_seed2/metrics.jsonl")
+
+    assert "no condition was decoded" in refused("--test-sets", "valid")
+    assert "no such experiment folder" in refused("--exp-dirs", "exp/train_seed9")
+    assert not Path("RESULTS.md").exists()
+    main(ARGS)
+
+
+def test_what_does_not_belong_together_is_refused(tree, quick):
+    folder = Path("exp/train_seed1/decode_test/full")
+    kept = (folder / "predictions.tsv").read_text()
+    lines = kept.splitlines(keepends=True)
+    (folder / "predictions.tsv").write_text("".join([lines[0], *lines[2:]]))
+    assert "score.json: not the score of" in refused()
+    (folder / "predictions.tsv").write_text(
+        kept.replace("\t", "\t1", 3).replace("utt_id\t1prediction\t1", "utt_id\tprediction\t")
+    )
+    assert "score.json: not the score of" in refused()
+    (folder / "predictions.tsv").write_text(kept)
+
+    score = json.loads((folder / "score.json").read_text())
+    (folder / "score.json").write_text(json.dumps({k: v for k, v in score.items() if k != "acc5"}))
+    assert "not a score file" in refused()
+    (folder / "score.json").write_text(json.dumps(score))
+
+    (folder / "internals.npz").write_bytes((folder / "internals.npz").read_bytes()[:300])
+    assert "internals.npz: cannot be read" in refused()
+    shutil.copy(folder.parent / "missing/internals.npz", folder / "internals.npz")
+
+    shutil.copytree("exp/train_seed1", "exp/again")
+    assert "both seed 1" in refused("--exp-dirs", "exp/train_seed1", "exp/again")
+
+    Path("exp/train_seed1/model.valid-best.safetensors").write_bytes(b"123")
+    assert "safetensors" in refused()
+
+
+def test_ridge_equals_the_normal_equations():
+    from sklearn.linear_model import Ridge
+
+    rng = np.random.default_rng(0)
+    for n, d in ((50, 8), (12, 30)):  # the second goes by way of the smaller matrix
+        x = rng.normal(size=(n, d))
+        x -= x.mean(axis=0)
+        y = x[:, 0] + rng.normal(size=n) + 2
+        weights, intercept = baselines.ridge_path(x, y, [0.1, 10.0])
+        for w, penalty in zip(weights, (0.1, 10.0), strict=True):
+            model = Ridge(alpha=penalty).fit(x, y)
+            np.testing.assert_allclose(w, model.coef_, atol=1e-8)
+            assert intercept == pytest.approx(model.intercept_)
+
+
+def test_ridge_chooses_on_valid_and_stands_constant_and_absent_columns():
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(40, 5))
+    x[:, 2] = 7.0
+    y = 0.5 * x[:, 0]
+    train, valid = x[:30].copy(), x[30:]
+    train[3] = np.nan  # this utterance has no such modality
+    ridge = baselines.fit_ridge([train], y[:30], [valid], y[30:])
+    assert ridge.penalty < 1  # no noise, so hardly any penalty
+    errors = []
+    for penalty in baselines.PENALTIES:
+        weights, b = baselines.ridge_path(ridge.standardisers[0](train), y[:30], [penalty])
+        errors.append(np.abs(ridge.standardisers[0](valid) @ weights[0] + b - y[30:]).mean())
+    assert np.abs(ridge([valid]) - y[30:]).mean() == pytest.approx(min(errors))
+
+
+def test_spread_and_format():
+    assert spread([1.0]) == (1.0, None)
+    assert spread([1.0, 3.0]) == (2.0, pytest.approx(2**0.5))
+    assert format_value("mae", 0.5, 0.01) == "0.500 ± 0.010"
+    assert format_value("acc7", 0.5, None) == "50.0"
+    assert format_value("corr", float("nan"), None) == "–"
+
+
+def test_media_links(tmp_path):
+    data = tmp_path / "data/test"
+    data.mkdir(parents=True)
+    (data / "wav.scp").write_text(f"rec {tmp_path}/a b/rec#1.wav\n")
+    (data / "segments").write_text("rec-1 rec 0.5 2.25\nrec-2 rec 2.25 4\n")
+    links = media_links(data, ["rec-1", "rec-2", "rec-3"], tmp_path / "exp/report")
+    assert links["rec-1"].href == "../../a%20b/rec%231.wav#t=0.5,2.25" and links["rec-1"].kind == "audio"
+    assert set(links) == {"rec-1", "rec-2"}
+
+
+def test_title():
+    assert common_title(["train_seed1", "train_seed2"]) == "train"
+    assert common_title(["a", "b_seed1"]) == "a, b_seed1"
