@@ -26,11 +26,12 @@ die() {
 stamp=.sdumc-env
 fingerprint="$(cksum <"${root}/setup.py") ${root}"
 
+python_version() { "$1" -c 'import sys; print(*sys.version_info[:2])' 2>/dev/null; }
 complete() {
   local prefix=$1 made_for has extra
   [[ -f ${prefix}/${stamp} && ! -f ${prefix}/.sdumc-installing && -x ${prefix}/bin/python3 ]] || return 1
   { IFS= read -r made_for && IFS= read -r has; } <"${prefix}/${stamp}" || return 1
-  [[ ${made_for} == "${fingerprint} $("${prefix}/bin/python3" -c 'import sys; print(*sys.version_info[:2])' 2>/dev/null)" ]] || return 1
+  [[ ${made_for} == "${fingerprint} $(python_version "${prefix}/bin/python3")" ]] || return 1
   for extra in ${extras//,/ }; do
     [[ ",${has}," == *",${extra},"* || ",${has}," == *,all,* ]] || return 1
   done
@@ -144,7 +145,9 @@ install() {
 cpu_index=https://download.pytorch.org/whl/cpu
 torch_build() {
   case ${torch} in
-    auto) if [[ -e /proc/driver/nvidia/version ]] || command -v nvidia-smi >/dev/null; then echo cuda; else echo cpu; fi ;;
+    auto)
+      if [[ -e /proc/driver/nvidia/version ]] || command -v nvidia-smi >/dev/null; then echo cuda; else echo cpu; fi
+      ;;
     *) echo "${torch}" ;;
   esac
 }
@@ -163,7 +166,7 @@ else
     install "$("${py}" "${root}/tools/check_install.py" --requirement torch)" --extra-index-url "${cpu_index}" ||
       die "torch could not be installed; see above"
   fi
-  install -e "${root}[${extras}]" || die "pip failed, see above (all of it is in ${log}); call this script again to go on"
+  install -e "${root}[${extras}]" || die "pip failed, see above; call this script again to go on"
   "${py}" -c 'import torch, transformers, soundfile, av, kaldiio' ||
     die "the packages are installed, but cannot be imported; see above"
   rm -f "${prefix}/.sdumc-installing"
@@ -175,11 +178,12 @@ if [[ -f ${prefix}/${stamp} ]] && [[ $(sed -n 1p "${prefix}/${stamp}") == "${fin
   known=$(sed -n 2p "${prefix}/${stamp}"),${extras}
 fi
 {
-  echo "${fingerprint} $("${py}" -c 'import sys; print(*sys.version_info[:2])')"
+  echo "${fingerprint} $(python_version "${py}")"
   echo "${known}"
 } >"${prefix}/${stamp}.tmp" 2>/dev/null && mv "${prefix}/${stamp}.tmp" "${prefix}/${stamp}" ||
   echo "setup_env.sh: note: ${prefix} cannot be written to; it will be checked again next time"
-echo "setup_env.sh: ${prefix} is complete: $("${py}" --version), torch $("${py}" -c 'from importlib.metadata import version; print(version("torch"))')"
+torch_version=$("${py}" -c 'from importlib.metadata import version; print(version("torch"))')
+echo "setup_env.sh: ${prefix} is complete: $("${py}" --version), torch ${torch_version}"
 if [[ ${prefix} != "${venv}" ]]; then
   echo "setup_env.sh: (this is the environment that was active)"
 fi

@@ -7,7 +7,8 @@
 #     . utils/parse_options.sh
 #
 # Every line `name=default  #: help` of the sourcing script declares an option, and nothing else is one: no other
-# variable of the shell can be set from outside. `--name value` and `--name=value` are the same, dashes and underscores too.
+# variable of the shell can be set from outside. `--name value` and `--name=value` are the same, dashes and underscores
+# too.
 # An option whose default is true or false is a flag: `--force`, `--force true` and `--force=true` mean the same.
 # Values are assigned as they are; none is ever evaluated. A value that begins with `--` needs the form with `=`.
 # The last of several settings wins. Options end at `--` or at the first word that does not begin with a dash;
@@ -116,7 +117,7 @@ while (($# > 0)); do
   elif (($# < 2)); then
     _po_die "option '${_po_word}' needs a value"
   elif [[ $2 == --* ]]; then
-    _po_die "option '${_po_word}' needs a value, but the next word is '$2'; a value that begins with -- is written ${_po_word}=VALUE"
+    _po_die "option '${_po_word}' needs a value, but '$2' follows (if that is the value, write ${_po_word}=$2)"
   else
     _po_value=$2
     shift 2

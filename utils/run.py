@@ -6,9 +6,10 @@ reach the command as they are: no shell reads them. Each job's output goes to it
 start) and a last line (end, exit code, seconds, peak memory of its largest process). When a job fails the others are
 stopped, the failed log's name and last lines are shown, and the exit code is that job's. Ctrl-C stops all jobs.
 
-  --gpu N           give each job N of this machine's GPUs by CUDA_VISIBLE_DEVICES; no effect where there is none
-  --num-threads N   OMP_NUM_THREADS of each job; by default the cores divided by the jobs that run at once
-  --max-jobs-run N  jobs at once; by default as many as the GPUs allow, or cores / threads
+  --gpu N             give each job N of this machine's GPUs by CUDA_VISIBLE_DEVICES; no effect where there is none
+  --num-threads N     OMP_NUM_THREADS of each job; by default the cores divided by the jobs that run at once
+  --tasks-per-node N  processes that COMMAND itself starts (torchrun's ranks): they share the cores
+  --max-jobs-run N    jobs at once; by default as many as the GPUs allow, or cores / threads
   --mem --time --num-nodes --partition ... are for slurm.py; they are accepted and not used here
 """
 
@@ -52,7 +53,8 @@ def run(spec: jobs.Spec) -> int:
     if threads:
         env["OMP_NUM_THREADS"] = str(threads)
     else:
-        env.setdefault("OMP_NUM_THREADS", str(max(1, jobs.cores() // limit)))
+        processes = limit * max(1, spec.number("tasks_per_node", 1))
+        env.setdefault("OMP_NUM_THREADS", str(max(1, jobs.cores() // processes)))
 
     jobs.watch_signals()
     todo = list(spec.indices)

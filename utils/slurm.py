@@ -51,6 +51,8 @@ def run_task(spec_file: str) -> int:
     if threads:
         env["OMP_NUM_THREADS"] = str(threads)
     env.setdefault("OMP_NUM_THREADS", "1")
+    if "SLURM_CPUS_PER_TASK" in env:  # srun within a job does not take it over by itself
+        env.setdefault("SRUN_CPUS_PER_TASK", env["SLURM_CPUS_PER_TASK"])
     again = int(env.get("SLURM_RESTART_COUNT", 0)) > 0  # a requeued task adds to its log
     jobs.watch_signals()
     try:

@@ -2,13 +2,14 @@
 """Run a step of a recipe unless it is up to date.
 
     step.py --name NAME [--inputs F...] [--optional-inputs F...] [--settings F...] [--outputs F...] [--stale F...]
-            [--ignore NAME...] [--force] [--state-dir .done] -- [RUNNER... --] COMMAND... [--then COMMAND...]
+            [--ignore NAME...] [--force] [--state-dir .done]
+            -- [RUNNER... --] COMMAND... [--then [RUNNER... --] COMMAND...]...
 
 A step is up to date when all its outputs exist and neither its commands nor its inputs have changed since it last
-succeeded. Inputs, optional inputs and settings are files, folders or patterns in quotes ('dump/train/*.scp'), compared
-by size and time; all but the optional ones have to exist. RUNNER is what stands before the first command (a job runner
-with its options and log, torchrun): it is no part of the comparison. Nor are the options named by --ignore (without
-their dashes) with the word after each, for what does not change the result: `--ignore device` for `--device cuda`.
+succeeded. Inputs, optional inputs and settings are files, folders or quoted patterns ('dump/train/*.scp'), compared by
+size and time; all but the optional ones have to exist. RUNNER is what stands before a command (a job runner with its
+options and log, torchrun): it is no part of the comparison. Nor are the options named by --ignore (without their
+dashes) with the word after each, for what does not change the result: `--ignore device` for `--device cuda`.
 
 The commands run one after the other until one fails. One whose work was cut short is expected to go on where it
 stopped, so nothing is deleted between two attempts; but when an input has changed, or with --force, what `--stale`
@@ -37,8 +38,8 @@ def fail(message: str) -> None:
     sys.exit(2)
 
 
-def parse(argv: list[str]) -> tuple[dict, list[str], list[list[str]]]:
-    """Split the command line into options, the runner's words, and the commands."""
+def parse(argv: list[str]) -> tuple[dict, list[tuple[list[str], list[str]]]]:
+    """Split the command line into options and commands, each of these into its runner's words and its own."""
     options: dict = {name: [] for name in LISTS} | {"--name": "", "--state-dir": ".done", "--force": False}
     words = list(argv)
     target: list[str] | None = None
@@ -58,20 +59,24 @@ def parse(argv: list[str]) -> tuple[dict, list[str], list[list[str]]]:
             fail(f"unexpected word {word!r}; the command comes after --")
         elif word:
             target.append(word)
-    words = words[1:]
-    runner: list[str] = []
-    if "--" in words:
-        cut = words.index("--")
-        runner, words = words[:cut], words[cut + 1 :]
-    commands: list[list[str]] = [[]]
+    commands = []
+    for segment in split(words[1:], "--then"):
+        runner, *rest = split(segment, "--", 1)
+        commands.append((runner, rest[0]) if rest else ([], runner))
+    if not options["--name"] or not all(command for _, command in commands):
+        fail("usage: step.py --name NAME [options] -- [RUNNER... --] COMMAND... [--then [RUNNER... --] COMMAND...]...")
+    return options, commands
+
+
+def split(words: list[str], separator: str, at_most: int = -1) -> list[list[str]]:
+    """Like str.split, for a list of words."""
+    parts: list[list[str]] = [[]]
     for word in words:
-        if word == "--then":
-            commands.append([])
+        if word == separator and at_most != len(parts) - 1:
+            parts.append([])
         else:
-            commands[-1].append(word)
-    if not options["--name"] or not all(commands):
-        fail("usage: step.py --name NAME [options] -- [RUNNER... --] COMMAND... [--then COMMAND...]")
-    return options, runner, commands
+            parts[-1].append(word)
+    return parts
 
 
 def stamp(path: str) -> list[list]:
@@ -204,7 +209,7 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("--help", "-h"):
         print(__doc__.strip())
         return 0 if argv else 2
-    options, runner, commands = parse(argv)
+    options, commands = parse(argv)
     name, outputs = options["--name"], options["--outputs"]
     folder = options["--state-dir"]
     # The first output tells apart steps of the same name in other folders.
@@ -214,7 +219,7 @@ def main(argv: list[str]) -> int:
     def signature() -> dict:
         inputs = stamps(options["--inputs"], needed_by=name) + stamps(options["--optional-inputs"])
         return {
-            "commands": [without_ignored(c, options["--ignore"]) for c in commands],
+            "commands": [without_ignored(command, options["--ignore"]) for _, command in commands],
             "inputs": inputs,
             "settings": stamps(options["--settings"], needed_by=name),
         }
@@ -247,8 +252,8 @@ def main(argv: list[str]) -> int:
     if os.path.exists(done_file):  # what it vouched for is about to change
         os.unlink(done_file)
     start = time.monotonic()
-    for i, command in enumerate(commands):
-        code = run(runner + command if i == 0 else command)
+    for runner, command in commands:
+        code = run(runner + command)
         if code != 0:
             print(f"failed   {name} after {time.monotonic() - start:.1f} s", flush=True)
             return code
