@@ -48,15 +48,16 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write ``value`` as indented JSON to ``path`` atomically; NaN is written as null, as JSON has none."""
     with atomic_write(path) as f:
-        json.dump(_plain(value), f, indent=2, ensure_ascii=False)
+        json.dump(json_ready(value), f, indent=2, ensure_ascii=False)
         f.write("\n")
 
 
-def _plain(value: Any) -> Any:
+def json_ready(value: Any) -> Any:
+    """The same plain value with None for NaN, which JSON does not have."""
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: json_ready(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [json_ready(v) for v in value]
     if isinstance(value, float) and value != value:
         return None
     return value

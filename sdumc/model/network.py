@@ -79,24 +79,18 @@ class SDUMC(nn.Module):
         dims = dict(zip(MODALITIES, (c.audio_dim, c.text_dim, c.video_dim), strict=True))
         self.available = tuple(m for m in MODALITIES if dims[m] > 0)
         self.frame_projection = nn.ModuleDict({m: nn.Linear(dims[m], c.dim) for m in self.available})
-        self.pooling = nn.ModuleDict(
-            {m: AttentivePooling(c.dim, c.scale, c.attention_dropout) for m in self.available}
-        )
+        self.pooling = nn.ModuleDict({m: AttentivePooling(c.dim, c.scale, c.attention_dropout) for m in self.available})
         self.utterance_mlp = nn.ModuleDict({m: mlp(c.dim, (c.dim, c.dim), c.dropout) for m in self.available})
         if c.imagination in ("both", "utterance"):
             self.imagine_utterance = Imagination(c.dim, c.dim // 2)
         self.modality_weight_mlp = mlp(3 * c.dim, (c.dim, c.dim), c.dropout)
         self.modality_weight = nn.Linear(c.dim, 3)
         if c.fusion == "umca":
-            self.query_mlp = nn.Sequential(
-                PerQueryLinear(len(QUERIES), c.dim, c.dim), nn.ReLU(), nn.Dropout(c.dropout)
-            )
+            self.query_mlp = nn.Sequential(PerQueryLinear(len(QUERIES), c.dim, c.dim), nn.ReLU(), nn.Dropout(c.dropout))
             self.cross_attention = nn.ModuleDict(
                 {m: CrossAttention(c.dim, c.scale, c.attention_dropout) for m in self.available}
             )
-            self.content_mlp = nn.ModuleDict(
-                {m: mlp(c.dim, (c.dim, c.content_dim), c.dropout) for m in self.available}
-            )
+            self.content_mlp = nn.ModuleDict({m: mlp(c.dim, (c.dim, c.content_dim), c.dropout) for m in self.available})
             if c.imagination in ("both", "content"):
                 self.imagine_content = Imagination(c.content_dim, c.content_dim // 2)
             self.query_weight_mlp = mlp(len(QUERIES) * c.content_dim, (c.dim, c.content_dim), c.dropout)
@@ -212,7 +206,7 @@ class SDUMC(nn.Module):
         """
         device = next(iter(features.values())).device
         nobody = torch.zeros(len(flows) * size, dtype=torch.bool, device=device)
-        hidden, mask, present = {}, {}, {m: nobody for m in MODALITIES}
+        hidden, mask, present = {}, {}, dict.fromkeys(MODALITIES, nobody)
         for m in ("audio", "video"):
             if m in features:
                 hidden[m] = self.frame_projection[m](features[m])

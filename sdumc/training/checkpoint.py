@@ -68,7 +68,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         with atomic_write(path, "wb") as f:
             torch.save(state, f)
     except (OSError, RuntimeError) as e:
-        raise UserError(f"{path}: could not be saved ({e}); the previous checkpoint is kept. Free space, run again") from e
+        raise UserError(f"{path}: could not be saved ({e}); the previous checkpoint is kept. Free space, go on") from e
 
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:

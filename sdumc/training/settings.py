@@ -72,7 +72,9 @@ def get_parser() -> Parser:
 
     g = parser.add_argument_group("model")
     for m in ("audio", "text", "video"):
-        g.add_argument(f"--{m}-dim", type=_at_least(0, int), default=0, help=f"{m} features a frame (0: as in the dump)")
+        g.add_argument(
+            f"--{m}-dim", type=_at_least(0, int), default=0, help=f"{m} features a frame (0: as in the dump)"
+        )
     g.add_argument("--dim", type=_at_least(2, int), default=256, help="width d of everything before the content")
     g.add_argument("--content-dim", type=_at_least(2, int), default=128, help="width e of the attended content")
     g.add_argument("--dropout", type=_at_least(0, below=1), default=0.3, help="in the perceptrons")
@@ -116,7 +118,9 @@ def get_parser() -> Parser:
 
     g = parser.add_argument_group("running")
     g.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    g.add_argument("--save-every", type=_at_least(0, int), default=200, help="steps between checkpoints inside an epoch")
+    g.add_argument(
+        "--save-every", type=_at_least(0, int), default=200, help="steps between checkpoints inside an epoch"
+    )
     g.add_argument("--dry-run", action="store_true", help="check the settings, build the model, do one step, stop")
     return parser
 

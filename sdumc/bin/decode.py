@@ -1,0 +1,75 @@
+"""Predict sentiment with a trained model under one or more conditions.
+
+full      audio, real text, video            missing   audio, simulated text, video
+asr       audio, recognised text, video      none      audio and video, no text
+and every subset of the true modalities: audio, text, video, audio+text, audio+video, text+video.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sdumc.cli import Parser, log, run, setup_logging
+
+
+def get_parser() -> Parser:
+    """Options of decoding."""
+    from sdumc.scoring.decoding import CONDITIONS
+
+    parser = Parser(__doc__ or "")
+    g = parser.add_argument_group("input and output")
+    g.add_argument("--exp-dir", required=True, metavar="DIR", help="folder that training wrote")
+    g.add_argument("--data-dir", required=True, metavar="DIR", help="dump folder to score")
+    g.add_argument("--condition", required=True, nargs="+", choices=tuple(CONDITIONS), metavar="NAME", help="see above")
+    g.add_argument(
+        "--output-dir",
+        required=True,
+        metavar="DIR",
+        help="gets predictions.tsv and internals.npz; with several conditions, DIR/<condition>/ does",
+    )
+    g.add_argument(
+        "--checkpoint", choices=("valid-best", "averaged"), default="valid-best", help="both were chosen on valid"
+    )
+    g = parser.add_argument_group("running")
+    g.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    g.add_argument("--batch-size", type=int, default=64, help="utterances at once; no effect on predictions")
+    g.add_argument("--num-workers", type=int, default=0, help="processes that read features")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = get_parser().parse_args(argv)
+    setup_logging(args.verbose)
+    import torch
+
+    from sdumc.scoring.decoding import CONDITIONS, decode, inputs_for, load_for, write_decoded
+    from sdumc.training.experiment import load_model
+
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    model = load_model(Path(args.exp_dir), args.checkpoint).to(device)
+    dump = load_for(Path(args.data_dir), args.condition)
+    for condition in args.condition:
+        if condition == "missing" and "text_sim" not in inputs_for(condition, dump):
+            log.warning("%s has no text_sim: missing means the same as none here", args.data_dir)
+        unheard = [
+            utt
+            for utt in dump.utterances
+            if not any(utt in dump.features[f].entries for f in inputs_for(condition, dump).values())
+        ]
+        if unheard:
+            log.warning(
+                "%d utterances have none of the modalities of condition %s, the first: %s; their predictions say "
+                "nothing of them",
+                len(unheard),
+                condition,
+                unheard[0],
+            )
+        decoded = decode(model, dump, condition, device, batch_size=args.batch_size, num_workers=args.num_workers)
+        folder = Path(args.output_dir) / (condition if len(args.condition) > 1 else "")
+        write_decoded(decoded, folder)
+        log.info("%s: %d utterances (%s) -> %s", condition, len(decoded.ids), CONDITIONS[condition].meaning, folder)
+
+
+if __name__ == "__main__":
+    run(main)

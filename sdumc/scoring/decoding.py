@@ -1,0 +1,182 @@
+"""Predictions of a trained model under a condition: which modalities, and which text, it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from sdumc.data.atomic import atomic_write
+from sdumc.data.dataset import Batch, UtteranceDataset, collate
+from sdumc.data.dump import Dump, load_dump
+from sdumc.data.sampler import GlobalBatchSampler
+from sdumc.errors import UserError
+from sdumc.model.network import COMPLETE, MISSING, SDUMC
+
+# Decoding holds no gradients, so a batch may be larger than in training; these frames are some 200 MB of features.
+_BATCH_FRAMES = 50_000
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a model is given: dump features by the network's input names, and the flow they go through."""
+
+    inputs: dict[str, str]
+    flow: str
+    meaning: str
+
+
+def _condition(meaning: str, text: str | None = None, audio: bool = True, video: bool = True) -> Condition:
+    inputs = {"audio": "audio"} if audio else {}
+    if text:
+        # An ASR transcript is encoded like real text and read as such; only simulated text takes the missing flow.
+        inputs["text_sim" if text == "text_sim" else "text"] = text
+    if video:
+        inputs["video"] = "video"
+    return Condition(inputs, COMPLETE if text in ("text", "text_asr") else MISSING, meaning)
+
+
+CONDITIONS = {
+    "full": _condition("audio, real text, video", "text"),
+    "missing": _condition("audio, simulated text, video", "text_sim"),
+    "asr": _condition("audio, recognised text, video", "text_asr"),
+    "none": _condition("audio and video, no text"),
+    "audio": _condition("audio only", video=False),
+    "text": _condition("real text only", "text", audio=False, video=False),
+    "video": _condition("video only", audio=False),
+    "audio+text": _condition("audio and real text", "text", video=False),
+    "audio+video": _condition("audio and video: the same as none"),
+    "text+video": _condition("real text and video", "text", audio=False),
+}
+MAIN_CONDITIONS = ("full", "missing", "asr", "none")
+
+
+def inputs_for(condition: str, dump: Dump) -> dict[str, str]:
+    """Dump features to read under a condition, by network input name.
+
+    ``missing`` without simulated text in the dump means the same as ``none``.
+
+    Raises:
+        UserError: the dump lacks a feature that the condition is about, or has none of its modalities.
+    """
+    wanted = CONDITIONS[condition].inputs
+    found = {name: feature for name, feature in wanted.items() if feature in dump.features}
+    if "text" in wanted and "text" not in found:
+        raise UserError(
+            f"{dump.path / (wanted['text'] + '.scp')}: missing, but condition {condition} needs it; run stage 3, or "
+            "decode another condition"
+        )
+    if not found:
+        raise UserError(f"{dump.path}: has none of {', '.join(wanted.values())}, which condition {condition} needs")
+    return found
+
+
+@dataclass
+class Decoded:
+    """What a model says of N utterances in the order of ``ids``; see the network for the arrays beside predictions."""
+
+    ids: list[str]
+    prediction: np.ndarray  # (N,)
+    label: np.ndarray  # (N,) NaN where there is none
+    utterance_feature: np.ndarray  # (N, e)
+    text_feature: np.ndarray  # (N, d)
+    modality_weights: np.ndarray  # (N, 3)
+    query_weights: np.ndarray | None  # (N, 7)
+
+
+def run_batch(model: SDUMC, batch: Batch, inputs: dict[str, str], flow: str, **options):
+    """Score one batch, given as dump features, in one flow: a :class:`sdumc.model.network.FlowOutput`."""
+    features = {name: batch.features[feature] for name, feature in inputs.items()}
+    lengths = {name: batch.lengths[feature] for name, feature in inputs.items()}
+    return model(features, lengths, flows=(flow,), **options)[flow]
+
+
+@torch.inference_mode()
+def decode(
+    model: SDUMC,
+    dump: Dump,
+    condition: str,
+    device: torch.device | str = "cpu",
+    share: tuple[int, int] = (0, 1),
+    batch_size: int = 64,
+    num_workers: int = 0,
+) -> Decoded:
+    """Score a set, each utterance once.
+
+    Args:
+        share: (r, n): only the r-th of n disjoint parts, so that n ranks together score the whole set.
+
+    Raises:
+        UserError: see :func:`inputs_for` and :class:`sdumc.data.dataset.UtteranceDataset`.
+    """
+    inputs, flow = inputs_for(condition, dump), CONDITIONS[condition].flow
+    dataset = UtteranceDataset(dump, sorted(inputs.values()))
+    rank, ranks = share
+    sampler = GlobalBatchSampler(
+        dataset.frames, batch_size * ranks, _BATCH_FRAMES * ranks, shuffle=False, world_size=ranks, rank=rank
+    )
+    was_training = model.training
+    model.eval()
+    ids: list[str] = []
+    parts: dict[str, list[torch.Tensor]] = {}
+    for batch in DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=num_workers):
+        if not len(batch):
+            continue
+        output = run_batch(model, batch.to(device), inputs, flow)
+        ids += batch.ids
+        for name, value in (
+            ("prediction", output.prediction),
+            ("label", batch.labels),
+            ("utterance_feature", output.utterance),
+            ("text_feature", output.text_feature),
+            ("modality_weights", output.modality_weights),
+            ("query_weights", output.query_weights),
+        ):
+            if value is not None:
+                parts.setdefault(name, []).append(value.float().cpu())
+    model.train(was_training)
+    order = sorted(range(len(ids)), key=ids.__getitem__)
+    arrays = {name: torch.cat(rows).numpy()[order] for name, rows in parts.items()}
+    empty = np.zeros(0, np.float32)
+    return Decoded(
+        ids=[ids[i] for i in order],
+        prediction=arrays.get("prediction", empty),
+        label=arrays.get("label", empty),
+        utterance_feature=arrays.get("utterance_feature", empty),
+        text_feature=arrays.get("text_feature", empty),
+        modality_weights=arrays.get("modality_weights", empty),
+        query_weights=arrays.get("query_weights"),
+    )
+
+
+def write_decoded(decoded: Decoded, output_dir: Path) -> None:
+    """Write predictions.tsv and, for figures, internals.npz; the predictions last, as the sign that all is there."""
+    arrays = {
+        name: getattr(decoded, name)
+        for name in ("utterance_feature", "text_feature", "modality_weights", "query_weights")
+        if getattr(decoded, name) is not None
+    }
+    with atomic_write(output_dir / "internals.npz", "wb") as f:
+        np.savez(f, ids=np.array(decoded.ids), **arrays)
+    with atomic_write(output_dir / "predictions.tsv") as f:
+        f.write("utt_id\tprediction\tlabel\n")
+        for utt, p, y in zip(decoded.ids, decoded.prediction, decoded.label, strict=True):
+            f.write(f"{utt}\t{p:.6f}\t{_label(y)}\n")
+
+
+def _label(y: float) -> str:
+    return "" if np.isnan(y) else f"{y:.6g}"
+
+
+def features_needed(conditions: Iterable[str]) -> Sequence[str]:
+    """Dump features that any of the conditions reads."""
+    return sorted({feature for c in conditions for feature in CONDITIONS[c].inputs.values()})
+
+
+def load_for(data_dir: Path, conditions: Iterable[str]) -> Dump:
+    """Load the parts of a dump folder that the conditions read."""
+    return load_dump(data_dir, features_needed(conditions))
