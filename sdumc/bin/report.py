@@ -19,8 +19,8 @@ def get_parser() -> Parser:
     )
     group = parser.add_argument_group("what to report on")
     group.add_argument("--exp-dirs", nargs="+", required=True, metavar="DIR", help="experiment folders, one per seed")
-    group.add_argument("--train-set", default="train", metavar="SET", help="set that the runs were trained on")
-    group.add_argument("--valid-set", default="valid", metavar="SET", help="set that chose the epoch")
+    group.add_argument("--train-set", metavar="SET", help="set they were trained on; as recorded by default")
+    group.add_argument("--valid-set", metavar="SET", help="set that chose the epoch; as recorded by default")
     group.add_argument("--test-sets", nargs="+", default=["test"], metavar="SET", help="decoded sets, a table for each")
     group.add_argument("--title", help="heading; the name of the experiment folders without the seed by default")
     group = parser.add_argument_group("where things are")
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     setup_logging(args.verbose)
     from sdumc.data.atomic import write_text
-    from sdumc.reporting.collect import collect_runs, collect_set
+    from sdumc.reporting.collect import collect_runs, collect_set, used_set
     from sdumc.reporting.figures import set_figures, training_figures, write_figures
     from sdumc.reporting.page import page_html
     from sdumc.reporting.results import results_markdown
@@ -44,11 +44,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     output_dir, data_root, dump_root = Path(args.output_dir), Path(args.data_root), Path(args.dump_root)
     runs = collect_runs(args.exp_dirs)
+    train_set = used_set(runs, "train-dir", args.train_set, "train")
+    valid_set = used_set(runs, "valid-dir", args.valid_set, "valid")
     sets = [collect_set(runs, name, data_root, dump_root, output_dir) for name in dict.fromkeys(args.test_sets)]
     title = args.title or common_title([r.path.name for r in runs])
-    summary = summarise(title, runs, sets, args.train_set, args.valid_set, data_root, dump_root)
+    summary = summarise(title, runs, sets, train_set, valid_set, data_root, dump_root)
 
-    training = training_figures(runs, args.valid_set)
+    training = training_figures(runs, valid_set)
     by_set = {s.name: set_figures(s, runs) for s in sets}
     for path in write_figures([*training, *(f for figures in by_set.values() for f in figures)], output_dir / "images"):
         log.info("wrote %s", path)

@@ -124,6 +124,25 @@ def collect_runs(exp_dirs: Sequence[str | Path]) -> list[Run]:
     return runs
 
 
+def used_set(runs: Sequence[Run], key: str, given: str | None, default: str) -> str:
+    """The name of the set that the runs were trained on (``key`` = train-dir) or chosen by (valid-dir).
+
+    Raises:
+        UserError: it is not the one given, or the runs do not agree.
+    """
+    recorded = {Path(str(value)).name: run for run in runs if (value := run.config.get(key))}
+    if len(recorded) > 1:
+        raise UserError(
+            f"--exp-dirs: the runs differ in {key}: {', '.join(f'{r.path} has {n}' for n, r in recorded.items())}; "
+            "only runs that differ in their seed belong into one report"
+        )
+    for name, run in recorded.items():
+        if given not in (None, name):
+            raise UserError(f"{run.path}/config.yaml: {key} is {run.config[key]}, not the set {given} that was given")
+        return name
+    return given or default
+
+
 def read_history(path: Path) -> list[dict]:
     """Read ``metrics.jsonl``, one object an epoch; of an epoch written twice by a resumed run the last counts."""
     epochs: dict[int, dict] = {}

@@ -9,7 +9,9 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -179,7 +181,7 @@ def set_figures(test_set: TestSet, runs: Sequence[Run]) -> list[Figure]:
             f"{count}. The line is a perfect prediction; a flatter cloud means predictions drawn to the middle.",
             [
                 Panel(
-                    lambda ax, t, c=c: _draw_scatter(ax, t, test_set, c),
+                    partial(_draw_scatter, test_set=test_set, name=c),
                     f"predicted against true sentiment, {c}",
                     width=3.6,
                     height=3.7,
@@ -212,9 +214,10 @@ def _loss_terms(runs: Sequence[Run]) -> list[str]:
 
 def _curve(run: Run, *keys: str) -> tuple[np.ndarray, np.ndarray]:
     """Epochs and values of one entry of metrics.jsonl, e.g. ``valid, full, mae``."""
-    epochs, values = [], []
+    epochs: list[int] = []
+    values: list[float] = []
     for entry in run.history:
-        value = entry
+        value: Any = entry
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
         if isinstance(value, (int, float)):
@@ -387,7 +390,7 @@ def _similarity(test_set: TestSet, runs: Sequence[Run]) -> Figure | None:
             title = f"{what}, {'real' if name == 'full' else 'simulated'} text"
             panels.append(
                 Panel(
-                    lambda ax, t, m=matrix, low=low, title=title: _draw_matrix(ax, m, labels, low, title),
+                    partial(_draw_matrix, matrix=matrix, labels=labels, low=low, title=title),
                     f"cosine similarity matrix ordered by label: {title}",
                     width=4.3,
                     height=3.8,
@@ -412,7 +415,7 @@ def cosine_matrix(x: np.ndarray) -> np.ndarray:
     return x @ x.T
 
 
-def _draw_matrix(ax: Axes, matrix: np.ndarray, labels: np.ndarray, low: float, title: str) -> None:
+def _draw_matrix(ax: Axes, theme: Theme, matrix: np.ndarray, labels: np.ndarray, low: float, title: str) -> None:
     image = ax.imshow(matrix, vmin=low, vmax=1, cmap="cividis", interpolation="nearest")
     ax.grid(False)
     n = len(labels)
@@ -444,8 +447,13 @@ def _attention(test_set: TestSet, runs: Sequence[Run]) -> Figure | None:
         if all("query_weights" in c.internals[i] for c in test_set.shown.values()):
             panels.append(
                 Panel(
-                    lambda ax, t, i=i, run=run: _draw_weights(
-                        ax, t, test_set, i, "query_weights", QUERY_NAMES, f"Query weights, seed {run.seed}"
+                    partial(
+                        _draw_weights,
+                        test_set=test_set,
+                        run=i,
+                        key="query_weights",
+                        names=QUERY_NAMES,
+                        title=f"Query weights, seed {run.seed}",
                     ),
                     f"mean and spread of the weights over the seven queries, seed {run.seed}",
                 )

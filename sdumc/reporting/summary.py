@@ -127,6 +127,10 @@ def summarise(
             )
     ridges = _fit_ridges(dumps, train_set, valid_set, dump_root, notes)
     sets = [_summarise_set(s, runs, ridges, dumps.get(train_set)) for s in test_sets]
+    for part in sets:
+        if part.test_set.name in (train_set, valid_set):
+            use = "trained on" if part.test_set.name == train_set else "used to choose the epoch and the penalties"
+            part.notes.insert(0, f"This set was {use}: its scores say little about other data.")
     if not any(run.parameters for run in runs):
         notes.append("No saved model in the experiment folders: the number of parameters is unknown.")
     shared, own = _settings(runs)
@@ -150,8 +154,16 @@ def summarise(
 
 
 def best_epoch(history: list[dict]) -> int:
-    """The epoch with the lowest MAE on the valid set, averaged over the conditions that training looks at."""
-    scored = [(np.mean([c["mae"] for c in e["valid"].values()]), e["epoch"]) for e in history if e.get("valid")]
+    """The epoch with the lowest MAE on the valid set, averaged over the conditions that training looks at.
+
+    Training records what it chose by as ``choice``; the first of equals is kept.
+    """
+    scored = []
+    for entry in history:
+        by_condition = [c["mae"] for c in entry.get("valid", {}).values()]
+        value = entry.get("choice", np.mean(by_condition) if by_condition else None)
+        if value is not None:
+            scored.append((value, entry["epoch"]))
     return int(min(scored)[1]) if scored else int(history[-1]["epoch"])
 
 
@@ -362,6 +374,8 @@ def _short(value: object) -> str:
     """A value for a table cell; of an absolute path the last part, so that the report is the same elsewhere."""
     if value is None or value == "":
         return "–"
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, (list, tuple)):

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -102,7 +103,7 @@ def _number(text: str, what: str) -> float:
 
 def score(
     predictions: Sequence[float] | np.ndarray, labels: Sequence[float] | np.ndarray, rounding: str = "half-even"
-) -> dict[str, float | int | str | list[str]]:
+) -> dict[str, Any]:
     """All measures of one set of predictions p (N,) against the labels y (N,), both in [-3, 3] as a rule.
 
     p is never clipped except for the classes. Accuracies and F1 are fractions of 1. What the data leave undefined

@@ -81,7 +81,16 @@ def _feature(dump: Path, name: str, dim: int, labels: dict[str, float], noise: f
 
 
 def _make_run(exp: Path, seed: int, labels: dict[str, float], epochs: int, rng: np.random.Generator) -> None:
-    config = {"seed": seed, "exp_dir": str(exp), "lr": 1e-4, "batch_size": 96, "model": {"dim": 256, "dropout": 0.3}}
+    sets = {"train-dir": "dump/train", "valid-dir": "dump/valid"}
+    config = {
+        **sets,
+        "seed": seed,
+        "exp-dir": str(exp),
+        "compile": False,
+        "lr": 1e-4,
+        "batch_size": 96,
+        "model": {"dim": 256, "dropout": 0.3},
+    }
     write_text(exp / "config.yaml", yaml.safe_dump(config))
     _safetensors(exp / "model.valid-best.safetensors", {"a.weight": (3, 4), "a.bias": (3,)})
     lines = []

@@ -85,7 +85,7 @@ def test_median_row_and_recovered_share(made):
 def test_results_state_what_they_rest_on(made):
     text = (made / "RESULTS.md").read_text()
     assert "40 utterances" in text and "over 2 seeds (1, 2)" in text and "chosen on `valid`" in text
-    assert "15 parameters" in text and "model.dim: 256" in text and "torch 2" in text
+    assert "15 parameters" in text and "model.dim: 256" in text and "compile: false" in text and "torch 2" in text
     rows = rows_of(text)
     for title in ("audio + text + video", "audio + text_sim + video", "audio + text_asr + video", "audio + video"):
         assert f"ridge: {title}" in rows
@@ -207,6 +207,20 @@ def test_other_conditions_get_rows_but_no_claims(tree, quick):
     order = list(rows)
     assert order.index("none: no text") < order.index("audio: nothing else") < order.index("zebra")
     assert "at worst" in Path("RESULTS.md").read_text()
+
+
+def test_the_sets_are_those_that_training_recorded(tree, quick):
+    assert "valid-dir is dump/valid, not the set test" in refused("--valid-set", "test")
+    for seed in (1, 2):
+        shutil.copytree(f"exp/train_seed{seed}/decode_test", f"exp/train_seed{seed}/decode_dev")
+        config = Path(f"exp/train_seed{seed}/config.yaml")
+        config.write_text(config.read_text().replace("dump/valid", "dump/dev"))
+    shutil.move("dump/test", "dump/dev")
+    main([*ARGS, "--test-sets", "dev"])
+    text = Path("RESULTS.md").read_text()
+    assert "was chosen on `dev`" in text and "This set was used to choose the epoch" in text
+    config.write_text(config.read_text().replace("dump/dev", "dump/valid"))
+    assert "the runs differ in valid-dir" in refused()
 
 
 def refused(*changes) -> str:
