@@ -1,0 +1,169 @@
+"""Training and decoding as users call them: ranks, kills, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dumps import make_dump
+
+ROOT = Path(__file__).resolve().parents[2]
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+SMALL = ["--dim", "16", "--content-dim", "8", "--batch-size", "8", "--lr", "1e-3", "--epochs", "4", "--save-every", "2"]
+
+
+def command(module: str, *args: object, ranks: int = 1) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    return [sys.executable, *launcher, "-m", f"sdumc.bin.{module}", *map(str, args)]
+
+
+def call(*args: object, ranks: int = 1) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*args, ranks=ranks), env=ENV, capture_output=True, text=True, timeout=240)
+
+
+def train_args(data: Path, exp: Path, *more: object) -> list[object]:
+    dirs = ["--train-dir", data / "train", "--valid-dir", data / "valid", "--exp-dir", exp]
+    return ["train", *dirs, *SMALL, *more]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    # 41 utterances in batches of 8: an uneven end, and on 2 ranks uneven shares.
+    make_dump(root / "train", 41, 1, absent={"video": {3, 4}, "text_sim": {7}, "text": {9}})
+    make_dump(root / "valid", 11, 2)
+    return root
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory):
+    exp = tmp_path_factory.mktemp("exp") / "undisturbed"
+    done = call(*train_args(data, exp))
+    assert done.returncode == 0, done.stderr
+    return exp
+
+
+FINAL = ("model.valid-best.safetensors", "model.averaged.safetensors", "metrics.jsonl", "config.yaml")
+
+
+def assert_same_result(a: Path, b: Path, names=FINAL):
+    for name in names:
+        if name == "config.yaml":  # names its own exp folder
+            drop = [line for line in (a / name).read_text().splitlines() if not line.startswith("exp-dir")]
+            assert drop == [line for line in (b / name).read_text().splitlines() if not line.startswith("exp-dir")]
+        else:
+            assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+def test_same_seed_same_bytes_and_another_seed_others(data, undisturbed, tmp_path):
+    assert call(*train_args(data, tmp_path / "same")).returncode == 0
+    assert_same_result(undisturbed, tmp_path / "same")
+    assert call(*train_args(data, tmp_path / "other", "--seed", 2)).returncode == 0
+    name = "model.valid-best.safetensors"
+    assert (undisturbed / name).read_bytes() != (tmp_path / "other" / name).read_bytes()
+
+
+@pytest.mark.parametrize("step", [3, 8, 17])
+def test_killed_and_run_again_ends_with_the_same_bytes(data, undisturbed, tmp_path, step):
+    exp = tmp_path / "killed"
+    process = subprocess.Popen(command(*train_args(data, exp)), env=ENV, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    # Six steps an epoch, a checkpoint every two: kill between two checkpoints, in and after the first epoch.
+    while process.poll() is None and time.monotonic() < deadline:
+        if (exp / "checkpoint.pt").exists() and last_step(exp) >= step - 1:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    process.wait()
+    again = call(*train_args(data, exp))
+    assert again.returncode == 0, again.stderr
+    assert_same_result(undisturbed, exp)
+
+
+def last_step(exp: Path) -> int:
+    import torch
+
+    return torch.load(exp / "checkpoint.pt", weights_only=True)["step"]
+
+
+def test_a_signal_saves_and_asks_for_another_turn(data, undisturbed, tmp_path):
+    exp = tmp_path / "stopped"
+    process = subprocess.Popen(command(*train_args(data, exp)), env=ENV, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (exp / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(60) in (75, 0)  # 0 if it had finished before the signal came
+    assert call(*train_args(data, exp)).returncode == 0
+    assert_same_result(undisturbed, exp)
+
+
+def test_two_ranks_learn_what_one_learns(data, tmp_path):
+    plain = ["--dropout", 0, "--attention-dropout", 0, "--modality-dropout", 0]
+    for ranks in (1, 2):
+        done = call(*train_args(data, tmp_path / str(ranks), *plain), ranks=ranks)
+        assert done.returncode == 0, done.stderr
+    one, two = ([json.loads(x) for x in (tmp_path / r / "metrics.jsonl").open()] for r in "12")
+    for a, b in zip(one, two, strict=True):
+        for name, value in a["train"].items():
+            assert b["train"][name] == pytest.approx(value, rel=1e-4), name
+        assert b["valid"]["full"]["mae"] == pytest.approx(a["valid"]["full"]["mae"], rel=1e-4)
+        assert b["valid"]["full"]["n"] == 11
+
+
+def test_more_ranks_than_utterances_in_the_last_batch(data, tmp_path):
+    done = call(*train_args(data, tmp_path / "exp", "--batch-size", 1, "--epochs", 1), ranks=2)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_changed_setting_is_refused_with_the_difference(data, undisturbed):
+    done = call(*train_args(data, undisturbed, "--lr", "5e-4"))
+    assert done.returncode == 1
+    assert "lr: 0.001 -> 0.0005" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_unknown_key_in_yaml_is_refused(data, tmp_path):
+    (tmp_path / "c.yaml").write_text("learning-rate: 1\n")
+    done = call(*train_args(data, tmp_path / "exp", "--config", tmp_path / "c.yaml"))
+    assert done.returncode == 2 and "c.yaml" in done.stderr and "learning-rate" in done.stderr
+
+
+def test_a_loss_that_is_not_finite_names_the_utterances(data, tmp_path):
+    done = call(*train_args(data, tmp_path / "exp", "--lr", "1e20", "--warmup-epochs", 0))
+    assert done.returncode == 1
+    assert "not finite" in done.stderr and "spk" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_decoding_every_condition(data, undisturbed, tmp_path):
+    conditions = ["full", "missing", "asr", "none", "audio", "text", "video", "audio+text", "audio+video", "text+video"]
+    args = ["--exp-dir", undisturbed, "--data-dir", data / "valid", "--output-dir"]
+    done = call("decode", *args, tmp_path / "all", "--condition", *conditions)
+    assert done.returncode == 0, done.stderr
+    tables = {c: (tmp_path / "all" / c / "predictions.tsv").read_text().splitlines() for c in conditions}
+    assert tables["full"][0] == "utt_id\tprediction\tlabel"
+    assert all(len(t) == 12 for t in tables.values())
+    assert tables["none"] == tables["audio+video"] != tables["missing"]
+    ids = [line.split("\t")[0] for line in tables["full"][1:]]
+    assert ids == sorted(ids)
+    done = call("decode", *args, tmp_path / "one", "--condition", "full", "--batch-size", 1)
+    assert done.returncode == 0, done.stderr
+    alone = [float(x.split("\t")[1]) for x in (tmp_path / "one/predictions.tsv").read_text().splitlines()[1:]]
+    np.testing.assert_allclose(alone, [float(x.split("\t")[1]) for x in tables["full"][1:]], atol=1e-5)
+
+
+def test_missing_without_simulated_text_means_none(undisturbed, tmp_path):
+    make_dump(tmp_path / "dump", 6, 3, names=("audio", "video"))
+    args = ["--exp-dir", undisturbed, "--data-dir", tmp_path / "dump", "--output-dir", tmp_path / "out"]
+    done = call("decode", *args, "--condition", "missing", "none")
+    assert done.returncode == 0 and "means the same as none" in done.stderr
+    a, b = ((tmp_path / "out" / c / "predictions.tsv").read_text() for c in ("missing", "none"))
+    assert a == b
+    done = call("decode", *args, "--condition", "full")
+    assert done.returncode == 1 and "text.scp" in done.stderr and "Traceback" not in done.stderr
