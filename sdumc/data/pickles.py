@@ -28,6 +28,16 @@ def _latin1_bytes(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
+def _no_bytes() -> bytes:
+    """Stands for ``bytes`` without arguments, an empty byte string of old protocols."""
+    return b""
+
+
+def _bytearray(value: bytes | str = b"", encoding: str = "latin1") -> bytearray:
+    """Stands for ``bytearray`` of given content; by a number it would reserve that much memory."""
+    return bytearray(_latin1_bytes(value, encoding) if isinstance(value, str) else bytes(memoryview(value)))
+
+
 def _allowed_globals() -> dict[tuple[str, str], Any]:
     allowed: dict[tuple[str, str], Any] = {
         ("collections", "OrderedDict"): collections.OrderedDict,
@@ -42,8 +52,10 @@ def _allowed_globals() -> dict[tuple[str, str], Any]:
         allowed[f"{package}.multiarray", "scalar"] = multiarray.multiarray.scalar
         allowed[f"{package}.numeric", "_frombuffer"] = multiarray.numeric._frombuffer
     for module in ("builtins", "__builtin__"):
-        for name in ("set", "frozenset", "complex", "bytearray"):
+        for name in ("set", "frozenset", "complex"):
             allowed[module, name] = getattr(builtins, name)
+        allowed[module, "bytes"] = _no_bytes
+        allowed[module, "bytearray"] = _bytearray
     return allowed
 
 

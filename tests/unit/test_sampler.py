@@ -1,0 +1,127 @@
+"""Batches: the same on any number of ranks, every utterance once, within the budgets, little padding."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sdumc.data.sampler import GlobalBatchSampler
+
+
+def lengths(count: int = 500) -> list[int]:
+    return np.random.default_rng(0).lognormal(5.5, 0.6, count).astype(int).clip(10, 3000).tolist()
+
+
+def epoch(sampler: GlobalBatchSampler, number: int = 0) -> list[list[int]]:
+    sampler.set_epoch(number)
+    return [sampler.global_batch(i) for i in range(len(sampler))]
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    frames=st.lists(st.integers(0, 500), max_size=60),
+    batch_size=st.integers(1, 20),
+    batch_frames=st.one_of(st.none(), st.integers(1, 3000)),
+    seed=st.integers(0, 5),
+    shuffle=st.booleans(),
+    world=st.integers(1, 5),
+)
+def test_every_utterance_once_within_both_limits(frames, batch_size, batch_frames, seed, shuffle, world):
+    ranks = [GlobalBatchSampler(frames, batch_size, batch_frames, seed, shuffle, world, r) for r in range(world)]
+    alone = GlobalBatchSampler(frames, batch_size, batch_frames, seed, shuffle)
+    for number in (0, 1, 7):
+        batches = epoch(alone, number)
+        assert sorted(i for b in batches for i in b) == list(range(len(frames)))
+        for batch in batches:
+            assert 1 <= len(batch) <= batch_size
+            if batch_frames is not None and len(batch) > 1:
+                assert len(batch) * max(frames[i] for i in batch) <= batch_frames
+        shares = []
+        for sampler in ranks:
+            sampler.set_epoch(number)
+            share = list(sampler)
+            assert len(share) == len(sampler) == len(alone)
+            shares.append(share)
+        for i, batch in enumerate(batches):
+            assert sorted(k for share in shares for k in share[i]) == sorted(batch)
+            assert shares[0][i] == batch[::world]
+
+
+def test_without_frame_limit_the_batches_are_full():
+    sizes = sorted(len(b) for b in epoch(GlobalBatchSampler(lengths(), 32)))
+    assert len(sizes) == 16 and sizes[2:] == [32] * 14
+    assert sizes[:2] == [26, 26]  # 500 = 14 x 32 + 52: the rest is shared evenly, no batch is tiny
+
+
+def test_a_small_rest_is_not_a_batch_of_one():
+    assert sorted(len(b) for b in epoch(GlobalBatchSampler([7] * 97, 96))) == [48, 49]
+
+
+def test_little_padding():
+    frames = lengths()
+    for shuffle, limit in ((False, 1.15), (True, 1.25)):
+        batches = epoch(GlobalBatchSampler(frames, 32, 16000, shuffle=shuffle))
+        padded = sum(len(b) * max(frames[i] for i in b) for b in batches)
+        assert padded / sum(frames) < limit
+    unsorted = np.random.default_rng(0).permutation(len(frames))
+    random = sum(32 * max(frames[i] for i in unsorted[k : k + 32]) for k in range(0, len(frames), 32))
+    assert random / sum(frames) > 2  # what that saves
+
+
+def test_epochs_differ_and_repeat():
+    make = lambda seed: GlobalBatchSampler(lengths(), 16, 8000, seed)  # noqa: E731
+    assert epoch(make(1), 3) == epoch(make(1), 3)
+    assert epoch(make(1), 3) != epoch(make(1), 4) and epoch(make(1), 3) != epoch(make(2), 3)
+    groups = [{frozenset(b) for b in epoch(make(1), e)} for e in range(5)]
+    assert len(set.union(*groups)) > 0.95 * sum(map(len, groups))  # also the company changes, not only the order
+    assert len({len(epoch(make(1), e)) for e in range(20)}) == 1
+    longest = int(np.argmax(lengths()))
+    positions = [next(i for i, b in enumerate(epoch(make(1), e)) if longest in b) for e in range(8)]
+    assert len(set(positions)) > 3
+
+
+def test_without_shuffling_every_epoch_is_the_same():
+    frames = lengths()
+    sampler = GlobalBatchSampler(frames, 16, shuffle=False)
+    assert epoch(sampler, 0) == epoch(sampler, 1)
+    order = [frames[i] for b in epoch(sampler) for i in b]
+    assert order == sorted(order, reverse=True)
+
+
+def test_going_on_in_the_middle_of_an_epoch():
+    sampler = GlobalBatchSampler(lengths(), 16, world_size=2, rank=1)
+    sampler.set_epoch(2)
+    whole = list(sampler)
+    again = GlobalBatchSampler(lengths(), 16, world_size=2, rank=1)
+    again.start_batch = 5
+    again.set_epoch(2)
+    assert list(again) == whole[5:] and len(again) == len(whole)
+    assert list(again) == whole  # once only
+    again.start_batch = len(whole)
+    assert list(again) == []
+
+
+def test_an_utterance_beyond_the_budget_is_alone():
+    batches = epoch(GlobalBatchSampler([100] * 10 + [5000], 8, 1000))
+    assert [10] in batches and sum(map(len, batches)) == 11
+
+
+def test_fewer_utterances_than_ranks():
+    shares = [list(GlobalBatchSampler([5, 5], 8, world_size=4, rank=r)) for r in range(4)]
+    assert [len(s) for s in shares] == [1, 1, 1, 1]
+    assert [len(s[0]) for s in shares] == [1, 1, 0, 0]
+
+
+def test_ranks_get_similar_loads():
+    frames = lengths()
+    shares = [list(GlobalBatchSampler(frames, 32, 16000, world_size=2, rank=r)) for r in range(2)]
+    loads = [sum(frames[i] for b in share for i in b) for share in shares]
+    assert max(loads) / min(loads) < 1.1
+
+
+@pytest.mark.parametrize("bad", [{"batch_size": 0}, {"batch_frames": 0}, {"rank": 1}, {"rank": -1}])
+def test_wrong_arguments(bad):
+    with pytest.raises(ValueError):
+        GlobalBatchSampler([1, 2], **{"batch_size": 2, **bad})
