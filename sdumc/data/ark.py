@@ -230,7 +230,9 @@ class ShardWriter:
         self._key = settings_hash({"settings": self.settings, "utterances": utterances and list(utterances)})
         self._entries: list[_Entry] = []
         self._pending: list[_Entry] = []
-        self._ark_file = self._journal_file = self._lock_file = None
+        self._ark_file: Any = None
+        self._journal_file: Any = None
+        self._lock_file: Any = None
         self.done: set[str] = set()
         self.dim: int | None = None
         self._end = 0
@@ -538,7 +540,7 @@ def merge_shards(
             does not belong to the set, or dimensions differ between shards.
     """
     directory = Path(directory)
-    manifests = []
+    manifests: list[dict[str, Any]] = []
     for job in range(1, num_jobs + 1):
         path = directory / "ark" / f"{name}.{job}.json"
         manifest = _read_json(path)
@@ -573,7 +575,9 @@ def merge_shards(
 
 
 def _join(directory: Path, name: str, manifests: Sequence[Mapping[str, Any]]) -> tuple[Merged, dict[str, str]]:
-    merged, scp, seen = Merged(None, {}, {}, {}), {}, {}
+    merged = Merged(None, {}, {}, {})
+    scp: dict[str, str] = {}
+    seen: dict[str, int] = {}
     for job, manifest in enumerate(manifests, start=1):
         path = directory / "ark" / f"{name}.{job}"
         for utt in manifest["scp"].keys() | manifest["absent"].keys() | manifest["notes"].keys():
