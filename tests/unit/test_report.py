@@ -1,9 +1,11 @@
 """The report on a made-up recipe folder: its numbers, its files, and what it says when something is missing."""
 
+import html
 import html.parser
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -141,7 +143,7 @@ def test_page_is_whole_and_stands_alone(made):
     assert not page.all("script", "iframe", "object") and "http" not in re.sub(r"data:[^\"]+", "", text)
     for image in page.all("img"):
         assert image["src"].startswith("data:image/png;base64,") and image["alt"]
-    assert len(page.all("img")) == len(page.all("source")) >= 4 + 2 + 4 + 3 + 1 + 3
+    assert len(page.all("img")) == 2 * (4 + 2 + 4 + 3 + 1 + 3)  # every panel for light and for dark
     ids = {a["id"] for _, a in page.tags if "id" in a}
     for link in page.all("a"):
         assert not link["href"].startswith("#") or link["href"][1:] in ids
@@ -334,3 +336,42 @@ def test_media_links(tmp_path):
 def test_title():
     assert common_title(["train_seed1", "train_seed2"]) == "train"
     assert common_title(["a", "b_seed1"]) == "a, b_seed1"
+
+
+PROBE = """<script>
+addEventListener("load", () => setTimeout(() => {
+  const shown = [...document.images].filter(i => getComputedStyle(i).display != "none");
+  const players = [...document.querySelectorAll("video")];
+  document.body.dataset.probe = JSON.stringify({
+    images: shown.length, drawn: shown.filter(i => i.naturalWidth > 300).length,
+    players: players.length, loaded: players.filter(v => v.readyState >= 1 && v.duration > 0.5).length,
+    wide: document.documentElement.scrollWidth > innerWidth,
+    back: getComputedStyle(document.body).backgroundColor,
+  });
+}, 2500));
+</script></body>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
+@pytest.mark.parametrize("width, dark", [(390, False), (1280, True)])
+def test_page_in_a_browser(made, width, dark):
+    from sdumc.data.media import write_clip
+
+    for line in (made / "data/test/wav.scp").read_text().splitlines():
+        clip = made / line.split()[1]
+        if not clip.exists():
+            frames = [np.full((48, 64, 3), 5 * i, np.uint8) for i in range(25)]
+            write_clip(clip, frames, 25, np.zeros(16000, np.float32), 16000)
+    page = made / "exp/report" / f"probe{width}.html"
+    page.write_text((made / "exp/report/report.html").read_text().replace("</body>", PROBE))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+    command += ["--virtual-time-budget=8000", f"--window-size={width},900", *(["--force-dark-mode"] if dark else [])]
+    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120)
+    page.unlink()
+    assert "CONSOLE" not in done.stderr
+    found = json.loads(html.unescape(re.search(r'data-probe="([^"]+)"', done.stdout).group(1)))
+    assert found["images"] == found["drawn"] == 17
+    assert found["players"] == found["loaded"] == 18
+    assert not found["wide"]  # nothing makes the page itself scroll sideways
+    assert found["back"] == ("rgb(27, 31, 36)" if dark else "rgb(255, 255, 255)")
