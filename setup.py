@@ -25,6 +25,7 @@ CORE = [
     "ConfigArgParse>=1.7",
     "tensorboard>=2.16",
     "matplotlib>=3.8",
+    "jinja2>=3.1",
     "jiwer>=3.0",
 ]
 EXTRAS = {
@@ -50,6 +51,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["sdumc", "sdumc.*"]),
+    package_data={"sdumc.reporting": ["page.html"]},
     install_requires=CORE,
     extras_require=EXTRAS,
 )
