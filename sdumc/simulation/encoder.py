@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from sdumc.simulation.states import decoder_layers, layer_index
 RATE = 16000  # Hz; every encoder here listens at this rate
 MIN_SAMPLES = 2000  # shorter clips are filled up with silence to 0.125 s: six frames, enough for one projector group
 _WHISPER_WINDOW = 30 * RATE
+
+# WavLM's attention gets a bool padding mask beside a float position bias: right, but said at length in every log.
+warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask and attn_mask")
 
 
 def normalise(wave: np.ndarray, eps: float = 1e-5) -> np.ndarray:
@@ -48,7 +52,8 @@ class SpeechEncoder:
     Args:
         name: model folder, or a hub name that is in the local cache.
         layer: as in ``hidden_states[layer]``; -1 is the encoder's output (after its last layer norm where it has
-            one), -5 the released audio features. Layers above it are not computed.
+            one; transformers 5 lists the state before that norm there), -5 the released audio features. Layers above
+            it are not computed.
         normalised: scale each clip to zero mean and unit variance (not used by Whisper, which has its own scaling).
 
     Attributes:

@@ -69,21 +69,30 @@ class Corpus:
         self.room = cache_bytes
         self._kept: dict[str, Tensor] = {}
 
+    def fill(self, utterances: Sequence[str]) -> None:
+        """Encode ``utterances``, in fixed batches of similar length, until the cache is full.
+
+        What is kept, and its last bits, then do not depend on where a resumed run begins.
+        """
+        seconds = {u: self.data.utt2dur.get(u, 0.0) for u in utterances}
+        batches = make_batches(seconds, 16, 200.0)
+        for batch, (waves, _) in ahead(batches, lambda b: read_waves(self.data, b, "stop")):
+            for utt, frames in zip(batch, self.encoder([waves[u] for u in batch]), strict=True):
+                size = frames.numel() * frames.element_size()
+                if size > self.room:
+                    log.info("%s: %d of %d clips kept in memory", self.data.path, len(self._kept), len(seconds))
+                    return
+                self.room -= size
+                self._kept[utt] = frames.cpu()
+
     def read(self, batch: Sequence[str]) -> dict[str, np.ndarray]:
-        """The sound of those utterances whose frames are not kept yet (called in a thread ahead of time)."""
+        """The sound of those utterances whose frames are not kept (called in a thread ahead of time)."""
         return read_waves(self.data, [u for u in batch if u not in self._kept], "stop")[0]
 
     def frames(self, batch: Sequence[str], waves: Mapping[str, np.ndarray]) -> list[Tensor]:
         """Encoder frames (T_i, D) of a batch."""
-        fresh = {}
         todo = [u for u in batch if u not in self._kept]
-        if todo:
-            for utt, frames in zip(todo, self.encoder([waves[u] for u in todo]), strict=True):
-                fresh[utt] = frames
-                size = frames.numel() * frames.element_size()
-                if size <= self.room:
-                    self.room -= size
-                    self._kept[utt] = frames.cpu()
+        fresh = dict(zip(todo, self.encoder([waves[u] for u in todo]) if todo else [], strict=True))
         return [fresh[u] if u in fresh else self._kept[u].to(self.encoder.device) for u in batch]
 
 
@@ -227,6 +236,9 @@ def _train(
     utterances = train.data.utterances
     checked = _spread(valid.data.utterances, settings.valid_utterances) if valid else []
     heard = _spread(checked, settings.wer_utterances)
+    train.fill(utterances)
+    if valid:
+        valid.fill(checked)
     log.info(
         "%d utterances, %d parameters, steps %d to %d",
         len(utterances),
@@ -240,13 +252,14 @@ def _train(
             group["lr"] = learning_rate(step, settings)
         contexts = llm.contexts(project(projector, train.frames(batch, waves)))
         loss, count = answer_loss(llm, contexts, _answers(llm, train.texts, batch))
-        if not math.isfinite(float(loss)):
-            raise UserError(f"projector training: loss {float(loss)} at step {step + 1}; the batch: {' '.join(batch)}")
+        value = loss.item()
+        if not math.isfinite(value):
+            raise UserError(f"projector training: loss {value} at step {step + 1}; the batch: {' '.join(batch)}")
         optimiser.zero_grad(set_to_none=True)
         (loss / count).backward()
         nn.utils.clip_grad_norm_(projector.parameters(), settings.clip)
         optimiser.step()
-        running, tokens = running + float(loss), tokens + count
+        running, tokens = running + value, tokens + count
         last = step + 1 == settings.steps
         if last or time.monotonic() - shown > 20 or (step + 1) % settings.valid_interval == 0:
             rate = (step + 1 - start) / (time.monotonic() - begin)

@@ -1,0 +1,182 @@
+"""Video features and face tracking."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+
+from sdumc.bin import extract_video, finish_dump
+from sdumc.data.ark import load_matrix
+from sdumc.data.dump import load_dump
+from sdumc.data.media import read_frames, write_clip
+from sdumc.errors import UserError
+from sdumc.features.faces import FaceDetector, crop, overlap, track_face
+from sdumc.features.video import VisionExtractor
+
+MEDIA = Path(__file__).resolve().parents[3] / "shared" / "media"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offline():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield
+
+
+def pictures(count, seed=0, size=(48, 64)):
+    return list(np.random.default_rng(seed).integers(0, 255, (count, *size, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("kind", ["vit", "clip"])
+@pytest.mark.parametrize("pooling", ["pooler", "cls", "mean"])
+def test_vision_models(tmp_path, kind, pooling):
+    folder = getattr(tiny_models, kind)(tmp_path / kind)
+    extractor = VisionExtractor(str(folder), pooling=pooling, batch=4)
+    frames = pictures(10)
+    together = extractor(iter(frames))
+    assert together.shape == (10, 24)
+    assert together.dtype == np.float32
+    alone = np.concatenate([extractor([f]) for f in frames])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    assert np.abs(together[0] - together[1]).max() > 1e-4
+
+
+def test_random_pooler_is_refused(tmp_path):
+    folder = tiny_models.vit(tmp_path / "vit", pooler=False)
+    with pytest.raises(UserError, match="no pooler weights"):
+        VisionExtractor(str(folder), pooling="pooler")
+    assert VisionExtractor(str(folder), pooling="cls")(pictures(2)).shape == (2, 24)
+
+
+def test_not_a_vision_model(tmp_path):
+    with pytest.raises(UserError, match="does not take pictures"):
+        VisionExtractor(str(tiny_models.wavlm(tmp_path / "wavlm")))
+
+
+# ---- one face per clip
+
+
+def boxes(*rows):
+    return np.array(rows, dtype=np.float32).reshape(-1, 4)
+
+
+def test_track_fills_gaps_and_ignores_false_alarms():
+    detections = []
+    for i in range(30):
+        found = [] if i in (4, 5, 6, 29) else [[100 + i, 50, 80, 80]]
+        if i in (3, 12):
+            found.insert(0, [300, 10, 40, 40])  # wallpaper
+        detections.append(boxes(*found))
+    track = track_face(detections)
+    assert track.boxes.shape == (30, 4)
+    assert track.seen == pytest.approx(26 / 30)
+    np.testing.assert_allclose(track.boxes[2:-3, 0], 100 + np.arange(2, 27), atol=0.7)
+    np.testing.assert_allclose(track.boxes[:, 2], 80, atol=1e-3)
+
+
+def test_track_prefers_the_large_and_persistent_face():
+    detections = [boxes([10, 10, 40, 40], [200, 40, 90, 90]) for _ in range(20)]
+    assert abs(track_face(detections).boxes[:, 0] - 200).max() < 1
+    detections = [boxes([10, 10, 40, 40], *([[200, 40, 90, 90]] if i < 4 else [])) for i in range(40)]
+    assert abs(track_face(detections).boxes[:, 0] - 10).max() < 1
+
+
+def test_track_goes_on_after_a_cut():
+    detections = [boxes([10, 10, 60, 60])] * 10 + [boxes([200, 30, 80, 80])] * 12
+    track = track_face(detections, smoothing=1)
+    assert track.seen == 1
+    assert track.boxes[0, 0] == 10
+    assert track.boxes[-1, 0] == 200
+
+
+def test_no_face():
+    assert track_face([boxes()] * 5) is None
+    assert track_face([]) is None
+
+
+def test_overlap():
+    assert overlap(np.array([0, 0, 10, 10]), np.array([5, 0, 10, 10])) == pytest.approx(50 / 150)
+    assert overlap(np.array([0, 0, 10, 10]), np.array([20, 0, 10, 10])) == 0
+
+
+def test_crop_is_square_and_stays_inside():
+    picture = pictures(1, size=(60, 80))[0]
+    assert crop(picture, (30, 20, 20, 20), margin=1.0).shape == (20, 20, 3)
+    np.testing.assert_array_equal(crop(picture, (30, 20, 20, 20), margin=1.0), picture[20:40, 30:50])
+    edge = crop(picture, (-5, -5, 20, 30), margin=1.5)
+    assert edge.shape == (45, 45, 3)
+
+
+# ---- the command
+
+
+def video_data_dir(folder, clips):
+    folder.mkdir(parents=True)
+    tables = {"wav.scp": "", "video.scp": "", "utt2spk": "", "utt2label": "", "text": ""}
+    for utt, path in sorted(clips.items()):
+        for name in ("wav.scp", "video.scp"):
+            tables[name] += f"{utt} {path}\n"
+        tables["utt2spk"] += f"{utt} {utt[:2]}\n"
+        tables["utt2label"] += f"{utt} 1.0\n"
+        tables["text"] += f"{utt} words\n"
+    for name, text in tables.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def make_clip(path, seconds, seed=0, size=(48, 64)):
+    shade = np.linspace(0, 200, int(seconds * 25)).astype(np.uint8)
+    frames = [np.full((*size, 3), s, np.uint8) for s in shade]
+    write_clip(path, iter(frames), 25, tiny_models.wave(seconds, seed), 16000)
+    return path
+
+
+def test_command(tmp_path):
+    model = tiny_models.vit(tmp_path / "vit")
+    clips = {f"s{i % 2}-{i}": make_clip(tmp_path / f"{i}.mp4", 1 + 0.4 * i, i) for i in range(3)}
+    data = video_data_dir(tmp_path / "data", clips)
+    base = ["--data-dir", str(data), "--model", str(model), "--device", "cpu", "--fps", "5"]
+    extract_video.main([*base, "--dump-dir", str(tmp_path / "a")])
+    finish_dump.main(["--data-dir", str(data), "--dump-dir", str(tmp_path / "a"), "--name", "video"])
+    feature = load_dump(tmp_path / "a").features["video"]
+    assert feature.dim == 24
+    assert {u: feature.frames[u] for u in sorted(clips)} == {"s0-0": 5, "s0-2": 9, "s1-1": 7}
+    moving = load_matrix(feature.entries["s0-2"])
+    assert np.abs(np.diff(moving, axis=0)).max() > 1e-3
+    # No face in grey pictures: absent with the reason, and the rest of the recipe can go on.
+    pytest.importorskip("cv2")
+    extract_video.main([*base, "--dump-dir", str(tmp_path / "b"), "--detector", "opencv"])
+    manifest = json.loads((tmp_path / "b/ark/video.1.json").read_text())
+    assert manifest["absent"] == dict.fromkeys(sorted(clips), "a face in 0% of the pictures")
+    whole = clips["s0-2"].read_bytes()
+    clips["s0-2"].write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"2\.mp4"):
+        extract_video.main([*base, "--dump-dir", str(tmp_path / "c")])
+    extract_video.main([*base, "--dump-dir", str(tmp_path / "d"), "--bad-media", "absent"])
+    assert set(json.loads((tmp_path / "d/ark/video.1.json").read_text())["absent"]) == {"s0-2"}
+
+
+def test_no_video_at_all(tmp_path):
+    data = tiny_models.data_dir(tmp_path / "data", [0.5, 0.6])
+    model = tiny_models.vit(tmp_path / "vit")
+    dump = str(tmp_path / "dump")
+    extract_video.main(["--data-dir", str(data), "--dump-dir", dump, "--model", str(model), "--device", "cpu"])
+    absent = json.loads((tmp_path / "dump/ark/video.1.json").read_text())["absent"]
+    assert set(absent.values()) == {"no video in the data directory"}
+
+
+@pytest.mark.skipif(not MEDIA.is_dir(), reason="no clips of talking people here")
+def test_real_faces_are_found():
+    pytest.importorskip("cv2")
+    detector = FaceDetector()
+    for clip in sorted(MEDIA.glob("*.mpg")):
+        detections = [detector(p) for _, p in read_frames(str(clip), 5)]
+        track = track_face(detections)
+        assert track.seen >= 0.95, clip
+        height = 288
+        assert 0.3 * height < np.median(track.boxes[:, 2]) < 0.7 * height, clip
+        assert np.abs(np.diff(track.boxes, axis=0)).max() < 15, clip

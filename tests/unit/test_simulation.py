@@ -1,0 +1,277 @@
+"""The speech LLM: encoder, projector, beam search and teacher forcing, on tiny models of the real classes."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+
+from sdumc.errors import UserError
+from sdumc.simulation.checkpoints import load_tokenizer, model_folder, weight_files
+from sdumc.simulation.encoder import SpeechEncoder, normalise
+from sdumc.simulation.projector import Projector, load_projector, project, save_projector
+from sdumc.simulation.speech_llm import SpeechLLM
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offline():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "layer": tiny_models.wavlm(root / "layer"),
+        "group": tiny_models.wavlm(root / "group", norm="group"),
+        "whisper": tiny_models.whisper(root / "whisper"),
+        "llm": tiny_models.llama(root / "llm", eos_bias=1.5),
+    }
+
+
+@pytest.fixture(scope="module")
+def llm(folders):
+    return SpeechLLM(str(folders["llm"]), layers=[-3])
+
+
+def random_contexts(llm, count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, 30, (count,), generator=generator).tolist()
+    return llm.contexts([torch.randn(n, llm.dim, generator=generator) for n in lengths])
+
+
+def generate_alone(llm, context, beam, limit):
+    """The plain way: one utterance, every hidden state kept, the winner's picked out through beam_indices."""
+    out = llm.model.generate(
+        inputs_embeds=context[None],
+        attention_mask=torch.ones(1, len(context), dtype=torch.long),
+        num_beams=beam,
+        max_new_tokens=limit,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_hidden_states=True,
+        output_scores=True,
+    )
+    tokens = out.sequences[0].tolist()
+    tokens = tokens[: tokens.index(2)] if 2 in tokens else tokens
+    steps = (out.beam_indices[0] >= 0).sum()
+    states = [
+        sum(out.hidden_states[t][layer][out.beam_indices[0, t], -1] for layer in llm.layers) for t in range(steps)
+    ]
+    return tokens, torch.stack(states)
+
+
+# ---- encoder
+
+
+@pytest.mark.parametrize("kind", ["layer", "group", "whisper"])
+@pytest.mark.parametrize("layer", [-1, 1, 0])
+def test_encoder_batch_equals_single(folders, kind, layer):
+    encoder = SpeechEncoder(str(folders[kind]), layer=layer)
+    waves = [tiny_models.wave(s, i) for i, s in enumerate([0.9, 0.31, 1.4, 0.05])]
+    batch = encoder(waves)
+    for wave, frames in zip(waves, batch, strict=True):
+        alone = encoder([wave])[0]
+        assert frames.shape == alone.shape == (encoder.num_frames(len(wave)), encoder.dim)
+        assert torch.allclose(frames, alone, atol=1e-4)
+
+
+def test_encoder_layers_are_transformers_own(folders):
+    from transformers import WavLMModel
+
+    model = WavLMModel.from_pretrained(folders["layer"]).eval()
+    wave = tiny_models.wave(0.7)
+    x = torch.from_numpy(normalise(wave))[None]
+    with torch.no_grad():
+        output = model(x, output_hidden_states=True)
+    # The last entry is the encoder's output after its layer norm; transformers 5 lists it before that norm.
+    hidden = [*output.hidden_states[:-1], output.last_hidden_state]
+    for layer in range(-4, 4):
+        mine = SpeechEncoder(str(folders["layer"]), layer=layer)([wave])[0]
+        assert torch.allclose(mine, hidden[layer][0], atol=1e-5), layer
+    with pytest.raises(UserError, match="no layer 4"):
+        SpeechEncoder(str(folders["layer"]), layer=4)
+
+
+def test_normalise():
+    wave = np.random.default_rng(0).normal(3, 2, 5000).astype(np.float32)
+    assert abs(normalise(wave).mean()) < 1e-5
+    assert abs(normalise(wave).std() - 1) < 1e-4
+    assert np.isfinite(normalise(np.zeros(100))).all()
+
+
+# ---- projector
+
+
+def test_projector_drops_the_rest_and_keeps_frames_in_order():
+    projector = Projector(encoder_dim=3, llm_dim=4, k=5, hidden=8)
+    x = torch.randn(13, 3)
+    expected = torch.stack(
+        [projector.linear2(torch.relu(projector.linear1(x[5 * i : 5 * i + 5].flatten()))) for i in range(2)]
+    )
+    assert torch.allclose(projector(x), expected, atol=1e-6)
+    batch = project(projector, [x, x[:7], x[:3]])
+    assert [len(b) for b in batch] == [2, 1, 0]
+    assert torch.allclose(batch[0], expected, atol=1e-6)
+    assert torch.allclose(batch[1], expected[:1], atol=1e-6)
+
+
+def test_projector_files_are_loaded_strictly(tmp_path):
+    projector = Projector(encoder_dim=6, llm_dim=10, k=5, hidden=16)
+    save_projector(tmp_path / "projector.safetensors", projector)
+    released = {f"encoder_projector.{k}": v for k, v in projector.state_dict().items()}
+    torch.save(released, tmp_path / "model.pt")
+    for path in (tmp_path, tmp_path / "projector.safetensors", tmp_path / "model.pt"):
+        loaded = load_projector(path, encoder_dim=6, llm_dim=10)
+        assert loaded.k == 5
+        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), projector.parameters(), strict=True))
+    with pytest.raises(UserError, match="no multiple of the encoder's 7"):
+        load_projector(tmp_path, encoder_dim=7, llm_dim=10)
+    with pytest.raises(UserError, match="the LLM takes 12"):
+        load_projector(tmp_path, encoder_dim=6, llm_dim=12)
+    torch.save({**released, "extra": torch.zeros(1)}, tmp_path / "extra.pt")
+    with pytest.raises(UserError, match="extra"):
+        load_projector(tmp_path / "extra.pt", 6, 10)
+    released.pop("encoder_projector.linear1.bias")
+    torch.save(released, tmp_path / "less.pt")
+    with pytest.raises(UserError, match=r"linear1\.bias"):
+        load_projector(tmp_path / "less.pt", 6, 10)
+    torch.save(projector, tmp_path / "pickle.pt")  # a whole module needs code to be unpickled
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_projector(tmp_path / "pickle.pt", 6, 10)
+    (tmp_path / "short.safetensors").write_bytes((tmp_path / "projector.safetensors").read_bytes()[:-50])
+    with pytest.raises(UserError, match=r"short\.safetensors"):
+        load_projector(tmp_path / "short.safetensors", 6, 10)
+    with pytest.raises(UserError, match="no such projector"):
+        load_projector(tmp_path / "nothing.pt", 6, 10)
+
+
+# ---- incomplete checkpoints
+
+
+def test_incomplete_folders_are_named(folders, tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        model_folder(str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="hub cache"):
+        model_folder("some/model")
+    folder = tmp_path / "llm"
+    shutil.copytree(folders["llm"], folder)
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=str(folder)):
+        SpeechLLM(str(folder))
+    weights.unlink()
+    with pytest.raises(UserError, match="incomplete model"):
+        SpeechLLM(str(folder))
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+    with pytest.raises(UserError, match=r"model-1\.safetensors"):
+        weight_files(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match=r"config\.json"):
+        SpeechEncoder(str(folder))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="tokenizer"):
+        load_tokenizer(tmp_path / "empty")
+
+
+def test_missing_weights_are_not_made_up(folders, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "layer"
+    shutil.copytree(folders["layer"], folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("encoder.layers.1.attention.q_proj.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"encoder\.layers\.1\.attention\.q_proj\.weight"):
+        SpeechEncoder(str(folder))
+
+
+# ---- LLM
+
+
+def test_prompt_layout(llm):
+    words = llm.tokenizer.convert_ids_to_tokens(llm.chat_ids)
+    assert words == ["USER", ":", "Transcribe", "speech", "to", "text", ".", "ASSISTANT", ":"]
+    audio = torch.randn(3, llm.dim)
+    (context,) = llm.contexts([audio])
+    assert torch.equal(context[:3], audio)
+    assert torch.equal(context[3:], llm.embed([llm.bos_id, *llm.chat_ids]))
+    assert llm.tokenizer.convert_ids_to_tokens(llm.answer_ids("the film")) == ["the", "film"]
+    assert llm.decode(llm.answer_ids("the film")) == "the film"
+
+
+@pytest.mark.parametrize("beam", [1, 4])
+def test_beam_search_equals_generate(llm, beam):
+    contexts = random_contexts(llm, 12, seed=1)
+    batch = llm.transcribe(contexts, beam=beam, max_new_tokens=40)
+    lengths = set()
+    for context, mine in zip(contexts, batch, strict=True):
+        if beam == 1:  # generate() is another search then, with the same outcome
+            out = llm.model.generate(inputs_embeds=context[None], max_new_tokens=40, do_sample=False)
+            tokens = out[0].tolist()
+            assert mine.tokens == (tokens[: tokens.index(2)] if 2 in tokens else tokens)
+            continue
+        tokens, states = generate_alone(llm, context, beam, 40)
+        assert mine.tokens == tokens
+        assert mine.states.shape == states.shape
+        assert (mine.states - states).abs().max() < 5e-6 * max(1.0, float(states.abs().max()))
+        lengths.add(len(tokens))
+    assert beam == 1 or len(lengths) > 3  # rows left the batch at different times
+    if beam == 4:
+        assert 40 in lengths  # ... and unused cache columns were dropped on the way
+
+
+def test_batch_equals_single(llm):
+    contexts = random_contexts(llm, 6, seed=5)
+    batch = llm.transcribe(contexts, max_new_tokens=30)
+    for context, together in zip(contexts, batch, strict=True):
+        alone = llm.transcribe([context], max_new_tokens=30)[0]
+        assert alone.tokens == together.tokens
+        assert alone.ended == together.ended
+        assert torch.allclose(alone.states, together.states, atol=1e-4)
+
+
+def test_encoding_the_winner_gives_its_states(llm):
+    contexts = random_contexts(llm, 6, seed=7)
+    for context, mine in zip(contexts, llm.transcribe(contexts, max_new_tokens=30), strict=True):
+        again = llm.encode([context], [mine.tokens])[0]
+        assert torch.allclose(again[: len(mine.states)], mine.states, atol=1e-4)
+        assert len(again) == len(mine.tokens) + 1
+        assert len(mine.states) == len(mine.tokens) + mine.ended
+
+
+def test_layers_are_summed_as_transformers_numbers_them(folders):
+    several = SpeechLLM(str(folders["llm"]), layers=[-4, -2, -1, 0])
+    context = random_contexts(several, 1, seed=3)[0]
+    answer = several.answer_ids("the film was good")
+    whole = torch.cat([context, several.embed(answer)])
+    with torch.no_grad():
+        hidden = several.model(inputs_embeds=whole[None], output_hidden_states=True).hidden_states
+    expected = sum(hidden[layer][0] for layer in several.layers)[len(context) - 1 :]
+    assert torch.allclose(several.encode([context], [answer])[0], expected, atol=1e-4)
+    with pytest.raises(UserError, match="no layer -6"):
+        SpeechLLM(str(folders["llm"]), layers=[-6])
+
+
+def test_encode_without_context(llm):
+    states = llm.encode(llm.contexts([None], chat=False), [llm.plain_ids("good film")])[0]
+    ids = torch.tensor([[llm.bos_id, *llm.plain_ids("good film")]])
+    with torch.no_grad():
+        hidden = llm.model(ids, output_hidden_states=True).hidden_states[-3][0]
+    assert torch.allclose(states, hidden, atol=1e-4)
+    empty = llm.encode(llm.contexts([None, None]), [[], llm.answer_ids("good")])
+    assert [len(e) for e in empty] == [1, 2]
+    assert torch.allclose(empty[0][0], empty[1][0], atol=1e-5)
+
+
+def test_low_precision_loads_as_asked(folders):
+    low = SpeechLLM(str(folders["llm"]), dtype=torch.bfloat16)
+    assert next(low.model.parameters()).dtype == torch.bfloat16
+    out = low.transcribe(random_contexts(low, 3, seed=2), max_new_tokens=5)
+    assert all(o.states.dtype == torch.float32 and torch.isfinite(o.states).all() for o in out)

@@ -1,0 +1,308 @@
+"""Stage 2 and 3 commands on tiny models: outputs, resuming, failures and their fallbacks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+import yaml
+
+from sdumc.bin import extract_audio, extract_text, finish_dump, recognize, simulate_text, train_projector
+from sdumc.data.ark import ShardWriter
+from sdumc.data.dump import load_dump
+from sdumc.errors import UserError
+from sdumc.simulation import jobs, simulate
+from sdumc.simulation.projector import Projector, save_projector
+from sdumc.simulation.simulate import Search, SpeechReader
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offline():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    root = tmp_path_factory.mktemp("work")
+    tiny_models.wavlm(root / "encoder")
+    tiny_models.wavlm(root / "ctc", ctc=True)
+    tiny_models.llama(root / "llm", eos_bias=0.7, seed=1)
+    torch.manual_seed(0)
+    projector = Projector(encoder_dim=32, llm_dim=48, k=5, hidden=16)
+    projector.linear2.weight.data *= 5  # loud enough for every clip to get another answer
+    save_projector(root / "projector.safetensors", projector)
+    tiny_models.data_dir(root / "data", [0.5, 1.3, 0.9, 0.7, 1.1, 0.6, 0.8, 1.0, 0.4])
+    return root
+
+
+def common(work, dump, *more):
+    return ["--data-dir", str(work / "data"), "--dump-dir", str(dump), "--device", "cpu", "--batch-size", "3", *more]
+
+
+def simulation(work, dump, *more):
+    models = ["--encoder", "encoder", "--projector", "projector.safetensors", "--llm", "llm"]
+    models = [str(work / m) if not m.startswith("--") else m for m in models]
+    return common(work, dump, *models, "--layers", "-2", "--max-new-tokens", "12", *more)
+
+
+def finish(work, dump, name, jobs_=1):
+    finish_dump.main(
+        ["--data-dir", str(work / "data"), "--dump-dir", str(dump), "--name", name, "--num-jobs", str(jobs_)]
+    )
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(".")}
+
+
+def test_whole_stage_2_and_3(work, tmp_path):
+    dump = tmp_path / "dump"
+    for job in ("1/2", "2/2"):
+        recognize.main(common(work, dump, "--model", str(work / "ctc"), "--shard", job))
+    finish(work, dump, "asr_hyp", 2)
+    for job in ("1/2", "2/2"):
+        simulate_text.main(simulation(work, dump, "--shard", job))
+        extract_audio.main(common(work, dump, "--model", str(work / "encoder"), "--layer", "-2", "--shard", job))
+    finish(work, dump, "text_sim", 2)
+    finish(work, dump, "audio", 2)
+    for name in ("text", "text_asr"):
+        options = ["--name", name, "--text", str(work / "data" / name)]
+        arguments = [a for a in simulation(work, dump, *options) if a not in ("--max-new-tokens", "12")]
+        extract_text.main(arguments)
+        finish(work, dump, name)
+    found = load_dump(dump)
+    assert len(found.utterances) == 9
+    assert set(found.features) >= {"audio", "text", "text_sim", "text_asr"}
+    texts = dict(line.split(" ", 1) for line in (work / "data/text").read_text().splitlines())
+    for utt, words in texts.items():
+        assert found.features["text"].frames[utt] == len(words.split())  # one token per word, first state dropped
+        assert abs(found.features["audio"].frames[utt] - 50 * tiny_seconds(work, utt)) < 3
+    assert not (dump / "asr_hyp.scp").exists()
+    for name in ("text_sim", "text_asr"):
+        quality = json.loads((dump / f"{name}.quality.json").read_text())
+        assert quality["n"] == 9
+        assert sum(quality["counts"].values()) == 9
+        assert quality["wer"] > 0
+        assert len((work / "data" / name).read_text().splitlines()) == 9
+    status = (dump / "text_sim.status.tsv").read_text().splitlines()
+    assert status[0].split("\t") == ["utt_id", "status", "fallback", "raw"]
+    assert len(status) == 10
+    described = yaml.safe_load((dump / "text_sim.yaml").read_text())
+    assert described["layers"] == [-2]
+    assert described["prompt"] == "Transcribe speech to text. "
+    assert described["dim"] == 48
+    assert (dump / "utt2label").read_bytes() == (work / "data/utt2label").read_bytes()
+
+
+def tiny_seconds(work, utt):
+    lines = (work / "data/utt2dur").read_text().splitlines()
+    return float(dict(line.split() for line in lines)[utt])
+
+
+def test_real_text_equals_simulated_text_of_the_same_words(work, tmp_path):
+    """The same words behind the same sound have the same states, whichever command made them."""
+    dump = tmp_path / "dump"
+    simulate_text.main(simulation(work, dump))
+    finish(work, dump, "text_sim")
+    written = work / "data" / "text_sim"
+    arguments = [a for a in simulation(work, dump, "--name", "text_asr", "--text", str(written)) if a != "12"]
+    extract_text.main([a for a in arguments if a != "--max-new-tokens"])
+    finish(work, dump, "text_asr")
+    found = load_dump(dump)
+    from sdumc.data.ark import load_matrix
+
+    compared = 0
+    rows = [r.split("\t") for r in (dump / "text_sim.status.tsv").read_text().splitlines()[1:]]
+    for utt, status, _, _ in rows:
+        a = load_matrix(found.features["text_sim"].entries[utt])
+        b = load_matrix(found.features["text_asr"].entries[utt])
+        if status in ("ok", "limit") and len(b) - len(a) == (status == "limit"):
+            np.testing.assert_allclose(a, b[: len(a)], atol=1e-4)
+            compared += 1
+    assert compared >= 3
+
+
+@pytest.mark.parametrize("name", ["simulate", "audio", "recognize"])
+def test_killed_job_goes_on_to_identical_files(work, tmp_path, monkeypatch, name):
+    command, arguments = {
+        "simulate": (simulate_text, lambda d: simulation(work, d)),
+        "audio": (extract_audio, lambda d: common(work, d, "--model", str(work / "encoder"), "--layer", "1")),
+        "recognize": (recognize, lambda d: common(work, d, "--model", str(work / "ctc"))),
+    }[name]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    calls, commit = [], ShardWriter.commit
+
+    def snapshot(self):
+        commit(self)
+        calls.append(self.directory)
+        if len(calls) == 2:  # the disk as a SIGKILL just now would leave it, with half a matrix behind
+            shutil.copytree(self.directory, killed)
+            with open(killed / "ark" / self.partial.name, "ab") as f:
+                f.write(b"half a matrix")
+
+    monkeypatch.setattr(ShardWriter, "commit", snapshot)
+    command.main(arguments(whole))
+    assert len(calls) >= 3
+    monkeypatch.setattr(ShardWriter, "commit", commit)
+    assert any(n.endswith(".journal") for n in contents(killed))
+    seen = []
+    original = jobs.read_waves
+    for module in (simulate, "sdumc.features.audio", "sdumc.simulation.asr"):
+        target = f"{module}.read_waves" if isinstance(module, str) else f"{module.__name__}.read_waves"
+        monkeypatch.setattr(target, lambda d, b, m: seen.extend(b) or original(d, b, m))
+    command.main(arguments(killed))
+    assert len(seen) == 3  # only what was not committed
+    assert contents(whole) == contents(killed)
+    before = contents(killed)
+    command.main(arguments(killed))  # finished work is left alone
+    assert contents(killed) == before
+
+
+class FakeLLM:
+    """Stands in for the LLM: writes prepared texts, one token per word; states say which token they belong to."""
+
+    def __init__(self, texts, ended=True):
+        self.texts, self.ended = texts, ended
+
+    def transcribe(self, contexts, *_):
+        from sdumc.simulation.speech_llm import Transcript
+
+        found = []
+        for text in self.texts:
+            tokens = text.split()
+            states = torch.arange(len(tokens) + 1.0)[:, None].expand(-1, 2)
+            found.append(Transcript(tokens, text, self.ended, states))
+        return found
+
+    def decode(self, tokens):
+        return " ".join(tokens)
+
+    def answer_ids(self, text):
+        return text.split()
+
+    def encode(self, contexts, answers):
+        return [torch.full((len(a) + 1, 2), -1.0) for a in answers]
+
+
+def test_failures_are_replaced():
+    texts = ["all is well", "I am an AI language model", "", "", "go " + "round " * 30]
+    reader = SpeechReader(None, None, FakeLLM(texts))
+    reader.contexts = lambda waves: list(waves)
+    asr = [None, "spoken words here", "heard", "", None]
+    results = simulate.simulate(reader, [0] * 5, asr, Search())
+    assert [r.status for r in results] == ["ok", "refusal", "empty", "empty", "repeat"]
+    assert [r.fallback for r in results] == ["none", "asr", "asr", "prompt", "cut"]
+    assert [r.text for r in results] == ["all is well", "spoken words here", "heard", "", "go round"]
+    assert [len(r.states) for r in results] == [3, 3, 1, 1, 2]
+    assert results[0].states[:, 0].tolist() == [1, 2, 3]  # the first state is dropped
+    assert results[3].states[:, 0].tolist() == [0]  # the prompt's end
+    assert results[4].states[:, 0].tolist() == [1, 2]
+    kept = simulate.simulate(reader, [0] * 5, asr, Search(), keep_first=True)
+    assert [len(r.states) for r in kept] == [4, 4, 2, 1, 3]
+
+
+def test_out_of_memory_halves_the_batch(caplog):
+    sizes = []
+
+    def work_(items):
+        sizes.append(len(items))
+        if len(items) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return [i * 2 for i in items]
+
+    assert jobs.halving(list(range(10)), work_) == [2 * i for i in range(10)]
+    assert sizes == [10, 5, 3, 2, 5, 3, 2]
+    assert "batches of 5" in caplog.text
+
+    def never(items):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(UserError, match="'u1' alone does not fit"):
+        jobs.halving(["u1"], never)
+
+
+def test_batches_are_fixed_and_bounded():
+    seconds = {f"u{i}": float(i % 7 + 1) for i in range(40)}
+    batches = jobs.make_batches(seconds, 8, 20)
+    assert sorted(u for b in batches for u in b) == sorted(seconds)
+    assert batches == jobs.make_batches(dict(reversed(seconds.items())), 8, 20)
+    for batch in batches:
+        assert len(batch) <= 8
+        assert len(batch) == 1 or len(batch) * max(seconds[u] for u in batch) <= 20
+
+
+def test_unreadable_media(work, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(work / "data", data)
+    bad = data / "bad.wav"
+    bad.write_bytes(b"RIFF")
+    scp = (data / "wav.scp").read_text().splitlines()
+    utt = scp[4].split()[0]
+    scp[4] = f"{utt} {bad}"
+    (data / "wav.scp").write_text("\n".join(scp) + "\n")
+    arguments = ["--data-dir", str(data), "--model", str(work / "encoder"), "--layer", "1", "--device", "cpu"]
+    with pytest.raises(UserError, match=r"bad\.wav"):
+        extract_audio.main([*arguments, "--dump-dir", str(tmp_path / "a")])
+    extract_audio.main([*arguments, "--dump-dir", str(tmp_path / "b"), "--bad-media", "absent"])
+    finish_dump.main(["--data-dir", str(data), "--dump-dir", str(tmp_path / "b"), "--name", "audio"])
+    assert (tmp_path / "b" / "audio.absent").read_text().startswith(f"{utt} ")
+    assert set(load_dump(tmp_path / "b").features["audio"].absent) == {utt}
+
+
+def test_more_jobs_than_utterances(work, tmp_path):
+    for job in range(1, 12):
+        extract_audio.main(
+            common(work, tmp_path, "--model", str(work / "encoder"), "--shard", f"{job}/11", "--layer=1")
+        )
+    finish(work, tmp_path, "audio", 11)
+    assert len(load_dump(tmp_path).features["audio"].entries) == 9
+
+
+def test_projector_training(work, tmp_path, monkeypatch):
+    arguments = [
+        *("--train-data-dir", str(work / "data"), "--valid-data-dir", str(work / "data")),
+        *("--encoder", str(work / "encoder"), "--llm", str(work / "llm"), "--device", "cpu", "--hidden", "16"),
+        *("--steps", "12", "--batch-size", "4", "--learning-rate", "0.01", "--warmup-steps", "2"),
+        *("--valid-interval", "4", "--checkpoint-interval", "5", "--wer-utterances", "2", "--max-new-tokens", "5"),
+    ]
+    train_projector.main([*arguments, "--output", str(tmp_path / "one")])
+    files = contents(tmp_path / "one")
+    assert set(files) == {"projector.safetensors", "config.yaml", "train.log"}
+    assert "valid loss" in files["train.log"].decode()
+    config = yaml.safe_load(files["config.yaml"])
+    assert config["result"]["valid_wer"] is not None
+    lines = files["train.log"].decode().splitlines()
+    losses = [float(line.split()[-1]) for line in lines if ": valid loss" in line and "WER" not in line]
+    assert losses[-1] < losses[0]
+
+    # Killed at step 7, after the checkpoint of step 5: the same projector in the end.
+    from sdumc.simulation import projector_training
+
+    steps = []
+    original = projector_training.learning_rate
+
+    def dying(step, settings):
+        steps.append(step)
+        if step == 7 and len(steps) == 8:
+            raise KeyboardInterrupt
+        return original(step, settings)
+
+    monkeypatch.setattr(projector_training, "learning_rate", dying)
+    with pytest.raises(KeyboardInterrupt):
+        train_projector.main([*arguments, "--output", str(tmp_path / "two")])
+    assert not (tmp_path / "two").exists()
+    train_projector.main([*arguments, "--output", str(tmp_path / "two")])
+    assert steps[8:] == list(range(5, 12))
+    assert contents(tmp_path / "two")["projector.safetensors"] == files["projector.safetensors"]
+
+    # The projector goes with its prompt.
+    wrong = simulation(work, tmp_path / "dump", "--prompt", "long")
+    wrong[wrong.index("--projector") + 1] = str(tmp_path / "one")
+    with pytest.raises(UserError, match="trained with the prompt"):
+        simulate_text.main(wrong)

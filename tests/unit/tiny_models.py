@@ -1,0 +1,193 @@
+"""Tiny checkpoints of the real transformers classes, with random weights, and tiny data directories."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+
+WORDS = ["the", "film", "was", "good", "bad", "very", "really", "and", "not", "i", "liked", "it", "so", "much", "hm"]
+
+
+def wavlm(folder: Path, norm: str = "layer", ctc: bool = False, seed: int = 0, layers: int = 3) -> Path:
+    from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, WavLMConfig, WavLMForCTC, WavLMModel
+
+    letters = ["<pad>", "<s>", "</s>", "<unk>", "|", *"abcdefghijklmnopqrstuvwxyz'"]
+    torch.manual_seed(seed)
+    config = WavLMConfig(
+        vocab_size=len(letters),
+        hidden_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=48,
+        conv_dim=(16, 16, 16),
+        conv_kernel=(10, 8, 4),
+        conv_stride=(8, 8, 5),
+        feat_extract_norm=norm,
+        do_stable_layer_norm=norm == "layer",
+        num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=2,
+        num_buckets=16,
+        initializer_range=0.2,
+    )
+    model = WavLMForCTC(config) if ctc else WavLMModel(config)
+    model.save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True).save_pretrained(folder)
+    if ctc:
+        vocab = folder / "vocab.json"
+        vocab.write_text(json.dumps({c: i for i, c in enumerate(letters)}))
+        Wav2Vec2CTCTokenizer(str(vocab)).save_pretrained(folder)
+    return folder
+
+
+def _word_tokenizer(special: list[str], words: list[str], **names: str):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {w: i for i, w in enumerate(special + words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **names)
+
+
+def llama(folder: Path, seed: int = 0, layers: int = 4, eos_bias: float = 1.0, hidden: int = 48) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    chat = ["USER", ":", "ASSISTANT", "Transcribe", "speech", "to", "text", "."]
+    special = ["<unk>", "<s>", "</s>", "<pad>"]
+    tokenizer = _word_tokenizer(special, chat + WORDS, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            initializer_range=0.15,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=3,
+        )
+    )
+    with torch.no_grad():
+        model.lm_head.weight[2] *= eos_bias
+        model.lm_head.weight[[0, 1, 3]] = 0.0  # the other special tokens are (almost) never written
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def whisper(folder: Path, seed: int = 0) -> Path:
+    from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+    special = ["<unk>", "<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|de|>", "<|transcribe|>"]
+    special += ["<|translate|>", "<|notimestamps|>"]
+    tokenizer = _word_tokenizer(special, WORDS, eos_token="<|endoftext|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": special[2:]})
+    torch.manual_seed(seed)
+    config = WhisperConfig(
+        vocab_size=len(tokenizer),
+        num_mel_bins=80,
+        d_model=16,
+        encoder_layers=2,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_target_positions=32,
+        decoder_start_token_id=2,
+        eos_token_id=1,
+        bos_token_id=1,
+        pad_token_id=1,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+        init_std=0.5,
+    )
+    WhisperForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    WhisperFeatureExtractor(feature_size=80).save_pretrained(folder)
+    generation = {"is_multilingual": True, "suppress_tokens": [0, 6], "begin_suppress_tokens": [1]}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
+
+
+def vit(folder: Path, pooler: bool = True, seed: int = 0) -> Path:
+    from transformers import ViTConfig, ViTForImageClassification, ViTModel
+
+    torch.manual_seed(seed)
+    config = ViTConfig(
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=32,
+        patch_size=16,
+        num_labels=3,
+    )
+    (ViTModel(config) if pooler else ViTForImageClassification(config)).save_pretrained(folder)
+    _image_processor(folder, "ViTImageProcessor", {"height": 32, "width": 32})
+    return folder
+
+
+def clip(folder: Path, seed: int = 0) -> Path:
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(seed)
+    small = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = CLIPConfig(
+        text_config={**small, "vocab_size": 20, "max_position_embeddings": 8},
+        vision_config={**small, "image_size": 32, "patch_size": 16},
+        projection_dim=16,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    _image_processor(folder, "CLIPImageProcessor", {"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    return folder
+
+
+def _image_processor(folder: Path, kind: str, size: dict, **more) -> None:
+    settings = {
+        "image_processor_type": kind,
+        "do_resize": True,
+        "size": size,
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        **more,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+
+
+def wave(seconds: float, seed: int = 0, rate: int = 16000) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    t = np.arange(int(seconds * rate)) / rate
+    tone = np.sin(2 * np.pi * (150 + 100 * rng.random()) * t * (1 + 0.2 * np.sin(3 * t)))
+    return (0.3 * tone + 0.05 * rng.standard_normal(len(t))).astype(np.float32)
+
+
+def data_dir(folder: Path, seconds: list[float], seed: int = 0) -> Path:
+    """A Kaldi data directory of noise-like clips with random words and labels."""
+    rng = np.random.default_rng(seed)
+    (folder / "wav").mkdir(parents=True)
+    tables: dict[str, list[str]] = {n: [] for n in ("wav.scp", "text", "utt2spk", "utt2label", "utt2dur")}
+    for i, length in enumerate(seconds):
+        utt = f"spk{i % 2}-{i:03d}"
+        path = folder / "wav" / f"{utt}.wav"
+        soundfile.write(path, wave(length, seed * 1000 + i), 16000)
+        words = rng.choice(WORDS, size=int(rng.integers(2, 7)))
+        tables["wav.scp"].append(f"{utt} {path}")
+        tables["text"].append(f"{utt} {' '.join(words)}")
+        tables["utt2spk"].append(f"{utt} spk{i % 2}")
+        tables["utt2label"].append(f"{utt} {rng.integers(-9, 10) / 3:.4f}")
+        tables["utt2dur"].append(f"{utt} {length:.3f}")
+    for name, lines in tables.items():
+        (folder / name).write_text("\n".join(sorted(lines)) + "\n")
+    return folder
