@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 lengths = drop_modalities(lengths, args.modality_dropout)
                 with autocast(args.precision, ranks.device):
                     outputs = network(features, lengths, flows)
-                local = {f: loss_tensors(outputs[f]) for f in flows}
+                local = {f: outputs[f].loss_inputs() for f in flows}
                 has_text = (lengths["text"] > 0) if "text" in lengths else torch.zeros_like(batch.labels, dtype=bool)
             else:  # fewer utterances than ranks: take part in the exchange with nothing
                 local = {f: empty_loss_tensors(model, ranks.device) for f in flows}
@@ -271,12 +271,6 @@ def log_to(path: Path) -> None:
     logging.getLogger().addHandler(handler)
 
 
-def loss_tensors(output) -> dict:
-    """The tensors of a flow that the objective reads, (b, ...) each."""
-    names = ("prediction", "utterance", "contrast", "text_query", "text_content")
-    return {name: getattr(output, name) for name in names if getattr(output, name) is not None}
-
-
 def empty_loss_tensors(model, device) -> dict:
     """The same tensors for no utterance at all."""
     import torch
@@ -346,7 +340,7 @@ def dry_run(args) -> int:
     features = {name: torch.randn(4, 3, d) for name, d in dims.items()}
     lengths = {name: torch.full((4,), 3) for name in dims}
     flows = (COMPLETE, MISSING) if args.flows == "both" else (COMPLETE,)
-    outputs = {flow: loss_tensors(out) for flow, out in model(features, lengths, flows).items()}
+    outputs = {flow: out.loss_inputs() for flow, out in model(features, lengths, flows).items()}
     labels = torch.tensor([-1.0, 0.0, 1.0, 2.0])
     terms = sdumc_objective(
         outputs[COMPLETE], outputs.get(MISSING), labels, torch.ones(4, dtype=torch.bool), st.objective_weights(args)

@@ -69,6 +69,11 @@ class FlowOutput:
     query_weights: Tensor | None = None  # (B, 7) beta, raw
     attention: dict[str, Tensor] | None = None  # per modality (B, 7, T), on request
 
+    def loss_inputs(self) -> dict[str, Tensor]:
+        """The tensors that the objective reads, by name."""
+        names = ("prediction", "utterance", "contrast", "text_query", "text_content")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
 
 class SDUMC(nn.Module):
     """The whole network (Weng et al., ICASSP 2025)."""
