@@ -20,7 +20,9 @@ die() {
 
 (($# == 0)) || die "unexpected argument '$1'; --help shows the options"
 [[ ${torch} == auto || ${torch} == cpu || ${torch} == cuda ]] || die "--torch is auto, cpu or cuda, not '${torch}'"
-[[ ${extras} =~ ^([a-z]+(,[a-z]+)*)?$ ]] || die "--extras is a list such as mini,test, not '${extras}'"
+for extra in ${extras//,/ }; do
+  [[ " mini mosei test all " == *" ${extra} "* ]] || die "--extras: there is no '${extra}', only mini, mosei, test and all"
+done
 
 # The stamp in an environment says for which clone, setup.py and Python it is complete, and with which extras.
 stamp=.sdumc-env

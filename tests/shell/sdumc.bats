@@ -1,0 +1,110 @@
+#!/usr/bin/env bats
+# The shared stage script with imitated commands; tests/integration runs it with the real ones.
+
+load common
+
+setup() {
+  make_fake_recipe
+}
+
+@test "--help: groups, every option with its default, fewer than 40" {
+  run ./sdumc.sh --nj 7 --help
+  [[ ${status} == 0 && ${output} == *"Experiment:"* && ${output} == *"--nj "*"(default: 7)"* ]]
+  options=$(grep -c '^  --' <<<"${output}")
+  ((options > 20 && options < 40))
+  for name in stage stop-stage ngpu nj num-nodes train-config exp-tag train-set valid-set test-sets dumpdir expdir; do
+    grep -q "^  --${name} " <<<"${output}"
+  done
+}
+
+@test "wrong options end with a message before anything is done" {
+  for words in "--stag 3" "--nj four" "--nj 0" "--stage 5 --stop-stage 4" "--stop-stage 7" "--ngpu x" "--num-nodes 2" \
+    "--cmd-backend pbs" "stray" "--train-set a/b" "--seeds one" "--test-sets=" "--expdir=a;b" "--exp-tag x*y"; do
+    # shellcheck disable=SC2086
+    run recipe ${words}
+    [[ ${status} == 2 && ${output} == *"error: "* ]]
+  done
+  run recipe --exp-tag '$(touch pwned)'
+  [[ ${status} == 2 && ! -e pwned && -z $(calls) ]]
+}
+
+@test "all stages, then nothing to do" {
+  run recipe
+  [[ ${status} == 0 ]]
+  for file in data/test/text_asr dump/train/{audio,text,text_sim,text_asr,video}.scp exp/train_seed1/config.yaml \
+    exp/train_seed1/decode_test/{full,missing,asr,none}/score.json RESULTS.md exp/train/report.html; do
+    [[ -f ${file} ]]
+  done
+  for stage in 0 1 2 3 4 5 6; do [[ ${output} == *"stage ${stage} ("* ]]; done
+  [[ ${output} == *"done in "* && ${output} == *"acc2_non0"* ]]
+  forget_calls
+  run recipe
+  [[ ${status} == 0 && -z $(calls) && ${output} == *"nothing to do"* && ${output} != *"  run "* ]]
+}
+
+@test "a deleted output is made again, with what depends on it and nothing else" {
+  recipe
+  forget_calls
+  rm dump/valid/audio.scp
+  run recipe
+  [[ ${status} == 0 ]]
+  [[ $(calls | cut -d' ' -f1 | sort | uniq -c | xargs) == "1 decode 2 extract_audio 1 finish_dump 1 report 4 score 1 train" ]]
+}
+
+@test "a changed setting redoes its step, and more jobs or GPUs redo nothing" {
+  recipe
+  forget_calls
+  run recipe --nj 3
+  [[ -z $(calls) ]]
+  echo "key: 2" >conf/video.yaml
+  run recipe --stage 3 --stop-stage 3
+  [[ $(calls | cut -d' ' -f1 | sort -u | xargs) == "extract_video finish_dump" ]]
+  forget_calls
+  recipe --stage 5 --stop-stage 5 --force
+  [[ $(calls | cut -d' ' -f1 | sort -u | xargs) == "decode score" ]]
+}
+
+@test "--stage and --stop-stage do just those" {
+  recipe --stop-stage 2
+  [[ ! -e dump/train/audio.scp && -e dump/train/text_sim.scp ]]
+  forget_calls
+  recipe --stage 3 --stop_stage=3
+  [[ $(calls | cut -d' ' -f1 | sort -u | xargs) == "extract_audio extract_text extract_video finish_dump" ]]
+}
+
+@test "a failing job stops the recipe with its code, its log and the stage" {
+  FAIL=extract_video run recipe
+  [[ ${status} == 3 && ${output} == *"log: dump/train/log/video."[12]".log"* ]]
+  [[ ${output} == *"this is what went wrong"* && ${output} == *"stopped in stage 3 (features)"* && ! -e exp/train_seed1 ]]
+  run recipe
+  [[ ${status} == 0 ]]
+}
+
+@test "features from elsewhere: stage 4 needs only scp files and labels" {
+  for set in train valid test; do
+    mkdir -p "dump/${set}"
+    echo "u1 a.ark:3" | tee "dump/${set}/audio.scp" >"dump/${set}/text.scp"
+    echo "u1 1" >"dump/${set}/utt2label"
+  done
+  run ./sdumc.sh --ngpu 0 --nproc 1 --stage 4
+  [[ ${status} == 0 && ! -e data && ${output} == *"full"* && ! -e exp/train_seed1/decode_test/asr ]]
+}
+
+@test "sets without video or text, recipes without models" {
+  sed -i 's/ text video.scp/ /; s/,text,video.scp//' local/data.sh
+  run recipe --projector models/llm
+  [[ ${status} == 0 && ${output} == *"none   video train"* && ${output} == *"none   text test"* ]]
+  [[ ! -e exp/train_seed1/decode_test/full && -e exp/train_seed1/decode_test/missing/score.json ]]
+}
+
+@test "several seeds, another tag, another settings file" {
+  cp conf/train.yaml "conf/my train.yaml"
+  run recipe --seeds "1 2" --train-config "conf/my train.yaml" --exp-tag other --conditions none --results R.md
+  [[ ${status} == 0 && -f R.md && -f exp/other_seed2/decode_test/none/score.json && ! -e exp/other_seed1/decode_test/full ]]
+  grep -q '^train --config conf/my train.yaml .*--seed 2' "${FAKE}/calls"
+}
+
+@test "two test sets, names of the user's own" {
+  run recipe --train-set tr --valid-set va --test-sets "te1 te2"
+  [[ ${status} == 0 && -f exp/train_seed1/decode_te1/full/score.json && -f exp/train_seed1/decode_te2/full/score.json ]]
+}
