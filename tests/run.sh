@@ -50,8 +50,8 @@ check_shell() {
 }
 
 if [[ ${lint} == true ]]; then
-  part format ruff format --check --quiet .
-  part lint ruff check --quiet .
+  part format ruff format --check .
+  part lint ruff check .
   part shellcheck check_shell
 fi
 if [[ ${shell} == true ]]; then
