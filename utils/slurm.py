@@ -24,6 +24,7 @@ import pty
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -53,6 +54,9 @@ def run_task(spec_file: str) -> int:
     env.setdefault("OMP_NUM_THREADS", "1")
     if "SLURM_CPUS_PER_TASK" in env:  # srun within a job does not take it over by itself
         env.setdefault("SRUN_CPUS_PER_TASK", env["SLURM_CPUS_PER_TASK"])
+    # Where srun's ranks meet: on this node, which is the first of the task's, and thus rank 0's.
+    env.setdefault("MASTER_ADDR", socket.gethostname())
+    env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
     again = int(env.get("SLURM_RESTART_COUNT", 0)) > 0  # a requeued task adds to its log
     jobs.watch_signals()
     try:

@@ -189,7 +189,8 @@ if chosen 2; then
   elif [[ -z ${projector} ]]; then
     use_config "${projector_config}"
     step projector --inputs "${datadir}"/{"${train_set}","${valid_set}"}/{wav.scp,text} "${settings[@]}" \
-      --optional-inputs "${encoder}" "${llm}" --outputs "${speech_projector}" --stale "${speech_projector}" \
+      --optional-inputs "${encoder}" "${llm}" --outputs "${speech_projector}" \
+      --stale "${speech_projector}" "${speech_projector}.partial" \
       --ignore device -- ${cuda_cmd} "${gpu_option[@]}" "${expdir}/log/projector.log" -- \
       python3 -m sdumc.bin.train_projector "${config[@]}" --encoder "${encoder}" --llm "${llm}" \
       --train-data-dir "${datadir}/${train_set}" --valid-data-dir "${datadir}/${valid_set}" \
