@@ -35,8 +35,8 @@ import jobs
 import slurm_conf
 
 POLL = 1.0  # seconds between two looks at the logs
-QUEUE_POLL = 10.0  # seconds between two questions to the scheduler
-LOST_AFTER = 15.0  # a task that has left the queue without an end in its log for so long will not write one any more
+QUEUE_POLL = 8.0  # seconds between two questions to the scheduler
+LOST_AFTER = 10.0  # a task that has left the queue without an end in its log for so long will not write one any more
 
 
 # ---- on the node ----------------------------------------------------------------------------------------------------
@@ -168,11 +168,13 @@ class Array:
 
     def reason(self, index: int) -> str:
         """What the scheduler says of a task: its state, reason and exit code."""
-        query = ["scontrol", "show", "job", "--oneliner", f"{self.id}_{index}"]
-        try:
-            said = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60).stdout
-        except (OSError, subprocess.TimeoutExpired):
-            return ""
+        said = ""
+        for name in (f"{self.id}_{index}", self.id):  # a task that never started has no entry of its own
+            query = ["scontrol", "show", "job", "--oneliner", name]
+            try:
+                said = said or subprocess.run(query, capture_output=True, text=True, check=False, timeout=60).stdout
+            except (OSError, subprocess.TimeoutExpired):
+                return ""
         found = [
             f"{key}={m[1]}" for key in ("JobState", "Reason", "ExitCode") if (m := re.search(rf"\b{key}=(\S+)", said))
         ]
