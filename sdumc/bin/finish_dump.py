@@ -59,10 +59,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _meta(manifest: Path) -> dict:
     """The first shard's settings and the versions at work; merge_shards checks that the others agree."""
-    import torch
-    import transformers
+    from importlib.metadata import PackageNotFoundError, version
 
     from sdumc import __version__
+
+    def installed(package: str) -> str | None:  # asked without importing, which would take seconds
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
 
     try:
         settings = json.loads(manifest.read_text(encoding="utf-8"))["settings"]
@@ -72,8 +77,8 @@ def _meta(manifest: Path) -> dict:
         raise UserError(f"{manifest}: damaged; remove it and run its job again") from None
     versions = {
         "sdumc": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "torch": installed("torch"),
+        "transformers": installed("transformers"),
         "python": platform.python_version(),
     }
     return {**settings, "versions": versions}
