@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import signal
@@ -28,6 +29,16 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
         return super()._get_help_string(action)
 
 
+class _ConfigFileParser(configargparse.YAMLConfigFileParser):
+    """YAML in which a file of comments alone sets nothing; configargparse would call it an error."""
+
+    def parse(self, stream):
+        text = stream.read()
+        if yaml.safe_load(text) is None:
+            return {}
+        return super().parse(io.StringIO(text))
+
+
 class Parser(configargparse.ArgumentParser):
     """A configargparse parser with ``--config FILE.yaml`` in which an unknown or doubled key is an error."""
 
@@ -35,7 +46,7 @@ class Parser(configargparse.ArgumentParser):
         super().__init__(
             description=description,
             formatter_class=_Formatter,
-            config_file_parser_class=configargparse.YAMLConfigFileParser,
+            config_file_parser_class=_ConfigFileParser,
             add_config_file_help=False,
             add_env_var_help=False,
             allow_abbrev=False,
