@@ -48,7 +48,8 @@ else
   prefix=${venv}
 fi
 if [[ ${if_needed} == true ]] && complete "${venv}"; then exit 0; fi
-if complete "${prefix}"; then
+# With --torch given the packages themselves are looked at: someone may have taken torch out to get the other build.
+if [[ ${torch} == auto ]] && complete "${prefix}"; then
   [[ ${if_needed} == true ]] || echo "setup_env.sh: ${prefix} is complete"
   exit 0
 fi
@@ -60,7 +61,7 @@ if command -v flock >/dev/null; then
     echo "setup_env.sh: another set-up is running, waiting for it"
     flock 9
   fi
-  if complete "${prefix}"; then
+  if [[ ${torch} == auto ]] && complete "${prefix}"; then
     echo "setup_env.sh: ${prefix} is complete"
     exit 0
   fi
@@ -155,6 +156,10 @@ torch_build() {
 }
 reachable() { "${py}" -c 'import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=5)' "$1" >/dev/null 2>&1; }
 
+torch_version() { "${py}" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null; }
+if [[ ${torch} == cuda && $(torch_version) == *+cpu ]]; then
+  die "${prefix} has the CPU build of torch; ${py} -m pip uninstall torch, then call this script again"
+fi
 if "${py}" "${root}/tools/check_install.py" --extras "${extras}" --quiet; then
   # Everything is there (a shared or prepared environment): no network is needed.
   "${py}" -m pip install --quiet --no-deps --no-build-isolation -e "${root}" >>"${log}" 2>&1 9<&- ||
@@ -184,8 +189,7 @@ fi
   echo "${known}"
 } >"${prefix}/${stamp}.tmp" 2>/dev/null && mv "${prefix}/${stamp}.tmp" "${prefix}/${stamp}" ||
   echo "setup_env.sh: note: ${prefix} cannot be written to; it will be checked again next time"
-torch_version=$("${py}" -c 'from importlib.metadata import version; print(version("torch"))')
-echo "setup_env.sh: ${prefix} is complete: $("${py}" --version), torch ${torch_version}"
+echo "setup_env.sh: ${prefix} is complete: $("${py}" --version), torch $(torch_version)"
 if [[ ${prefix} != "${venv}" ]]; then
   echo "setup_env.sh: (this is the environment that was active)"
 fi
