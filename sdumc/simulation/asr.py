@@ -187,7 +187,9 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _preprocessor(folder: Path) -> dict[str, Any]:
-    return _json(folder / "preprocessor_config.json")
+    """Settings of the feature extractor; transformers 5 writes them into ``processor_config.json``."""
+    nested = _json(folder / "processor_config.json").get("feature_extractor")
+    return _json(folder / "preprocessor_config.json") or (nested if isinstance(nested, dict) else {})
 
 
 def recognise_shard(

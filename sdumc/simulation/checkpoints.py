@@ -116,7 +116,7 @@ def fingerprint(path: str | os.PathLike) -> str:
 
 def load_model(
     model_class: Any, folder: Path, dtype: torch.dtype, device: torch.device, optional: tuple[str, ...] = ()
-) -> torch.nn.Module:
+) -> Any:
     """``model_class.from_pretrained(folder)`` for inference: eval mode, no gradients, every weight really loaded.
 
     Transformers starts weights that a checkpoint lacks from random numbers; here that is an error, save for

@@ -147,7 +147,7 @@ def halving(items: Sequence[T], work: Callable[[Sequence[T]], list[R]], name: Ca
 
     try:
         return work(items)
-    except torch.OutOfMemoryError as e:
+    except torch.cuda.OutOfMemoryError as e:
         message = str(e).splitlines()[0]
     # Outside the handler: the exception would keep the failed pass's tensors alive.
     if torch.cuda.is_available():

@@ -275,3 +275,38 @@ def test_low_precision_loads_as_asked(folders):
     assert next(low.model.parameters()).dtype == torch.bfloat16
     out = low.transcribe(random_contexts(low, 3, seed=2), max_new_tokens=5)
     assert all(o.states.dtype == torch.float32 and torch.isfinite(o.states).all() for o in out)
+
+
+def test_folder_with_a_sentencepiece_model_alone(folders, tmp_path):
+    """Vicuna's folder has `tokenizer.model` and no `tokenizer.json`; prompt and answer are tokenised together."""
+    import io
+    import json
+
+    sentencepiece = pytest.importorskip("sentencepiece")
+    model, words = io.BytesIO(), tiny_models.WORDS
+    text = [" ".join(np.random.default_rng(i).choice(words, 8)) for i in range(100)]
+    text += ["USER: Transcribe speech to text. \n ASSISTANT:"] * 20
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text),
+        model_writer=model,
+        vocab_size=90,
+        model_type="bpe",
+        hard_vocab_limit=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    folder = tmp_path / "llm"
+    shutil.copytree(folders["llm"], folder)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": False, **names}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    llm = SpeechLLM(str(folder))
+    ids = llm.answer_ids("the film was good")
+    pieces = llm.tokenizer.convert_ids_to_tokens(ids)
+    assert not pieces[0].startswith("▁")  # follows "ASSISTANT:" directly, unlike the same word alone
+    assert llm.tokenizer.convert_ids_to_tokens(llm.plain_ids("the film"))[0].startswith("▁")
+    assert llm.decode(ids) == "the film was good"
+    assert llm.chat_ids[0] != llm.bos_id
