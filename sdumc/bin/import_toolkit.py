@@ -1,0 +1,103 @@
+"""Stage 1: a feature pickle of the field's common toolkit (unaligned_50.pkl, aligned_50.pkl) into dump folders."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from sdumc.cli import Parser, run, setup_logging
+
+log = logging.getLogger("sdumc")
+
+
+def get_parser() -> Parser:
+    parser = Parser(
+        "Write DUMP_DIR/{train,valid,test} with the pickle's audio, text and video features at their true lengths, and\n"
+        "DATA_DIR/<set> with texts, labels and, when the media are given too, wav.scp and video.scp for stages 2 and 3.\n"
+        "The pickle is read by a restricted unpickler: it can hold arrays and plain containers only."
+    )
+    group = parser.add_argument_group("corpus")
+    group.add_argument("--pickle", required=True, metavar="FILE", help="unaligned_50.pkl or aligned_50.pkl")
+    group.add_argument("--sha256", metavar="HEX", help="what the file's SHA-256 has to be; it is shown in any case")
+    group.add_argument(
+        "--features", nargs="+", choices=("audio", "text", "video"), default=["audio", "text", "video"], metavar="NAME"
+    )
+    group.add_argument("--corpus-dir", metavar="DIR", help="raw distribution with the media of the same clips, if any")
+    group.add_argument("--media", choices=("auto", "full", "segmented"), default="auto", help="as in prepare_mosei")
+    group = parser.add_argument_group("output")
+    group.add_argument("--data-dir", default="data", metavar="DIR", help="where texts and labels are written")
+    group.add_argument("--dump-dir", default="dump", metavar="DIR", help="where the features are written")
+    group.add_argument(
+        "--max-drop", type=float, default=0.01, metavar="X", help="largest share of a fold left out (0-1)"
+    )
+    group.add_argument("--counts", choices=("mosei", "none"), default="mosei", help="published counts to show beside")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = get_parser().parse_args(argv)
+    setup_logging(args.verbose)
+    from sdumc.corpora import raw
+    from sdumc.corpora.sets import (
+        DROPPED,
+        check_disjoint,
+        check_share,
+        plain_tables,
+        summary_table,
+        write_dropped,
+        write_set,
+        write_summary,
+    )
+    from sdumc.corpora.toolkit import describe_sha256, read_pickle, sha256, write_feature
+    from sdumc.data.dump import load_dump
+    from sdumc.data.kaldi_dir import write_table
+
+    path, data_dir, dump_dir = Path(args.pickle), Path(args.data_dir), Path(args.dump_dir)
+    digest = sha256(path)
+    identity = describe_sha256(path, digest, args.sha256)
+    log.info("%s", identity)
+    parts = read_pickle(path)
+    folds = [part.fold for part in parts.values()]
+    check_disjoint(folds)
+    notes = [identity]
+    if args.corpus_dir:
+        root = raw.raw_root(args.corpus_dir)
+        media = raw.find_media(root, args.media)
+        clips = raw.read_transcripts(root).clips if not media.segmented else {}
+        notes.append(f"media: {'a file a clip' if media.segmented else 'clips are cut from whole videos'} of {root}")
+    for name, part in parts.items():
+        fold = part.fold
+        if args.corpus_dir:
+            sources = {}
+            for utt in list(fold.label):
+                video, clip = part.clips[utt]
+                source = raw.locate(clips.get(video, {}).get(clip), video, clip, media)
+                if isinstance(source, str):
+                    fold.drop(utt, source)
+                elif not fold.text[utt]:
+                    fold.drop(utt, "empty transcript")
+                else:
+                    sources[utt] = source
+            raw.write_media_set(data_dir / name, fold, sources, media.segmented)
+        else:
+            write_set(data_dir / name, fold, plain_tables(fold))
+        write_dropped(data_dir / name / DROPPED, fold)
+    write_summary(data_dir, summary_table(folds, args.counts, data_dir) + "".join(f"{n}\n" for n in notes))
+    for fold in folds:
+        check_share(fold, args.max_drop, data_dir / fold.name / DROPPED)
+
+    for name, part in parts.items():
+        folder = dump_dir / name
+        tables = plain_tables(part.fold)
+        for table in ("utt2spk", "utt2label"):
+            write_table(folder / table, tables[table])
+        for feature in args.features:
+            part.fold.notes += write_feature(path, part, feature, folder, digest)
+        load_dump(folder, args.features, require=("utt2label",))
+    write_summary(data_dir, summary_table(folds, args.counts, data_dir) + "".join(f"{n}\n" for n in notes))
+    print((data_dir / "folds.txt").read_text(encoding="utf-8"), end="")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,104 @@
+"""Stage 1: data directories from the raw distribution of CMU-MOSEI (videos, transcripts, labels, official folds)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from sdumc.cli import Parser, run, setup_logging
+
+log = logging.getLogger("sdumc")
+
+
+def get_parser() -> Parser:
+    parser = Parser(
+        "Write DATA_DIR/{train,valid,test}, Kaldi data directories whose `segments` cut clips out of the original "
+        "files,\nand DATA_DIR/folds.txt, what was found per fold. What is left out is listed in "
+        "DATA_DIR/<set>/dropped.tsv\nwith its reason; videos of no fold in DATA_DIR/dropped.tsv."
+    )
+    group = parser.add_argument_group("corpus")
+    group.add_argument("--corpus-dir", required=True, metavar="DIR", help="the folder that holds Raw/, or Raw itself")
+    group.add_argument(
+        "--folds",
+        required=True,
+        metavar="PATH",
+        help="folder of train.txt, valid.txt, test.txt (a video id a line), or the CMU SDK's cmu_mosei_std_folds.py",
+    )
+    group.add_argument(
+        "--labels", metavar="PATH", help="CSV file or folder of them, or a .csd file; Raw/Labels by default"
+    )
+    group.add_argument(
+        "--media",
+        choices=("auto", "full", "segmented"),
+        default="auto",
+        help="cut clips from whole videos, or take the files of single clips; auto: the first where there are any",
+    )
+    group = parser.add_argument_group("output")
+    group.add_argument("--data-dir", default="data", metavar="DIR", help="where the sets are written")
+    group.add_argument(
+        "--max-drop", type=float, default=0.01, metavar="X", help="largest share of a fold's labels left out (0-1)"
+    )
+    group.add_argument("--counts", choices=("mosei", "none"), default="mosei", help="published counts to show beside")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = get_parser().parse_args(argv)
+    setup_logging(args.verbose)
+    from sdumc.corpora.folds import read_folds
+    from sdumc.corpora.raw import (
+        collect_fold,
+        find_labels,
+        find_media,
+        raw_root,
+        read_labels,
+        read_transcripts,
+        strays,
+        write_media_set,
+    )
+    from sdumc.corpora.sets import (
+        DROPPED,
+        STAGE,
+        check_share,
+        summary_table,
+        write_dropped,
+        write_summary,
+    )
+    from sdumc.data.kaldi_dir import append_dropped
+
+    root, data_dir = raw_root(args.corpus_dir), Path(args.data_dir)
+    members = read_folds(args.folds)
+    labels = read_labels(args.labels or find_labels(root))
+    transcripts = read_transcripts(root)
+    media = find_media(root, args.media)
+    log.info("%s: %d transcripts, %d videos", root, len(transcripts.clips), len(media.video))
+
+    folds = []
+    for name, videos in members.items():
+        fold, sources = collect_fold(name, videos, transcripts, labels, media)
+        if labels.by_time and not fold.label and any(len(labels.by_time.get(v, ())) for v in videos):
+            log.warning("%s: not one label row has the times of a transcript clip", name)
+        write_media_set(data_dir / name, fold, sources, media.segmented)
+        write_dropped(data_dir / name / DROPPED, fold)
+        folds.append(fold)
+
+    assigned = {v for videos in members.values() for v in videos}
+    (data_dir / DROPPED).unlink(missing_ok=True)
+    rows = [(name, STAGE, reason) for name, reason in strays(assigned, transcripts, labels, media).items()]
+    if rows:
+        append_dropped(data_dir / DROPPED, rows)
+    table = summary_table(folds, args.counts, data_dir)
+    notes = [*labels.notes, f"media: {'a file a clip' if media.segmented else 'clips are cut from whole videos'}"]
+    if not media.has_video:
+        notes.append("media: only sound; there is no folder of videos")
+    if rows:
+        notes.append(f"{len(rows)} videos or files belong to no fold ({data_dir / DROPPED})")
+    write_summary(data_dir, table + "".join(f"{note}\n" for note in notes))
+    print((data_dir / "folds.txt").read_text(encoding="utf-8"), end="")
+    for fold in folds:
+        check_share(fold, args.max_drop, data_dir / fold.name / DROPPED)
+
+
+if __name__ == "__main__":
+    run(main)

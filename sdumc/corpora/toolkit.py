@@ -1,0 +1,247 @@
+"""The feature pickles of the field's common toolkit: ``unaligned_50.pkl``, ``aligned_50.pkl`` of MOSEI and MOSI.
+
+``{train, valid, test} -> {id, raw_text, audio (N, T, A), vision (N, T, V), text (N, 50, 768), text_bert (N, 3, 50),
+audio_lengths, vision_lengths, regression_labels}``, everything zero-padded to one length. In the aligned file all three
+go by word piece, and the text's length is everyone's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdumc.corpora.sets import FOLDS, Fold, split_name
+from sdumc.data.ark import ShardWriter, merge_shards
+from sdumc.data.pickles import restricted_load
+from sdumc.errors import UserError
+
+log = logging.getLogger("sdumc")
+
+KNOWN_SHA256 = {
+    "ad8b23d50557045e7d47959ce6c5b955d8d983f2979c7d9b7b9226f6dd6fec1f": "MOSEI's unaligned_50.pkl as published"
+}
+FEATURES = {"audio": "audio", "text": "text", "video": "vision"}  # our name -> theirs
+_COMMIT_EVERY = 256
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as f:
+            while block := f.read(2**22):
+                digest.update(block)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+    return digest.hexdigest()
+
+
+def describe_sha256(path: Path, digest: str, wanted: str | None) -> str:
+    """A line about the file's identity.
+
+    Raises:
+        UserError: ``wanted`` is given and is another.
+    """
+    if wanted and wanted.lower() != digest:
+        raise UserError(f"{path}: its SHA-256 is {digest}, not {wanted.lower()}; fetch the file again")
+    if digest in KNOWN_SHA256:
+        return f"{path.name}: SHA-256 {digest}, {KNOWN_SHA256[digest]}"
+    if wanted:
+        return f"{path.name}: SHA-256 {digest}, as asked for"
+    return f"{path.name}: SHA-256 {digest}, of no file known here: a copy with changes, or cut short?"
+
+
+@dataclass
+class Part:
+    """One fold of a pickle: arrays as they are in the file, utterance ids in the file's order."""
+
+    fold: Fold
+    order: list[str]
+    content: Mapping[str, Any]
+    clips: dict[str, tuple[str, str]] = field(default_factory=dict)  # utterance -> (video, clip)
+
+
+def read_pickle(path: Path) -> dict[str, Part]:
+    """Load a pickle through the restricted unpickler and take in ids, texts and labels; the features stay as they are.
+
+    Needs as much memory as the file is long.
+
+    Raises:
+        UserError: the file is not such a pickle, a fold or key is missing, or lengths do not agree.
+    """
+    content = restricted_load(path)
+    if not isinstance(content, dict) or not all(isinstance(content.get(name), dict) for name in FOLDS):
+        raise UserError(
+            f"{path}: has no folds {', '.join(FOLDS)}; is it the toolkit's unaligned_50.pkl or aligned_50.pkl?"
+        )
+    parts = {}
+    for name in FOLDS:
+        part = content[name]
+        for key in ("id", "regression_labels"):
+            if key not in part:
+                raise UserError(f"{path}: {name} has no {key!r}; is it the toolkit's file?")
+        names = [str(i) for i in part["id"]]
+        labels = np.asarray(part["regression_labels"], dtype=np.float64).reshape(-1)
+        texts = [str(t) for t in part["raw_text"]] if "raw_text" in part else [""] * len(names)
+        for key, length in (("regression_labels", len(labels)), ("raw_text", len(texts))):
+            if length != len(names):
+                raise UserError(f"{path}: {name} has {len(names)} ids, but {length} in {key!r}; fetch the file again")
+        result = Part(Fold(name), [], part)
+        for utterance_name, label, text in zip(names, labels, texts, strict=True):
+            speaker, utt = split_name(utterance_name)
+            result.fold.add(utt, speaker, float(label), text)
+            result.order.append(utt)
+            video, _, clip = utt.rpartition("-")
+            result.clips[utt] = (video, clip) if video == speaker else (speaker, "")
+        parts[name] = result
+    return parts
+
+
+@dataclass
+class Trimmed:
+    """Counts of what was mended while a feature was cut to its true lengths."""
+
+    values: int = 0  # non-finite values set to 0
+    utterances: int = 0  # utterances that had any
+    longer: int = 0  # stated lengths beyond the array
+    front: int = 0  # padded in front
+    beyond: int = 0  # with values beyond the stated length
+    absent: int = 0  # of length 0, or zero throughout
+
+    def lines(self, name: str) -> list[str]:
+        """What there is to say, one string each."""
+        said = []
+        if self.values:
+            said.append(f"{name}: {self.values} values of {self.utterances} utterances were not finite, set to 0")
+        if self.longer:
+            said.append(f"{name}: {self.longer} stated lengths are longer than the array, cut to it")
+        if self.front:
+            said.append(f"{name}: {self.front} utterances are padded in front, taken from the end")
+        if self.beyond:
+            said.append(f"{name}: {self.beyond} utterances have values beyond their stated length, cut off")
+        if self.absent:
+            said.append(f"{name}: {self.absent} utterances have none (length 0, or zeros throughout): absent")
+        return said
+
+
+def true_lengths(path: Path, part: Part, feature: str) -> np.ndarray | None:
+    """Frames of each utterance (N,) int64, or None if the file does not tell.
+
+    For text, the length of the attention mask in ``text_bert``; for the others ``<name>_lengths``, or in an aligned file
+    the text's.
+
+    Raises:
+        UserError: the lengths are not one number an utterance.
+    """
+    theirs = FEATURES[feature]
+    content, count = part.content, len(part.order)
+    mask = None
+    if "text_bert" in content:
+        bert = np.asarray(content["text_bert"])
+        if bert.ndim != 3 or bert.shape[:2] != (count, 3):
+            raise UserError(f"{path}: {part.fold.name}: text_bert has shape {bert.shape}, expected ({count}, 3, T)")
+        mask = (bert[:, 1] > 0.5).sum(axis=1).astype(np.int64)
+    if feature == "text":
+        return mask
+    if f"{theirs}_lengths" in content:
+        lengths = np.asarray(content[f"{theirs}_lengths"], dtype=np.int64).reshape(-1)
+        if len(lengths) != count or (lengths < 0).any():
+            raise UserError(
+                f"{path}: {part.fold.name}: {theirs}_lengths has {len(lengths)} values for {count} utterances"
+            )
+        return lengths
+    aligned = "text" in content and np.shape(content["text"])[1] == np.shape(content[theirs])[1]
+    return mask if aligned else None
+
+
+def trim(array: np.ndarray, length: int | None, counts: Trimmed) -> np.ndarray:
+    """The true frames of a padded matrix (T, D) as float32, with 0 for what is not finite.
+
+    0 is what the toolkit itself puts there. Without a stated ``length``, zero frames at the end are padding. An
+    utterance that is padded in front, by its zeros, is taken from the end.
+
+    Returns:
+        (length, D); no rows if there is nothing but zeros.
+    """
+    array = np.asarray(array, dtype=np.float32)
+    finite = np.isfinite(array)
+    if not finite.all():
+        counts.values += int((~finite).sum())
+        counts.utterances += 1
+        array = np.where(finite, array, np.float32(0))
+    used = np.flatnonzero(array.any(axis=1))
+    if not len(used):
+        counts.absent += 1
+        return array[:0]
+    if length is None:
+        return array[: used[-1] + 1]
+    if length > len(array):
+        counts.longer += 1
+        length = len(array)
+    if length == 0:
+        counts.absent += 1
+        return array[:0]
+    if used[-1] >= length:
+        if used[0] >= len(array) - length:
+            counts.front += 1
+            return array[len(array) - length :]
+        counts.beyond += 1
+    result = array[:length]
+    if not result.any():
+        counts.absent += 1
+        return array[:0]
+    return result
+
+
+def write_feature(
+    path: Path, part: Part, feature: str, dump_dir: Path, digest: str, progress: Callable[[str], None] = log.info
+) -> list[str]:
+    """Write one feature of one fold into ``dump_dir`` as archive and index; only the utterances kept in ``part.fold``.
+
+    Returns:
+        Lines about what was mended; see :class:`Trimmed`.
+
+    Raises:
+        UserError: the feature is missing, or has another shape than expected.
+    """
+    theirs = FEATURES[feature]
+    if theirs not in part.content:
+        raise UserError(f"{path}: {part.fold.name} has no {theirs!r}; is it the toolkit's file?")
+    array = np.asarray(part.content[theirs])
+    if array.ndim != 3 or len(array) != len(part.order) or array.dtype == object:
+        raise UserError(
+            f"{path}: {part.fold.name}: {theirs!r} has shape {array.shape}, expected ({len(part.order)}, T, D) numbers"
+        )
+    lengths = true_lengths(path, part, feature)
+    rows = {utt: i for i, utt in enumerate(part.order)}
+    utterances = sorted(part.fold.label)
+    counts = Trimmed()
+    settings = {"extractor": "imported", "file": path.name, "sha256": digest, "array": theirs, "non_finite": 0}
+    with ShardWriter(dump_dir, feature, 1, settings, utterances) as writer:
+        for number, utt in enumerate(utterances, start=1):
+            i = rows[utt]
+            matrix = trim(array[i], None if lengths is None else int(lengths[i]), counts)
+            if utt in writer.done:
+                continue
+            if len(matrix):
+                writer.write(utt, matrix)
+            else:
+                writer.absent(utt, "no frames, or zeros throughout")
+            if number % _COMMIT_EVERY == 0:
+                writer.commit()
+    merged = merge_shards(dump_dir, feature, 1, {**settings, "imported": True}, utterances)
+    progress(f"{dump_dir / feature}.scp: {len(merged.frames)} utterances, {merged.dim} dimensions")
+    lines = counts.lines(feature)
+    if lengths is None:
+        lines.append(f"{feature}: the file states no lengths; zero frames at the end were taken for padding")
+    return lines
