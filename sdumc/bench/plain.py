@@ -9,8 +9,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sdumc.model.layers import AttentivePooling, Imagination, mlp
+from sdumc.model.layers import Imagination, mlp
 from sdumc.model.network import MODALITIES, ModelConfig
+
+
+class PlainPooling(nn.Module):
+    """Attentive pooling with torch's dropout."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.projection, self.context = nn.Linear(c.dim, c.dim), nn.Parameter(torch.randn(c.dim) / c.dim**0.5)
+        self.scale, self.drop = c.scale, nn.Dropout(c.attention_dropout)
+
+    def forward(self, h: Tensor) -> Tensor:
+        x = self.drop(h)
+        score = torch.tanh(self.projection(x)) @ self.context
+        return self.drop((torch.softmax(self.scale * score, dim=1).unsqueeze(-1) * x).sum(1))
 
 
 class PlainSDUMC(nn.Module):
@@ -21,7 +35,7 @@ class PlainSDUMC(nn.Module):
         dims = {"audio": c.audio_dim, "text": c.text_dim, "video": c.video_dim}
         self.c = c
         self.frame = nn.ModuleDict({m: nn.Linear(dims[m], c.dim) for m in MODALITIES})
-        self.pool = nn.ModuleDict({m: AttentivePooling(c.dim, c.scale, c.attention_dropout) for m in MODALITIES})
+        self.pool = nn.ModuleDict({m: PlainPooling(c) for m in MODALITIES})
         self.utterance = nn.ModuleDict({m: mlp(c.dim, (c.dim, c.dim), c.dropout) for m in MODALITIES})
         self.imagine_utterance = Imagination(c.dim, c.dim // 2)
         self.imagine_content = Imagination(c.content_dim, c.content_dim // 2)
@@ -38,8 +52,7 @@ class PlainSDUMC(nn.Module):
 
     def forward(self, x: dict[str, Tensor], imagine: bool) -> dict[str, Tensor]:
         h = {m: self.frame[m](x[m]) for m in MODALITIES}
-        everything = {m: torch.ones(h[m].shape[:2], dtype=torch.bool, device=h[m].device) for m in MODALITIES}
-        z = {m: self.utterance[m](self.pool[m](h[m], everything[m])) for m in MODALITIES}
+        z = {m: self.utterance[m](self.pool[m](h[m])) for m in MODALITIES}
         if imagine:
             z["text"] = self.imagine_utterance(z)
         a, t, v = z["audio"], z["text"], z["video"]

@@ -1,0 +1,93 @@
+"""How things are measured here: interleaved repeats, medians, and peak memory in a process of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def machine() -> str:
+    """One line on what was measured on."""
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    return f"{where}, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def synchronise() -> None:
+    """Wait for the GPU, if there is one, so that a clock read means something."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Wall-clock seconds of one call."""
+    synchronise()
+    start = time.perf_counter()
+    call()
+    synchronise()
+    return time.perf_counter() - start
+
+
+def interleaved(calls: dict[str, Callable[[], object]], repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds of each call, A B A B ..., so that a busy spell of the machine meets both."""
+    for _ in range(warm_up):
+        for call in calls.values():
+            call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            times[name].append(seconds(call))
+    return times
+
+
+def median(times: list[float]) -> float:
+    return statistics.median(times)
+
+
+def spread(times: list[float]) -> str:
+    """Lowest and highest, as text."""
+    return f"{min(times):.3g}-{max(times):.3g}"
+
+
+def ratio(slow: list[float], fast: list[float]) -> float:
+    """How many times ``fast`` is as fast: the median of the pairs' ratios, each pair measured back to back."""
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def peak_memory(call: Callable[[], object]) -> float:
+    """Peak memory in MiB that ``call`` adds: as the GPU's allocator saw it, else of a fresh process's resident set."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        synchronise()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    # A resident set never shrinks in the books, so each measurement gets a process that starts from nothing.
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_measure_in_child, args=(call, send))
+    process.start()
+    send.close()
+    try:
+        return receive.recv()
+    finally:
+        process.join()
+
+
+def _measure_in_child(call: Callable[[], object], send) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    call()
+    send.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [header, ["-" * w for w in widths], *rows]
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in lines)

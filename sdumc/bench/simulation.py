@@ -1,0 +1,139 @@
+"""Text simulation, prompts to transcripts and states, against the plain way: one utterance at a time, `generate` with
+all hidden states kept, the winner's picked out through `beam_indices`."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sdumc.bench.measure import interleaved, median, peak_memory, ratio, spread, table
+from sdumc.simulation.speech_llm import SpeechLLM
+
+BATCH, UTTERANCES, BEAM, NEW_TOKENS = 16, 32, 4, 40
+SIZES = ((128, 4), (256, 6))  # width, layers
+
+
+def make_llm(folder: Path, hidden: int, layers: int) -> SpeechLLM:
+    """A Llama with random weights (from a fixed seed) and a word tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = ["<unk>", "<s>", "</s>", "<pad>", *"USER : ASSISTANT Transcribe speech to text .".split()]
+    words += [f"w{i}" for i in range(512 - len(words))]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        initializer_range=1.2 / hidden**0.5,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=3,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight[2] *= 2.0  # so that answers end at different lengths
+    model.save_pretrained(folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return SpeechLLM(str(folder), device=device, layers=[-4])
+
+
+def make_contexts(llm: SpeechLLM, count: int) -> list[Tensor]:
+    """Prompts of 2 to 8 s of sound, longest first as the stage orders them."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(20, 80, (count,), generator=generator).sort(descending=True).values.tolist()
+    return llm.contexts([0.3 * torch.randn(n, llm.dim, generator=generator).to(llm.device) for n in lengths])
+
+
+@torch.no_grad()
+def plain(llm: SpeechLLM, context: Tensor, limit: int) -> tuple[list[int], Tensor]:
+    """Token ids without EOS and the states (N, D) of one utterance."""
+    out = llm.model.generate(
+        inputs_embeds=context[None],
+        attention_mask=torch.ones(1, len(context), dtype=torch.long, device=context.device),
+        num_beams=BEAM,
+        max_new_tokens=limit,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_hidden_states=True,
+        output_scores=True,
+        pad_token_id=3,
+    )
+    tokens = out.sequences[0].tolist()
+    beams = [int(b) for b in out.beam_indices[0] if b >= 0]
+    states = [sum(out.hidden_states[t][layer][b, -1].float() for layer in llm.layers) for t, b in enumerate(beams)]
+    return tokens[: tokens.index(2)] if 2 in tokens else tokens, torch.stack(states)
+
+
+def ours(llm: SpeechLLM, contexts: list[Tensor], limit: int) -> list:
+    """The same for all, in batches."""
+    found = []
+    for i in range(0, len(contexts), BATCH):
+        found += llm.transcribe(contexts[i : i + BATCH], BEAM, limit)
+    return found
+
+
+class _Peak:
+    """One side of the memory comparison, made whole in its own process."""
+
+    def __init__(self, side: str, limit: int):
+        self.side, self.limit = side, limit
+
+    def __call__(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            llm = make_llm(Path(folder), *SIZES[-1])
+            with torch.no_grad():
+                llm.model.lm_head.weight[2] = -10.0 * llm.model.lm_head.weight[2]  # seldom ends
+            contexts = make_contexts(llm, BATCH)
+            if self.side == "ours":
+                ours(llm, contexts, self.limit)
+            else:
+                plain(llm, contexts[0], self.limit)
+
+
+def main(repeats: int) -> None:
+    """Print utterances per second of both ways, whether they agree, and peak memory at several answer lengths."""
+    rows = []
+    for hidden, layers in SIZES:
+        with tempfile.TemporaryDirectory() as folder:
+            llm = make_llm(Path(folder), hidden, layers)
+            contexts = make_contexts(llm, UTTERANCES)
+            reference = [plain(llm, c, NEW_TOKENS) for c in contexts]
+            found = ours(llm, contexts, NEW_TOKENS)
+            same = [f.tokens == r[0] for f, r in zip(found, reference, strict=True)]
+            apart = max(
+                float((f.states - r[1]).abs().max()) for f, r, s in zip(found, reference, same, strict=True) if s
+            )
+            calls = {
+                "plain": lambda m=llm, c=contexts: [plain(m, x, NEW_TOKENS) for x in c],
+                "ours": lambda m=llm, c=contexts: ours(m, c, NEW_TOKENS),
+            }
+            times = interleaved(calls, min(repeats, 3), warm_up=0)
+        rows.append(
+            [
+                f"{hidden} x {layers}",
+                f"{UTTERANCES / median(times['plain']):.2f}",
+                f"{UTTERANCES / median(times['ours']):.2f}",
+                spread(times["ours"]),
+                f"{ratio(times['plain'], times['ours']):.1f}",
+                f"{sum(same)} of {len(same)}",
+                f"{apart:.1e}",
+            ]
+        )
+    header = ["width x layers", "plain (utt/s)", "ours (utt/s)", "ours, range (s)", "times as fast", "same tokens"]
+    print(table([*header, "states apart"], rows))
+    memory = []
+    for limit in (25, 50, 100, 200):
+        memory.append([str(limit), *(f"{peak_memory(_Peak(side, limit)):.0f}" for side in ("plain", "ours"))])
+    print()
+    print(table(["most new tokens", "plain, 1 utterance (MiB)", f"ours, {BATCH} utterances (MiB)"], memory))
