@@ -13,8 +13,8 @@ log = logging.getLogger("sdumc")
 
 def get_parser() -> Parser:
     parser = Parser(
-        "Write DUMP_DIR/{train,valid,test} with the pickle's audio, text and video features at their true lengths, and\n"
-        "DATA_DIR/<set> with texts, labels and, when the media are given too, wav.scp and video.scp for stages 2 and 3.\n"
+        "Write DUMP_DIR/{train,valid,test} with the pickle's audio, text and video features at true length, and\n"
+        "DATA_DIR/<set> with texts, labels and, when media are given too, wav.scp and video.scp for stages 2, 3.\n"
         "The pickle is read by a restricted unpickler: it can hold arrays and plain containers only."
     )
     group = parser.add_argument_group("corpus")

@@ -137,8 +137,8 @@ class Trimmed:
 def true_lengths(path: Path, part: Part, feature: str) -> np.ndarray | None:
     """Frames of each utterance (N,) int64, or None if the file does not tell.
 
-    For text, the length of the attention mask in ``text_bert``; for the others ``<name>_lengths``, or in an aligned file
-    the text's.
+    For text, the length of the attention mask in ``text_bert``; for the others ``<name>_lengths``, or in an aligned
+    file the text's.
 
     Raises:
         UserError: the lengths are not one number an utterance.

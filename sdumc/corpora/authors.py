@@ -1,0 +1,175 @@
+"""What the SDUMC authors share: feature folders with a ``.npy`` an utterance, a label file, a transcript table."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from sdumc.corpora.sets import Fold, split_name
+from sdumc.data.ark import Merged, ShardWriter, merge_shards
+from sdumc.data.kaldi_dir import shard
+from sdumc.data.pickles import load_npy, load_npz_dicts
+from sdumc.errors import UserError
+
+log = logging.getLogger("sdumc")
+
+# Folder names as released.
+FOLDERS = {
+    "audio": "wavlm-large-FRA_-5",
+    "video": "manet_FRA",
+    "text": "vicuna-7b-v1.5-FRA-wavlm2vicuna-half-gt",
+    "text_sim": "vicuna-7b-v1.5-FRA-wavlm2vicuna-half-wav+prompt[take_generate_wordembed_-4]",
+}
+CORPORA = {"train": "train_corpus", "valid": "val_corpus", "test": "test_corpus"}
+_COMMIT_EVERY = 64
+
+
+def read_corpus(labels: Path, transcripts: Path | None) -> tuple[dict[str, Fold], dict[str, dict[str, str]]]:
+    """Folds from ``label_official.npz`` and the transcript table.
+
+    Returns:
+        the folds, and for each one utterance -> name of its feature files.
+
+    Raises:
+        UserError: a file is not of the expected form, an utterance is twice in it, or a label is missing.
+    """
+    content = load_npz_dicts(labels)
+    words = read_transcripts(transcripts) if transcripts else {}
+    folds, names = {}, {}
+    for name, key in CORPORA.items():
+        corpus = content.get(key)
+        if not isinstance(corpus, dict) or not corpus:
+            raise UserError(f"{labels}: has no dict {key!r}; is it the authors' label_official.npz?")
+        fold, files = Fold(name), {}
+        without_text = []
+        for theirs, entry in corpus.items():
+            value = entry.get("val") if isinstance(entry, dict) else None
+            if not isinstance(value, (int, float, np.number)):
+                raise UserError(f"{labels}: {key}: {theirs!r}: has no number 'val'; is it the authors' file?")
+            speaker, utt = split_name(str(theirs))
+            fold.add(utt, speaker, float(value), words.get(str(theirs), ""))
+            files[utt] = str(theirs)
+            if transcripts and str(theirs) not in words:
+                without_text.append(str(theirs))
+        if without_text:
+            fold.notes.append(
+                f"{len(without_text)} utterances have no line in {transcripts}, such as {without_text[0]}"
+            )
+        folds[name], names[name] = fold, files
+    return folds, names
+
+
+def read_transcripts(path: Path) -> dict[str, str]:
+    """The columns ``name`` and ``english`` of a CSV table.
+
+    Raises:
+        UserError: it cannot be read, a column is missing, or a name has two different texts.
+    """
+    result: dict[str, str] = {}
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            reader = csv.DictReader(f)
+            for column in ("name", "english"):
+                if column not in (reader.fieldnames or []):
+                    raise UserError(f"{path}: has no column {column!r}; is it the authors' transcript table?")
+            for row in reader:
+                name, text = (row["name"] or "").strip(), " ".join((row["english"] or "").split())
+                if result.setdefault(name, text) != text:
+                    raise UserError(f"{path}:{reader.line_num}: {name!r} has another text before; remove one line")
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise UserError(f"{path}: not a CSV file in UTF-8 ({e})") from None
+    return result
+
+
+def list_features(folder: Path) -> set[str]:
+    """Names of the ``.npy`` files in a folder, without their ending."""
+    try:
+        found = {e.name[:-4] for e in os.scandir(folder) if e.name.endswith(".npy") and not e.name.startswith(".")}
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be read ({e.strerror}); give the folder of the features") from None
+    if not found:
+        raise UserError(f"{folder}: has no .npy files; unpack the features there")
+    return found
+
+
+def load_feature(path: Path) -> np.ndarray:
+    """An utterance's features as float32 (T, D); a vector is one frame, T is 0 for an empty array.
+
+    Raises:
+        UserError: not an array of one to two dimensions (others of length one apart), or cut short.
+    """
+    array = load_npy(path)
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+        raise UserError(f"{path}: holds no array of numbers")
+    if array.size == 0:
+        return np.zeros((0, 1), np.float32)
+    while array.ndim > 2 and array.shape[0] == 1:
+        array = array[0]
+    if array.ndim == 1:
+        array = array[None]
+    if array.ndim != 2:
+        raise UserError(f"{path}: shape {array.shape}, expected (frames, dimension)")
+    return array.astype(np.float32, copy=False)
+
+
+def import_feature(
+    name: str, folder: Path, found: set[str], files: Mapping[str, str], dump_dir: Path, jobs: int, max_absent: float
+) -> Merged:
+    """Write a feature of one set as archives and index, with ``jobs`` processes; a killed run goes on where it stopped.
+
+    An utterance without a file, or with an empty one, is absent in this feature and listed as such.
+
+    Raises:
+        UserError: more than ``max_absent`` of the utterances have no file, a file cannot be read, or dimensions differ.
+    """
+    lacking = sorted(u for u, n in files.items() if n not in found)
+    if len(lacking) > max_absent * len(files):
+        raise UserError(
+            f"{folder}: {len(lacking)} of {len(files)} utterances of {dump_dir.name} have no .npy file, the first: "
+            f"{files[lacking[0]]}; complete the folder, or allow more with --max-drop"
+        )
+    settings = {"extractor": "imported", "folder": folder.name}
+    work = [(name, folder, dump_dir, settings, job, jobs, files, frozenset(lacking)) for job in range(1, jobs + 1)]
+    if jobs == 1:
+        _import_shard(work[0])
+    else:
+        with ProcessPoolExecutor(max_workers=jobs) as pool:
+            for _ in pool.map(_import_shard, work):
+                pass
+    merged = merge_shards(dump_dir, name, jobs, {**settings, "imported": True}, files)
+    log.info(
+        "%s.scp: %d utterances, %s dimensions, %d absent",
+        dump_dir / name,
+        len(merged.frames),
+        merged.dim,
+        len(merged.absent),
+    )
+    return merged
+
+
+def _import_shard(work: tuple) -> None:
+    name, folder, dump_dir, settings, job, jobs, files, lacking = work
+    utterances: Sequence[str] = shard(list(files), f"{job}/{jobs}")
+    with ShardWriter(dump_dir, name, job, settings, utterances) as writer:
+        for number, utt in enumerate((u for u in utterances if u not in writer.done), start=1):
+            if utt in lacking:
+                writer.absent(utt, f"no file {files[utt]}.npy in {folder.name}")
+                continue
+            path = folder / f"{files[utt]}.npy"
+            matrix = load_feature(path)
+            if not np.isfinite(matrix).all():
+                raise UserError(f"{path}: NaN or infinite values; fetch the file again, or remove it")
+            if len(matrix):
+                writer.write(utt, matrix)
+            else:
+                writer.absent(utt, f"empty file {files[utt]}.npy")
+            if number % _COMMIT_EVERY == 0:
+                writer.commit()
