@@ -3,7 +3,7 @@
 
     step.py --name NAME [--inputs F...] [--optional-inputs F...] [--settings F...] [--outputs F...] [--stale F...]
             [--ignore NAME...] [--force] [--state-dir .done]
-            -- [RUNNER... --] COMMAND... [--then [RUNNER... --] COMMAND...]...
+            -- [RUNNER... --] COMMAND... [--then [RUNNER... --] COMMAND...]... [--next --name ...]...
 
 A step is up to date when all its outputs exist and neither its commands nor its inputs have changed since it last
 succeeded. Inputs, optional inputs and settings are files, folders or quoted patterns ('dump/train/*.scp'), compared by
@@ -15,6 +15,10 @@ The commands run one after the other until one fails. One whose work was cut sho
 stopped, so nothing is deleted between two attempts; but when an input has changed, or with --force, what `--stale`
 names is deleted before: it was made from something else. Changed settings files and options delete nothing, as commands
 check these themselves. Two recipes that come to the same step at once do it once: the second waits.
+
+After `--next` comes another step of the same kind, such as the same feature of another set. Those of them that are not
+up to date are done together: their commands, each `python3 -m MODULE ...`, run in one process by utils/several.py,
+with the first one's runner.
 
 Prints one line. The exit code is that of the command that failed.
 """
@@ -38,34 +42,78 @@ def fail(message: str) -> None:
     sys.exit(2)
 
 
-def parse(argv: list[str]) -> tuple[dict, list[tuple[list[str], list[str]]]]:
-    """Split the command line into options and commands, each of these into its runner's words and its own."""
-    options: dict = {name: [] for name in LISTS} | {"--name": "", "--state-dir": ".done", "--force": False}
-    words = list(argv)
-    target: list[str] | None = None
-    while words and words[0] != "--":
-        word = words.pop(0)
-        if word in LISTS:
-            target = options[word]
-        elif word in VALUES:
-            target = None
-            if not words:
-                fail(f"option {word} needs a value")
-            options[word] = words.pop(0)
-        elif word == "--force":
-            target = None
-            options[word] = True
-        elif word.startswith("--") or target is None:
-            fail(f"unexpected word {word!r}; the command comes after --")
-        elif word:
-            target.append(word)
-    commands = []
-    for segment in split(words[1:], "--then"):
-        runner, *rest = split(segment, "--", 1)
-        commands.append((runner, rest[0]) if rest else ([], runner))
-    if not options["--name"] or not all(command for _, command in commands):
-        fail("usage: step.py --name NAME [options] -- [RUNNER... --] COMMAND... [--then [RUNNER... --] COMMAND...]...")
-    return options, commands
+class Step:
+    """One step: what the command line says of it, and what is known of its last time."""
+
+    def __init__(self, words: list[str]):
+        options: dict = {name: [] for name in LISTS} | {"--name": "", "--state-dir": ".done", "--force": False}
+        words = list(words)
+        target: list[str] | None = None
+        while words and words[0] != "--":
+            word = words.pop(0)
+            if word in LISTS:
+                target = options[word]
+            elif word in VALUES:
+                target = None
+                if not words:
+                    fail(f"option {word} needs a value")
+                options[word] = words.pop(0)
+            elif word == "--force":
+                target = None
+                options[word] = True
+            elif word.startswith("--") or target is None:
+                fail(f"unexpected word {word!r}; the command comes after --")
+            elif word:
+                target.append(word)
+        self.options, self.force = options, options["--force"]
+        self.name, self.outputs, self.folder = options["--name"], options["--outputs"], options["--state-dir"]
+        self.commands: list[tuple[list[str], list[str]]] = []  # runner, command
+        for segment in split(words[1:], "--then"):
+            runner, *rest = split(segment, "--", 1)
+            self.commands.append((runner, rest[0]) if rest else ([], runner))
+        if not self.name or not all(command for _, command in self.commands):
+            fail("usage: step.py --name NAME [options] -- [RUNNER... --] COMMAND...; --help tells the rest")
+        # The first output tells apart steps of the same name in other folders.
+        slug = "".join(c if c.isalnum() else "-" for c in self.name)
+        slug += f"-{crc32('|'.join([self.name, *self.outputs[:1]]).encode()):08x}"
+        self.done_file, self.started_file, self.lock_file = (
+            os.path.join(self.folder, slug + ending) for ending in (".done", ".started", ".lock")
+        )
+
+    def signature(self) -> dict:
+        """What the step's result depends on, as it is now."""
+        options = self.options
+        return {
+            "commands": [without_ignored(command, options["--ignore"]) for _, command in self.commands],
+            "inputs": stamps(options["--inputs"], needed_by=self.name) + stamps(options["--optional-inputs"]),
+            "settings": stamps(options["--settings"], needed_by=self.name),
+        }
+
+    def why(self, now: dict) -> str:
+        """Why the step is not up to date; empty when it is."""
+        if self.force:
+            return "forced"
+        missing = self.missing()
+        return change(load(self.done_file), now) or (f"missing: {missing}" if missing else "")
+
+    def missing(self) -> str:
+        return next((path for path in self.outputs if not stamp(path)), "")
+
+    def begin(self, now: dict) -> str:
+        """Make ready for the commands; returns why they are run, in a word or two."""
+        reason = self.why(now)
+        last = load(self.started_file) or load(self.done_file)
+        if reason == "new" and last is not None and last["inputs"] == now["inputs"]:
+            reason = "going on"
+        if self.force or (last is not None and last["inputs"] != now["inputs"]):
+            delete(self.options["--stale"])
+        save(self.started_file, now)
+        if os.path.exists(self.done_file):  # what it vouched for is about to change
+            os.unlink(self.done_file)
+        return reason
+
+    def end(self) -> None:
+        os.replace(self.started_file, self.done_file)
 
 
 def split(words: list[str], separator: str, at_most: int = -1) -> list[list[str]]:
@@ -205,65 +253,58 @@ def run(command: list[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
+def together(steps: list[Step]) -> list[list[str]]:
+    """The command lines that do all of these steps."""
+    lines = []
+    for same in zip(*(step.commands for step in steps), strict=True):
+        runner = same[0][0]
+        if len(steps) == 1:
+            lines.append(runner + same[0][1])
+            continue
+        joined = [*runner, "python3", os.path.join(os.path.dirname(os.path.abspath(__file__)), "several.py")]
+        for i, (_, command) in enumerate(same):
+            if command[:2] != ["python3", "-m"]:
+                fail(f"steps after --next need commands of the form `python3 -m MODULE`, not {command[0]!r}")
+            joined += ["--then"] * (i > 0) + command[2:]
+        lines.append(joined)
+    return lines
+
+
 def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("--help", "-h"):
         print(__doc__.strip())
         return 0 if argv else 2
-    options, commands = parse(argv)
-    name, outputs = options["--name"], options["--outputs"]
-    folder = options["--state-dir"]
-    # The first output tells apart steps of the same name in other folders.
-    slug = "".join(c if c.isalnum() else "-" for c in name) + f"-{crc32('|'.join([name, *outputs[:1]]).encode()):08x}"
-    done_file, started_file = os.path.join(folder, slug + ".done"), os.path.join(folder, slug + ".started")
-
-    def signature() -> dict:
-        inputs = stamps(options["--inputs"], needed_by=name) + stamps(options["--optional-inputs"])
-        return {
-            "commands": [without_ignored(command, options["--ignore"]) for _, command in commands],
-            "inputs": inputs,
-            "settings": stamps(options["--settings"], needed_by=name),
-        }
-
-    def why(now: dict) -> str:
-        missing = [path for path in outputs if not stamp(path)]
-        if options["--force"]:
-            return "forced"
-        return change(load(done_file), now) or (f"missing: {missing[0]}" if missing else "")
-
-    now = signature()
-    if not why(now):
-        print(f"  skip   {name} (up to date)")
-        return 0
-    os.makedirs(folder, exist_ok=True)
-    held = lock(os.path.join(folder, slug + ".lock"), name)
-    now = signature()
-    reason = why(now)
-    if not reason:  # the other recipe has done it
-        print(f"  skip   {name} (up to date)")
+    steps = [Step(words) for words in split(argv, "--next")]
+    if len({len(step.commands) for step in steps}) > 1:
+        fail("steps joined by --next have equally many commands")
+    todo = [step for step in steps if step.why(step.signature())]
+    held = []
+    for step in todo:
+        os.makedirs(step.folder, exist_ok=True)
+        held.append(lock(step.lock_file, step.name))
+    # Once more: another recipe may have done it while this one waited.
+    pending = [(step, now) for step in todo if step.why(now := step.signature())]
+    todo = [step for step, _ in pending]
+    if done := [step.name for step in steps if step not in todo]:
+        print(f"  skip   {', '.join(done)} (up to date)", flush=True)
+    if not todo:
         return 0
 
-    last = load(started_file) or load(done_file)
-    if reason == "new" and last is not None and last["inputs"] == now["inputs"]:
-        reason = "going on"
-    print(f"  run    {name} ({reason}) ... ", end="", flush=True)
-    if options["--force"] or (last is not None and last["inputs"] != now["inputs"]):
-        delete(options["--stale"])
-    save(started_file, now)
-    if os.path.exists(done_file):  # what it vouched for is about to change
-        os.unlink(done_file)
+    names = ", ".join(step.name for step in todo)
+    reasons = [step.begin(now) for step, now in pending]
+    print(f"  run    {names} ({reasons[0]}) ... ", end="", flush=True)
     start = time.monotonic()
-    for runner, command in commands:
-        code = run(runner + command)
+    for command in together(todo):
+        code = run(command)
         if code != 0:
-            print(f"failed   {name} after {time.monotonic() - start:.1f} s", flush=True)
+            print(f"failed   {names} after {time.monotonic() - start:.1f} s", flush=True)
             return code
-    missing = [path for path in outputs if not stamp(path)]
-    if missing:
-        print(f"failed   {name}: it ended well, but {missing[0]} is not there", flush=True)
-        return 1
-    os.replace(started_file, done_file)
+    for step in todo:
+        if step.missing():
+            print(f"failed   {step.name}: it ended well, but {step.missing()} is not there", flush=True)
+            return 1
+        step.end()
     print(f"{time.monotonic() - start:.1f} s", flush=True)
-    held.close()
     return 0
 
 

@@ -4,7 +4,7 @@
 # Stages: 0 corpus, 1 data, 2 text, 3 features, 4 train, 5 decode, 6 report.
 # A stage's steps are skipped when their outputs are there and their inputs and settings have not changed.
 # Dashes and underscores are the same; --name value and --name=value too.
-# shellcheck disable=SC2086  # the words of *_cmd and of lists are meant to be split
+# shellcheck disable=SC2086,SC2206  # the words of *_cmd and of lists are meant to be split
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -102,13 +102,14 @@ all_sets=$(printf '%s\n' ${train_set} ${valid_set} ${test_sets} | awk '!seen[$0]
 state=.done
 mkdir -p "${state}"
 export train_set valid_set test_sets datadir dumpdir expdir nj ngpu device force max_drop train_cmd decode_cmd cuda_cmd
+export encoder llm projector asr_model vision_model
 
 # step NAME OPTIONS... -- [RUNNER... --] COMMAND... [--then ...]: a line of output, and the work if it is not done yet;
 # utils/step.py explains the options. The recipe's own scripts in local/ can use it too.
 step() {
   local name=$1
   shift
-  local flags=()
+  local flags=() # not an array from outside: those are not exported
   if [[ ${force} == true ]]; then flags=(--force); fi
   python3 -S -E utils/step.py --name "${name}" --state-dir .done "${flags[@]}" "$@"
 }
@@ -120,7 +121,11 @@ use_config() {
   if [[ -n $1 ]]; then config=(--config "$1") settings=(--settings "$1"); fi
 }
 
-# over_set SET NAME STEP_OPTIONS... -- MODULE OPTIONS...: run a command in nj jobs over a set, then join their shards.
+# over_set SET NAME STEP_OPTIONS... -- MODULE OPTIONS...: a command that runs in nj jobs over a set, and the joining of
+# their shards. It is only noted; over_sets then runs what was noted for all sets together.
+force_option=()
+if [[ ${force} == true ]]; then force_option=(--force); fi
+noted=()
 over_set() {
   local set=$1 name=$2 options=()
   shift 2
@@ -130,13 +135,31 @@ over_set() {
   done
   shift
   local dump=${dumpdir}/${set} data=${datadir}/${set}
-  step "${name} ${set}" "${options[@]}" \
-    --inputs "${data}/wav.scp" "${data}/utt2spk" --optional-inputs "${data}/segments" \
-    --stale "${dump}/ark/${name}.*" --ignore device shard num-jobs \
-    -- ${decode_cmd} "${gpu_option[@]}" "JOB=1:${nj}" "${dump}/log/${name}.JOB.log" -- \
-    python3 -m "$@" --data-dir "${data}" --dump-dir "${dump}" --shard "JOB/${nj}" --device "${device}" \
-    --then ${train_cmd} "${dump}/log/${name}.join.log" -- \
-    python3 -m sdumc.bin.finish_dump --data-dir "${data}" --dump-dir "${dump}" --name "${name}" --num-jobs "${nj}"
+  if is_imported "${set}" "${name}"; then
+    echo "  keep   ${name} ${set} (imported)"
+    return
+  fi
+  if ((${#noted[@]})); then noted+=(--next); fi
+  noted+=("${force_option[@]}" --name "${name} ${set}" --state-dir "${state}" "${options[@]}"
+    --inputs "${data}/wav.scp" "${data}/utt2spk" --optional-inputs "${data}/segments"
+    --stale "${dump}/ark/${name}.*" --ignore device shard num-jobs
+    -- ${decode_cmd} "${gpu_option[@]}" "JOB=1:${nj}" "${dumpdir}/log/${name}.JOB.log" --
+    python3 -m "$@" --data-dir "${data}" --dump-dir "${dump}" --shard "JOB/${nj}" --device "${device}"
+    --then ${train_cmd} "${dumpdir}/log/${name}.join.log" --
+    python3 -m sdumc.bin.finish_dump --data-dir "${data}" --dump-dir "${dump}" --name "${name}" --num-jobs "${nj}")
+}
+over_sets() {
+  if ((${#noted[@]})); then python3 -S -E utils/step.py "${noted[@]}"; fi
+  noted=()
+}
+
+# A feature that stage 1 has taken from elsewhere (the importers say so in its yaml) is never replaced.
+is_imported() { grep -qs '^imported: true' "${dumpdir}/$1/$2.yaml"; } # SET NAME
+# left_out "NAME[ SET]" REASON: stages make what the recipe's models and the sets allow, and say what they leave out.
+left_out() {
+  local set=${1#* }
+  if [[ ${set} == "$1" ]]; then set=${train_set}; fi
+  if is_imported "${set}" "${1%% *}"; then echo "  keep   $1 (imported)"; else echo "  none   $1: $2"; fi
 }
 
 running=
@@ -171,6 +194,10 @@ if chosen 1; then
   if [[ -f local/data.sh ]]; then bash local/data.sh; fi
   for set in ${all_sets}; do
     data=${datadir}/${set}
+    if [[ ! -e ${data}/wav.scp && -e ${dumpdir}/${set}/utt2label ]]; then
+      left_out "check ${set}" "there are no media, only features in ${dumpdir}/${set}"
+      continue
+    fi
     step "check ${data}" --inputs "${data}/wav.scp" "${data}/utt2spk" --optional-inputs \
       "${data}"/{segments,video.scp,text,utt2label,spk2utt,utt2dur} \
       -- ${train_cmd} "${data}/log/check.log" -- python3 utils/validate_data_dir.py "${data}"
@@ -178,8 +205,6 @@ if chosen 1; then
   end_stage
 fi
 
-# Stages 2 and 3 make what the recipe's models and the sets allow, and say what they leave out.
-left_out() { echo "  none   $1: $2"; }
 speech_projector=${projector:-${expdir}/projector}
 
 if chosen 2; then
@@ -196,22 +221,27 @@ if chosen 2; then
       --train-data-dir "${datadir}/${train_set}" --valid-data-dir "${datadir}/${valid_set}" \
       --output "${speech_projector}" --device "${device}"
   fi
-  for set in ${all_sets}; do
-    data=${datadir}/${set} dump=${dumpdir}/${set}
-    if [[ -n ${asr_model} ]]; then
-      use_config "${asr_config}"
-      over_set "${set}" asr_hyp --optional-inputs "${asr_model}" "${settings[@]}" --outputs "${data}/text_asr" -- \
-        sdumc.bin.recognize "${config[@]}" --model "${asr_model}"
-    else
-      left_out "text_asr ${set}" "needs --asr-model"
-    fi
-    if [[ -n ${encoder} && -n ${llm} ]]; then
-      use_config "${simulation_config}"
-      over_set "${set}" text_sim --optional-inputs "${encoder}" "${llm}" "${speech_projector}" "${data}/text_asr" \
-        "${settings[@]}" --outputs "${data}/text_sim" "${dump}/text_sim.scp" -- \
+  if [[ -z ${asr_model} ]]; then
+    left_out text_asr "needs --asr-model"
+  else
+    use_config "${asr_config}"
+    for set in ${all_sets}; do
+      over_set "${set}" asr_hyp --optional-inputs "${asr_model}" "${settings[@]}" \
+        --outputs "${datadir}/${set}/text_asr" -- sdumc.bin.recognize "${config[@]}" --model "${asr_model}"
+    done
+    over_sets
+  fi
+  if [[ -n ${encoder} && -n ${llm} ]]; then
+    use_config "${simulation_config}"
+    for set in ${all_sets}; do
+      data=${datadir}/${set}
+      over_set "${set}" text_sim "${settings[@]}" \
+        --optional-inputs "${encoder}" "${llm}" "${speech_projector}" "${data}/text_asr" \
+        --outputs "${data}/text_sim" "${dumpdir}/${set}/text_sim.scp" -- \
         sdumc.bin.simulate_text "${config[@]}" --encoder "${encoder}" --projector "${speech_projector}" --llm "${llm}"
-    fi
-  done
+    done
+    over_sets
+  fi
   end_stage
 fi
 
@@ -224,36 +254,46 @@ if chosen 3; then
       step "labels ${set}" --inputs "${data}/utt2label" --outputs "${dump}/utt2label" -- \
         bash -c 'mkdir -p "$2" && cp "$1" "$2/.copy" && mv "$2/.copy" "$2/utt2label"' copy "${data}/utt2label" "${dump}"
     fi
-    if [[ -n ${encoder} ]]; then
-      use_config "${audio_config}"
-      over_set "${set}" audio --optional-inputs "${encoder}" "${settings[@]}" --outputs "${dump}/audio.scp" -- \
-        sdumc.bin.extract_audio "${config[@]}" --model "${encoder}"
-    else
-      left_out "audio ${set}" "needs --encoder"
-    fi
-    for name in text text_asr; do
+  done
+  if [[ -z ${encoder} ]]; then
+    left_out audio "needs --encoder"
+  else
+    use_config "${audio_config}"
+    for set in ${all_sets}; do
+      over_set "${set}" audio --optional-inputs "${encoder}" "${settings[@]}" \
+        --outputs "${dumpdir}/${set}/audio.scp" -- sdumc.bin.extract_audio "${config[@]}" --model "${encoder}"
+    done
+    over_sets
+  fi
+  use_config "${text_config}"
+  for name in text text_asr; do
+    for set in ${all_sets}; do
+      text=${datadir}/${set}/${name}
       if [[ -z ${llm} || -z ${encoder} ]]; then
         left_out "${name} ${set}" "needs --llm and --encoder"
-      elif [[ ! -f ${data}/${name} ]]; then
-        left_out "${name} ${set}" "there is no ${data}/${name}"
+      elif [[ ! -f ${text} ]]; then
+        left_out "${name} ${set}" "there is no ${text}"
       else
-        use_config "${text_config}"
-        over_set "${set}" "${name}" --inputs "${data}/${name}" \
-          --optional-inputs "${encoder}" "${llm}" "${speech_projector}" "${settings[@]}" \
-          --outputs "${dump}/${name}.scp" -- sdumc.bin.extract_text "${config[@]}" --encoder "${encoder}" \
-          --projector "${speech_projector}" --llm "${llm}" --name "${name}" --text "${data}/${name}"
+        over_set "${set}" "${name}" --inputs "${text}" --optional-inputs "${encoder}" "${llm}" "${speech_projector}" \
+          "${settings[@]}" --outputs "${dumpdir}/${set}/${name}.scp" -- sdumc.bin.extract_text "${config[@]}" \
+          --encoder "${encoder}" --projector "${speech_projector}" --llm "${llm}" --name "${name}" --text "${text}"
       fi
     done
+    over_sets
+  done
+  use_config "${video_config}"
+  for set in ${all_sets}; do
+    videos=${datadir}/${set}/video.scp
     if [[ -z ${vision_model} ]]; then
       left_out "video ${set}" "needs --vision-model"
-    elif [[ ! -f ${data}/video.scp ]]; then
-      left_out "video ${set}" "there is no ${data}/video.scp"
+    elif [[ ! -f ${videos} ]]; then
+      left_out "video ${set}" "there is no ${videos}"
     else
-      use_config "${video_config}"
-      over_set "${set}" video --inputs "${data}/video.scp" --optional-inputs "${vision_model}" "${settings[@]}" \
-        --outputs "${dump}/video.scp" -- sdumc.bin.extract_video "${config[@]}" --model "${vision_model}"
+      over_set "${set}" video --inputs "${videos}" --optional-inputs "${vision_model}" "${settings[@]}" \
+        --outputs "${dumpdir}/${set}/video.scp" -- sdumc.bin.extract_video "${config[@]}" --model "${vision_model}"
     fi
   done
+  over_sets
   end_stage
 fi
 
@@ -261,7 +301,6 @@ if chosen 4; then
   begin_stage 4 train
   ranks=${ngpu}
   if ((ngpu == 0)); then ranks=${nproc}; fi
-  # shellcheck disable=SC2206
   launcher=(${cuda_cmd} --num-nodes "${num_nodes}" --tasks-per-node "${ranks}")
   if ((ngpu > 0)); then launcher+=(--gpu "${ngpu}"); fi
   use_config "${train_config}"
@@ -319,7 +358,6 @@ if chosen 5; then
       if ((${#possible[@]} == 1)); then decode_output=${output}/${possible[0]}; fi
       for condition in "${possible[@]}"; do
         outputs+=("${output}/${condition}"/{predictions.tsv,score.json})
-        # shellcheck disable=SC2206
         scores+=(--then ${train_cmd} "${output}/log/score_${condition}.log" -- python3 -m sdumc.bin.score --predictions
           "${output}/${condition}/predictions.tsv" --output "${output}/${condition}/score.json")
       done

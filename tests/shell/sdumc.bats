@@ -74,7 +74,7 @@ setup() {
 
 @test "a failing job stops the recipe with its code, its log and the stage" {
   FAIL=extract_video run recipe
-  [[ ${status} == 3 && ${output} == *"log: dump/train/log/video."[12]".log"* ]]
+  [[ ${status} == 3 && ${output} == *"log: dump/log/video."[12]".log"* ]]
   [[ ${output} == *"this is what went wrong"* && ${output} == *"stopped in stage 3 (features)"* && ! -e exp/train_seed1 ]]
   run recipe
   [[ ${status} == 0 ]]
