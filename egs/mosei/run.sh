@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# CMU-MOSEI in any of the three forms in which people hold it; README.md says what to get and what each stage costs.
+#
+#   ./run.sh --source raw     --corpus-dir /corpora/CMU-MOSEI/Raw --folds cmu_mosei_std_folds.py
+#   ./run.sh --source toolkit --pickle unaligned_50.pkl
+#   ./run.sh --source authors --features-dir features --labels label_official.npz --transcripts transcription.csv
+#
+# The options below are this recipe's own; those of sdumc.sh follow and can be mixed with them.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+# Options of this recipe go to the parser below, all others to sdumc.sh.
+own=() others=()
+while (($#)); do
+  case $1 in
+    --source | --corpus[-_]dir | --folds | --labels | --media | --pickle | --features[-_]dir | --transcripts)
+      own+=("$1")
+      shift
+      if (($#)); then own+=("$1") && shift; fi
+      ;;
+    --source=* | --corpus[-_]dir=* | --folds=* | --labels=* | --media=* | --pickle=* | --features[-_]dir=* | --transcripts=*)
+      own+=("$1")
+      shift
+      ;;
+    *)
+      others+=("$1")
+      shift
+      ;;
+  esac
+done
+if [[ " ${others[*]-} " == *" --help "* || " ${others[*]-} " == *" -h "* ]]; then own=(--help); fi
+
+#: Corpus
+source=raw    #: raw: videos, transcripts, labels; toolkit: unaligned_50.pkl or aligned_50.pkl; authors: released features
+corpus_dir=   #: raw: the folder that holds Raw/; toolkit: the same, if there are media as well
+folds=        #: raw: folder of train.txt, valid.txt, test.txt, or the CMU SDK's cmu_mosei_std_folds.py
+labels=       #: raw: CSV file or folder, or .csd file (default: Raw/Labels); authors: label_official.npz
+media=auto    #: raw: full (clips are cut from whole videos), segmented (a file a clip), or auto
+pickle=       #: toolkit: the file
+features_dir= #: authors: the folder that holds the feature folders
+transcripts=  #: authors: the CSV table of transcripts
+set -- "${own[@]}"
+if [[ ${1-} == --help ]]; then
+  (. utils/parse_options.sh)
+  echo
+  ./sdumc.sh --help | sed 1,/^$/d
+  exit 0
+fi
+. utils/parse_options.sh
+
+die() {
+  echo "run.sh: error: $*" >&2
+  exit 2
+}
+(($# == 0)) || die "unexpected argument '$1'; --help lists the options"
+case ${source} in
+  raw | toolkit | authors) ;;
+  *) die "--source is raw, toolkit or authors, not '${source}'" ;;
+esac
+export source corpus_dir folds labels media pickle features_dir transcripts
+
+names=()
+# Each source has folders of its own, so that the features of one do not end up in the experiments of another.
+if [[ ${source} != raw ]]; then
+  names+=(--datadir "data/${source}" --dumpdir "dump/${source}" --expdir "exp/${source}" --results "RESULTS.${source}.md")
+fi
+# Models are needed where there are media; features that stage 1 imports are kept as they are.
+if [[ ${source} == raw || (${source} == toolkit && -n ${corpus_dir}) ]]; then
+  names+=(--encoder ../../tools/models/wavlm-large --llm ../../tools/models/vicuna-7b-v1.5)
+  names+=(--asr-model ../../tools/models/whisper-large-v3)
+fi
+if [[ ${source} == raw ]]; then names+=(--vision-model ../../tools/models/clip-vit-large-patch14); fi
+
+if [[ ${SDUMC_SKIP_SETUP:-} != true ]]; then ../../tools/setup_env.sh --extras mosei --if-needed; fi
+./sdumc.sh "${names[@]}" "${others[@]}"
