@@ -21,7 +21,7 @@ def make_llm(folder: Path, hidden: int, layers: int) -> SpeechLLM:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    words = ["<unk>", "<s>", "</s>", "<pad>", *"USER : ASSISTANT Transcribe speech to text .".split()]
+    words = ["<unk>", "<s>", "</s>", "<pad>", *["USER", ":", "ASSISTANT", "Transcribe", "speech", "to", "text", "."]]
     words += [f"w{i}" for i in range(512 - len(words))]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -93,7 +93,7 @@ class _Peak:
         with tempfile.TemporaryDirectory() as folder:
             llm = make_llm(Path(folder), *SIZES[-1])
             with torch.no_grad():
-                llm.model.lm_head.weight[2] = -10.0 * llm.model.lm_head.weight[2]  # seldom ends
+                llm.model.lm_head.weight[2] = 0.0  # seldom ends
             contexts = make_contexts(llm, BATCH)
             if self.side == "ours":
                 ours(llm, contexts, self.limit)
