@@ -7,6 +7,7 @@ the same machine.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -50,8 +51,9 @@ def save_whole(folder: Path, save: Callable[[Path], None]) -> None:
 def optimise(
     model: nn.Module, steps: int, lr: float, warmup: int, loss_at: Callable[[int], Tensor], weight_decay: float = 0.01
 ) -> None:
-    """Train all parameters of ``model`` with AdamW: linear warm-up, cosine to zero, gradient norm at most 1."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98))
+    """Train what is not frozen of ``model`` with AdamW: linear warm-up, cosine to zero, gradient norm at most 1."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98))
     start, running = time.perf_counter(), 0.0
     model.train()
     for step in range(steps):
@@ -60,11 +62,11 @@ def optimise(
         loss = loss_at(step)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         running += loss.item()
-        if (step + 1) % 50 == 0 or step + 1 == steps:
-            count = step % 50 + 1
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            count = step % 100 + 1
             log.info("step %d/%d loss %.4f, %.0f s", step + 1, steps, running / count, time.perf_counter() - start)
             running = 0.0
     model.eval()
@@ -86,51 +88,111 @@ def batches(rng: np.random.Generator, lengths: Sequence[int], size: int) -> Iter
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """Size and training of the encoder."""
+    """Size and training of the encoder; steps come in batches of ``batch_size`` clips."""
 
     seed: int = 1
-    steps: int = 340
-    batch_size: int = 16
-    lr: float = 2e-3
+    front_steps: int = 150  # of the convolutions alone
+    steps: int = 800
+    batch_size: int = 8
+    lr: float = 4e-3
     warmup: int = 60
     hidden_size: int = 128
     layers: int = 3
     heads: int = 4
     intermediate_size: int = 384
-    speeds: tuple[float, float] = (0.88, 1.12)
-    noise: float = 0.0  # more white noise, sd at most, in sd of the clip
+    speed_change: float = 0.1  # clips are played up to this much faster or slower
 
 
 CTC_LETTERS = "|'" + string.ascii_lowercase  # "|" stands between words, as in wav2vec 2.0's vocabularies
 _BANDS = 40
-_WINDOW, _HOP = 400, 160  # samples: 25 ms every 10 ms; the second convolution halves that to WavLM's 20 ms
+_KERNELS, _STRIDES = (400, 3, 3), (160, 2, 2)  # 25 ms windows every 10 ms, then twice half as many
+_TARGET_BANDS, _TARGET_FFT = 64, 512
 
 
-def _filterbank(waves: list[np.ndarray]) -> Tensor:
-    """Start of the first convolution: (160, 1, 400), 40 bands on the mel scale in four phases each.
+def _mel_edges(bands: int) -> np.ndarray:
+    """Edges of ``bands`` overlapping bands, equally wide on the mel scale from 60 to 7800 Hz: (bands + 2,) in Hz."""
+    low, high = (2595 * math.log10(1 + f / 700) for f in (60, 7800))
+    return 700 * (10 ** (np.linspace(low, high, bands + 2) / 2595) - 1)
 
-    Random filters of this length would take hours to become a spectrum, cf. Zeghidour et al. 2018, "Learning filterbanks
-    from raw speech". Each band is scaled to the same mean magnitude on ``waves``, so that high ones count too.
+
+def _filterbank(waves: Sequence[np.ndarray]) -> Tensor:
+    """Start of the first convolution: (160, 1, 400), 40 mel bands in four phases each.
+
+    From random filters a spectrum would take hours to emerge, cf. Zeghidour et al. 2018, "Learning filterbanks from raw
+    speech". Each band is scaled to the same mean magnitude on ``waves``, so that high ones count too.
     """
-    mel = np.linspace(_mel(60), _mel(7600), _BANDS + 2)
-    edges = 700 * (10 ** (mel / 2595) - 1)
-    t = (np.arange(_WINDOW) - _WINDOW / 2) / speech.RATE
+    edges = _mel_edges(_BANDS)
+    time = (np.arange(_KERNELS[0]) - _KERNELS[0] / 2) / speech.RATE
     centre, width = edges[1:-1, None], (edges[2:] - edges[:-2])[:, None] / 2
-    # A Gaussian window as wide as the band asks, but no wider than the kernel.
-    sigma = np.minimum(0.6 / (2 * np.pi * width) * 2, _WINDOW / speech.RATE / 5)
-    window = np.exp(-0.5 * (t / sigma) ** 2)
-    cosine, sine = window * np.cos(2 * np.pi * centre * t), window * np.sin(2 * np.pi * centre * t)
+    # A Gaussian window as short as the band's width asks, but one that the kernel holds.
+    sigma = np.minimum(0.2 / width, _KERNELS[0] / speech.RATE / 5)
+    window = np.exp(-0.5 * (time / sigma) ** 2)
+    cosine, sine = window * np.cos(2 * np.pi * centre * time), window * np.sin(2 * np.pi * centre * time)
     filters = torch.tensor(np.stack([cosine, sine], 1), dtype=torch.float32)  # (40, 2, 400)
     magnitude = torch.zeros(_BANDS)
     for wave in waves:
-        response = nn.functional.conv1d(torch.from_numpy(wave)[None, None], filters.reshape(-1, 1, _WINDOW), stride=_HOP)
+        x = torch.from_numpy(wave)[None, None]
+        response = nn.functional.conv1d(x, filters.reshape(-1, 1, _KERNELS[0]), stride=_STRIDES[0])
         magnitude += response.reshape(_BANDS, 2, -1).square().sum(1).sqrt().mean(1)
     filters = filters / (magnitude / len(waves))[:, None, None]
-    return torch.cat([filters, -filters], 1).reshape(-1, 1, _WINDOW)
+    return torch.cat([filters, -filters], 1).reshape(-1, 1, _KERNELS[0])
 
 
-def _mel(hertz: float) -> float:
-    return 2595 * math.log10(1 + hertz / 700)
+class _LogMel:
+    """Log mel spectrum, each band with mean 0 and variance 1 over the clips given at first."""
+
+    def __init__(self, waves: Sequence[np.ndarray]):
+        edges = _mel_edges(_TARGET_BANDS) / speech.RATE * _TARGET_FFT
+        low, mid, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]
+        k = np.arange(_TARGET_FFT // 2 + 1)[None]
+        triangles = np.maximum(0, np.minimum((k - low) / (mid - low), (high - k) / (high - mid)))
+        triangles /= np.maximum(triangles.sum(1, keepdims=True), 1e-3)
+        self._triangles = torch.tensor(triangles, dtype=torch.float32)
+        self._mean, self._std = torch.zeros(_TARGET_BANDS), torch.ones(_TARGET_BANDS)
+        frames = torch.cat([self(torch.from_numpy(w)[None], _STRIDES[0])[0] for w in waves])
+        self._mean, self._std = frames.mean(0), frames.std(0) + 1e-3
+
+    def __call__(self, waves: Tensor, hop: int) -> Tensor:
+        """(B, samples) -> (B, frames, 64), windows of 512 samples every ``hop``."""
+        window = torch.hann_window(_KERNELS[0])
+        spectrum = torch.stft(
+            waves, _TARGET_FFT, hop, _KERNELS[0], window, center=False, return_complex=True
+        )  # (B, 257, frames)
+        mel = (self._triangles @ spectrum.abs().square() + 0.1).log().transpose(1, 2)
+        return (mel - self._mean) / self._std
+
+
+def _train_front(
+    model: nn.Module, waves: list[np.ndarray], settings: EncoderSettings, rng: np.random.Generator
+) -> None:
+    """Teach the convolutions to show the log mel spectrum: each output frame predicts two moments of it linearly.
+
+    A few seconds of this spare CTC the search for a front end, and keep pitch and loudness in the features, which CTC
+    alone has no use for.
+    """
+    mel = _LogMel(waves)
+    hop = math.prod(_STRIDES)
+    field = 1
+    for kernel, stride in zip(_KERNELS[::-1], _STRIDES[::-1], strict=True):
+        field = (field - 1) * stride + kernel
+    starts = [(field - _TARGET_FFT) // 2 + offset for offset in (-hop // 4, hop // 4)]
+    both = nn.ModuleList([model, nn.Linear(settings.hidden_size, 2 * _TARGET_BANDS)])
+
+    def loss_at(step: int) -> Tensor:
+        pieces = []
+        for i in rng.integers(len(waves), size=16):
+            start = rng.integers(0, max(1, len(waves[i]) - speech.RATE))
+            piece = waves[i][start : start + speech.RATE]
+            pieces.append(torch.from_numpy(np.pad(piece, (0, speech.RATE - len(piece)))))
+        x = torch.stack(pieces)
+        predicted = both[1](model(x).transpose(1, 2))  # (16, frames, 128)
+        target = [mel(x[:, start:], hop) for start in starts]
+        frames = min(predicted.shape[1], *(t.shape[1] for t in target))
+        target = torch.cat([t[:, :frames] for t in target], 2)
+        return nn.functional.mse_loss(predicted[:, :frames], target)
+
+    log.info("encoder: convolutions")
+    optimise(both, settings.front_steps, 4e-3, 20, loss_at, weight_decay=0.0)
 
 
 def _normalise(wave: np.ndarray) -> np.ndarray:
@@ -139,14 +201,14 @@ def _normalise(wave: np.ndarray) -> np.ndarray:
 
 def _change_speed(wave: np.ndarray, factor: float) -> np.ndarray:
     """Play ``factor`` times as fast, by linear interpolation: pitch moves too."""
-    positions = np.arange(0, len(wave) - 1, factor)
-    return np.interp(positions, np.arange(len(wave)), wave).astype(np.float32)
+    return np.interp(np.arange(0, len(wave) - 1, factor), np.arange(len(wave)), wave).astype(np.float32)
 
 
 def train_encoder(corpus_dir: Path, models_dir: Path, settings: EncoderSettings) -> None:
     """Train WavLM with a character CTC on the train clips; write ``ctc`` (WavLMForCTC) and ``encoder`` (WavLMModel).
 
-    20 ms frames at 16 kHz, like every released WavLM; both folders hold a feature extractor, ``ctc`` a tokenizer too.
+    Frames of 40 ms at 16 kHz (released WavLMs: 20 ms; with half as many, CTC learns in half the time). Both folders
+    hold a feature extractor, ``ctc`` a tokenizer as well.
 
     Raises:
         UserError: the corpus is missing or cannot be read.
@@ -156,8 +218,7 @@ def train_encoder(corpus_dir: Path, models_dir: Path, settings: EncoderSettings)
     rng = seed_everything(settings.seed)
     rows = corpus.read_corpus(corpus_dir, "train")
     waves = [media.read_audio(str(row.clip), speech.RATE) for row in rows]
-    special = ["<pad>", "<s>", "</s>", "<unk>"]
-    letter_ids = {c: i for i, c in enumerate([*special, *CTC_LETTERS])}
+    letter_ids = {c: i for i, c in enumerate(["<pad>", "<s>", "</s>", "<unk>", *CTC_LETTERS])}
     targets = [torch.tensor([letter_ids[c] for c in row.text.replace(" ", "|")]) for row in rows]
     config = WavLMConfig(
         vocab_size=len(letter_ids),
@@ -165,9 +226,9 @@ def train_encoder(corpus_dir: Path, models_dir: Path, settings: EncoderSettings)
         num_hidden_layers=settings.layers,
         num_attention_heads=settings.heads,
         intermediate_size=settings.intermediate_size,
-        conv_dim=(4 * _BANDS, settings.hidden_size),
-        conv_kernel=(_WINDOW, 3),
-        conv_stride=(_HOP, 2),
+        conv_dim=(4 * _BANDS, settings.hidden_size, settings.hidden_size),
+        conv_kernel=_KERNELS,
+        conv_stride=_STRIDES,
         conv_bias=False,
         feat_extract_norm="layer",
         do_stable_layer_norm=True,
@@ -186,41 +247,38 @@ def train_encoder(corpus_dir: Path, models_dir: Path, settings: EncoderSettings)
         mask_feature_prob=0.0,
         initializer_range=0.08,  # 0.02 is for models ten times as wide
         ctc_zero_infinity=True,
-        ctc_loss_reduction="sum",
-        pad_token_id=0,
+        pad_token_id=0,  # also CTC's blank
         bos_token_id=1,
         eos_token_id=2,
     )
     model = WavLMForCTC(config)
-    first = model.wavlm.feature_extractor.conv_layers[0]
+    front = model.wavlm.feature_extractor
+    normalised = [_normalise(wave) for wave in waves]
     with torch.no_grad():
-        first.conv.weight.copy_(_filterbank([_normalise(w) for w in waves[:40]]))
-        first.layer_norm.weight.fill_(2.0)
+        front.conv_layers[0].conv.weight.copy_(_filterbank(normalised[:40]))
+        front.conv_layers[0].layer_norm.weight.fill_(2.0)
+    _train_front(front, normalised, settings, rng)
+    model.freeze_feature_encoder()
     order = batches(rng, [len(w) for w in waves], settings.batch_size)
 
     def loss_at(step: int) -> Tensor:
         chosen = next(order)
-        pieces = []
-        for i in chosen:
-            wave = _change_speed(waves[i], rng.uniform(*settings.speeds))
-            if settings.noise > 0:
-                level = rng.uniform(0, settings.noise) * wave.std()
-                wave = wave + level * rng.standard_normal(len(wave)).astype(np.float32)
-            pieces.append(torch.from_numpy(_normalise(wave)))
+        factors = 1 + settings.speed_change * rng.uniform(-1, 1, len(chosen))
+        pieces = [_normalise(_change_speed(waves[i], f)) for i, f in zip(chosen, factors, strict=True)]
         lengths = torch.tensor([len(p) for p in pieces])
-        x = nn.utils.rnn.pad_sequence(pieces, batch_first=True)
+        x = nn.utils.rnn.pad_sequence([torch.from_numpy(p) for p in pieces], batch_first=True)
         mask = (torch.arange(x.shape[1])[None] < lengths[:, None]).long()
         hidden = model.wavlm(x, attention_mask=mask).last_hidden_state
-        log_probs = model.lm_head(model.dropout(hidden)).log_softmax(-1).transpose(0, 1)
         answers = [targets[i] for i in chosen]
         return nn.functional.ctc_loss(
-            log_probs,
+            model.lm_head(model.dropout(hidden)).log_softmax(-1).transpose(0, 1),
             torch.cat(answers),
             model.wavlm._get_feat_extract_output_lengths(lengths),
             torch.tensor([len(a) for a in answers]),
             zero_infinity=True,
         )
 
+    log.info("encoder: CTC")
     optimise(model, settings.steps, settings.lr, settings.warmup, loss_at)
 
     extractor = Wav2Vec2FeatureExtractor(
@@ -228,11 +286,9 @@ def train_encoder(corpus_dir: Path, models_dir: Path, settings: EncoderSettings)
     )
 
     def save_ctc(folder: Path) -> None:
-        import json
-
-        vocab = folder / "vocab.json"
-        vocab.write_text(json.dumps(letter_ids), encoding="utf-8")
-        Wav2Vec2Processor(extractor, Wav2Vec2CTCTokenizer(str(vocab))).save_pretrained(folder)
+        vocabulary = folder / "vocab.json"
+        vocabulary.write_text(json.dumps(letter_ids), encoding="utf-8")
+        Wav2Vec2Processor(extractor, Wav2Vec2CTCTokenizer(str(vocabulary))).save_pretrained(folder)
         model.save_pretrained(folder)
 
     def save_encoder(folder: Path) -> None:
@@ -241,3 +297,201 @@ def train_encoder(corpus_dir: Path, models_dir: Path, settings: EncoderSettings)
 
     save_whole(models_dir / "encoder", save_encoder)
     save_whole(models_dir / "ctc", save_ctc)
+
+
+# ---- the LLM: Llama, on text and on noisy spellings of it
+
+
+@dataclass(frozen=True)
+class LanguageSettings:
+    """Size and training of the LLM."""
+
+    seed: int = 1
+    steps: int = 500
+    batch_size: int = 24
+    lr: float = 2e-3
+    warmup: int = 60
+    hidden_size: int = 128
+    layers: int = 4
+    heads: int = 4
+    intermediate_size: int = 256
+    plain: float = 0.17  # share of steps on text without a spelling before it
+    slot: float = 0.2  # seconds of speech that one slot of a spelling stands for
+    letters_per_second: float = 16.0
+    deletions: float = 0.06
+    substitutions: float = 0.04
+    noise: float = 0.3  # of slots, in root mean squares of the embeddings
+
+
+PROMPT = "Transcribe speech to text. "
+CHAT = f"USER: {PROMPT}\n ASSISTANT:"
+
+
+def build_tokenizer(texts: Sequence[str]):
+    """A byte-fallback BPE like Llama's, learned from ``texts`` and the chat prompt: a PreTrainedTokenizerFast.
+
+    Every word of ``texts`` is one token; other words fall apart into letters and other characters into bytes, so that
+    any text can be encoded. Text is lower-cased. ``<unk>``, ``<s>``, ``</s>`` and ``<pad>`` are 0, 1, 2 and 3.
+    """
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<unk>", "<s>", "</s>", "<pad>"]
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+
+    def arrange(tokenizer: Tokenizer) -> Tokenizer:
+        tokenizer.normalizer = normalizers.Lowercase()
+        # Marks stand alone: words are the same tokens after "ASSISTANT:" as anywhere else.
+        marks = pre_tokenizers.Split(Regex(r"[^\w\s']|\n"), "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [marks, pre_tokenizers.Metaspace("▁", prepend_scheme="always")]
+        )
+        return tokenizer
+
+    learner = arrange(Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True)))
+    trainer = trainers.BpeTrainer(
+        vocab_size=100_000, min_frequency=1, special_tokens=special, initial_alphabet=list("▁'" + string.ascii_lowercase),
+        show_progress=False,
+    )  # fmt: skip
+    learner.train_from_iterator([*texts, CHAT], trainer)
+    learned = json.loads(learner.to_str())["model"]
+    pieces = sorted(learned["vocab"], key=learned["vocab"].get)
+    pieces = special + bytes_ + pieces[len(special) :]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    merges = [tuple(pair) for pair in learned["merges"]]
+    tokenizer = arrange(
+        Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def spell(text: str, letter_ids: dict[str, int], rng: np.random.Generator, settings: LanguageSettings) -> np.ndarray:
+    """A noisy, time-stretched spelling: weights (slots, vocabulary letters) of each slot's letters, rows summing to 1.
+
+    Letters last a random time; a slot is the overlap-weighted mean of those that fall into it, as a projector's output
+    for a group of frames would be. Some letters are left out or exchanged for others.
+    """
+    letters = []
+    for letter in " " + text + " ":
+        if rng.random() < settings.deletions:
+            continue
+        if rng.random() < settings.substitutions:
+            letter = str(rng.choice(list(letter_ids)))
+        letters.append(letter_ids.get(letter, letter_ids[" "]))
+    rate = settings.letters_per_second * rng.uniform(0.85, 1.2)
+    ends = np.cumsum(rng.gamma(4.0, 0.25 / rate, len(letters))) + rng.uniform(0, settings.slot)
+    starts = np.concatenate([[0.0], ends[:-1]])
+    slots = max(1, int(ends[-1] / settings.slot))
+    edges = settings.slot * np.arange(slots + 1)
+    overlap = np.minimum(ends[None], edges[1:, None]) - np.maximum(starts[None], edges[:-1, None])
+    weights = np.zeros((slots, len(letter_ids)), np.float32)
+    for column, letter in enumerate(letters):
+        weights[:, letter] += np.maximum(overlap[:, column], 0)
+    return weights / np.maximum(weights.sum(1, keepdims=True), 1e-6)
+
+
+def train_llm(corpus_dir: Path, models_dir: Path, settings: LanguageSettings) -> None:
+    """Train a Llama with its tokenizer on the train transcripts; write ``llm``.
+
+    Behind the chat prompt it learns to write the sentence whose noisy spelling stands before it,
+    ``[spelling][BOS]"USER: ...\\n ASSISTANT:"sentence[EOS]``: what a projector's output will mean to it. An LLM that saw
+    plain text only cannot be driven by so small a projector. Half of the sentences are joined from parts of two, so that it
+    has to read and cannot recite.
+
+    Raises:
+        UserError: the corpus is missing.
+    """
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    rng = seed_everything(settings.seed)
+    texts = [row.text for row in corpus.read_corpus(corpus_dir, "train")]
+    tokenizer = build_tokenizer(texts)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=settings.hidden_size,
+            intermediate_size=settings.intermediate_size,
+            num_hidden_layers=settings.layers,
+            num_attention_heads=settings.heads,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            initializer_range=0.05,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    embedding = model.get_input_embeddings()
+    letters = {c: i for i, c in enumerate(" " + string.ascii_lowercase)}
+    letter_tokens = torch.tensor(tokenizer.convert_tokens_to_ids(["▁", *string.ascii_lowercase]))
+    chat = tokenizer(CHAT)["input_ids"]
+
+    def draw_text() -> str:
+        text = texts[rng.integers(len(texts))]
+        if rng.random() < 0.5:
+            words, other = text.split(), texts[rng.integers(len(texts))].split()
+            text = " ".join(words[: rng.integers(1, len(words))] + other[rng.integers(1, len(other)) :])
+        return text
+
+    def loss_at(step: int) -> Tensor:
+        plain = rng.random() < settings.plain
+        chatting = not plain or rng.random() < 0.5
+        rows, labels = [], []
+        for _ in range(settings.batch_size):
+            text = draw_text()
+            answer = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            head = chat if chatting else [tokenizer.bos_token_id]
+            row = embedding(torch.tensor([*head, *answer]))
+            before = len(head)
+            if not plain:
+                slots = torch.from_numpy(spell(text, letters, rng, settings)) @ embedding(letter_tokens)
+                level = settings.noise * embedding(letter_tokens).detach().square().mean().sqrt()
+                row = torch.cat([slots + level * torch.randn_like(slots), row])
+                before += len(slots)
+            rows.append(row)
+            labels.append(torch.tensor([-100] * before + answer))
+        lengths = torch.tensor([len(r) for r in rows])
+        x = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        targets = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+        # Padding is on the right, where no real token sees it.
+        mask = (torch.arange(x.shape[1])[None] < lengths[:, None]).long()
+        hidden = model.model(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
+        wanted = targets[:, 1:] != -100
+        return nn.functional.cross_entropy(model.lm_head(hidden[wanted]), targets[:, 1:][wanted])
+
+    log.info("LLM: %d sentences, %d tokens in the vocabulary", len(texts), len(tokenizer))
+    optimise(model, settings.steps, settings.lr, settings.warmup, loss_at)
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    save_whole(models_dir / "llm", save)
