@@ -71,5 +71,5 @@ if [[ ${source} == raw || (${source} == toolkit && -n ${corpus_dir}) ]]; then
 fi
 if [[ ${source} == raw ]]; then names+=(--vision-model ../../tools/models/clip-vit-large-patch14); fi
 
-if [[ ${SDUMC_SKIP_SETUP:-} != true ]]; then ../../tools/setup_env.sh --extras mosei --if-needed; fi
+../../tools/setup_env.sh --extras mosei --if-needed
 ./sdumc.sh "${names[@]}" "${others[@]}"

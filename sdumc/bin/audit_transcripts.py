@@ -58,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     suspicious = [f for f in findings if f.suspicious]
     moved = sum(bool(f.fits) for f in suspicious)
     print(
-        f"{data_dir}: {len(suspicious)} of {len(findings)} clips are suspicious; {moved} of these fit another clip's "
-        f"transcript; {len(striking)} of {len({f.speaker for f in findings})} videos are so in half of their clips or more"
+        f"{data_dir}: {len(suspicious)} of {len(findings)} clips are suspicious; {moved} of these fit another "
+        f"clip; {len(striking)} of {len({f.speaker for f in findings})} videos are so in at least half of their clips"
     )
     for video, verdict in striking[:10]:
         print(f"  {video}: {verdict}")

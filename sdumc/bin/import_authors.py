@@ -78,7 +78,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         append_dropped(data_dir / DROPPED, [(n, STAGE, reason) for n, reason in surplus.items()])
         notes.append(f"{len(surplus)} names of feature files have no label ({data_dir / DROPPED})")
     for fold in folds.values():
-        write_set(data_dir / fold.name, fold, plain_tables(fold))
         write_dropped(data_dir / fold.name / DROPPED, fold)
     write_summary(
         data_dir, summary_table(list(folds.values()), args.counts, data_dir) + "".join(f"{n}\n" for n in notes)
@@ -88,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     for fold in folds.values():
         folder, tables = dump_dir / fold.name, plain_tables(fold)
+        write_set(data_dir / fold.name, tables)
         files = {utt: names[fold.name][utt] for utt in fold.label}
         for table in ("utt2spk", "utt2label"):
             write_table(folder / table, tables[table])

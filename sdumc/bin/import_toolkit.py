@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         media = raw.find_media(root, args.media)
         clips = raw.read_transcripts(root).clips if not media.segmented else {}
         notes.append(f"media: {'a file a clip' if media.segmented else 'clips are cut from whole videos'} of {root}")
+    sets = {}
     for name, part in parts.items():
         fold = part.fold
         if args.corpus_dir:
@@ -79,15 +80,17 @@ def main(argv: Sequence[str] | None = None) -> None:
                     fold.drop(utt, "empty transcript")
                 else:
                     sources[utt] = source
-            raw.write_media_set(data_dir / name, fold, sources, media.segmented)
+            raw.drop_broken_media(data_dir / f".{name}.partial", fold, sources, media.segmented)
+            sets[name] = raw.media_tables(fold, sources, media.segmented)
         else:
-            write_set(data_dir / name, fold, plain_tables(fold))
+            sets[name] = plain_tables(fold)
         write_dropped(data_dir / name / DROPPED, fold)
     write_summary(data_dir, summary_table(folds, args.counts, data_dir) + "".join(f"{n}\n" for n in notes))
     for fold in folds:
         check_share(fold, args.max_drop, data_dir / fold.name / DROPPED)
 
     for name, part in parts.items():
+        write_set(data_dir / name, sets[name])
         folder = dump_dir / name
         tables = plain_tables(part.fold)
         for table in ("utt2spk", "utt2label"):

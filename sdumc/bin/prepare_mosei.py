@@ -49,13 +49,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     from sdumc.corpora.folds import read_folds
     from sdumc.corpora.raw import (
         collect_fold,
+        drop_broken_media,
         find_labels,
         find_media,
+        media_tables,
         raw_root,
         read_labels,
         read_transcripts,
         strays,
-        write_media_set,
     )
     from sdumc.corpora.sets import (
         DROPPED,
@@ -63,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_share,
         summary_table,
         write_dropped,
+        write_set,
         write_summary,
     )
     from sdumc.data.kaldi_dir import append_dropped
@@ -74,12 +76,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     media = find_media(root, args.media)
     log.info("%s: %d transcripts, %d videos", root, len(transcripts.clips), len(media.video))
 
-    folds = []
+    folds, tables = [], {}
     for name, videos in members.items():
         fold, sources = collect_fold(name, videos, transcripts, labels, media)
         if labels.by_time and not fold.label and any(len(labels.by_time.get(v, ())) for v in videos):
             log.warning("%s: not one label row has the times of a transcript clip", name)
-        write_media_set(data_dir / name, fold, sources, media.segmented)
+        drop_broken_media(data_dir / f".{name}.partial", fold, sources, media.segmented)
+        tables[name] = media_tables(fold, sources, media.segmented)
         write_dropped(data_dir / name / DROPPED, fold)
         folds.append(fold)
 
@@ -98,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print((data_dir / "folds.txt").read_text(encoding="utf-8"), end="")
     for fold in folds:
         check_share(fold, args.max_drop, data_dir / fold.name / DROPPED)
+    for fold in folds:
+        write_set(data_dir / fold.name, tables[fold.name])
 
 
 if __name__ == "__main__":

@@ -11,13 +11,14 @@ import csv
 import logging
 import math
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdumc.corpora.csd import read_csd
-from sdumc.corpora.sets import Fold, format_number, plain_tables, utterance_id, write_set
-from sdumc.data.kaldi_dir import LABEL_RANGE, fix_kaldi_dir, write_table
+from sdumc.corpora.sets import Fold, format_number, plain_tables, utterance_id
+from sdumc.data.kaldi_dir import LABEL_RANGE, fix_kaldi_dir, read_dropped, write_table
 from sdumc.errors import UserError
 
 log = logging.getLogger("sdumc")
@@ -371,42 +372,39 @@ def locate(clip: Clip | None, video: str, name: str, media: Media) -> Source | s
     return Source(stem, sound, pictures, start, clip.end)
 
 
-def write_media_set(directory: Path, fold: Fold, sources: Mapping[str, Source], segmented: bool) -> None:
-    """Write a Kaldi data directory with media; utterances whose media are broken are moved to ``fold.left_out``.
+def drop_broken_media(work: Path, fold: Fold, sources: Mapping[str, Source], segmented: bool) -> None:
+    """Open the media files and move utterances whose files are broken to ``fold.left_out``.
 
-    All is made and checked beside the directory first, media files are opened (present, whole, with the tracks, long
-    enough for their segments), and the directory is changed only then.
+    A file has to be whole, to have the tracks wanted, and to be as long as its segments; each is read once.
+
+    Args:
+        work: a folder for the time of this call.
     """
-    work = directory.parent / f".{directory.name}.partial"
+    if not fold.label:
+        return
     _remove(work)
     work.mkdir(parents=True)
-    tables = _media_tables(fold, sources, segmented)
-    if fold.label:
-        for name, table in tables.items():
-            write_table(work / name, table)
-        rows = []
-        try:
-            rows = fix_kaldi_dir(work, work / "dropped.tsv", max_drop=1.0, check_media=True)
-        except UserError:
-            from sdumc.data.kaldi_dir import read_dropped
-
-            rows = read_dropped(work / "dropped.tsv")
-            if {row[0] for row in rows} != fold.label.keys():
-                raise
-        for utt, _, reason in rows:
-            fold.drop(utt, reason.rpartition(f"utterance {utt!r}: ")[2])
-    _remove(work)
-    write_set(directory, fold, _media_tables(fold, sources, segmented))
+    for name, table in media_tables(fold, sources, segmented).items():
+        write_table(work / name, table)
+    try:
+        rows = fix_kaldi_dir(work, work / "dropped.tsv", max_drop=1.0, check_media=True)
+    except UserError:
+        rows = read_dropped(work / "dropped.tsv")
+        if {utt for utt, _, _ in rows} != fold.label.keys():  # the one thing it refuses at 1.0 is to keep none
+            raise
+    finally:
+        _remove(work)
+    for utt, _, reason in rows:
+        fold.drop(utt, reason.rpartition(f"utterance {utt!r}: ")[2])
 
 
 def _remove(folder: Path) -> None:
     if folder.is_dir():
-        import shutil
-
         shutil.rmtree(folder)
 
 
-def _media_tables(fold: Fold, sources: Mapping[str, Source], segmented: bool) -> dict[str, dict[str, object]]:
+def media_tables(fold: Fold, sources: Mapping[str, Source], segmented: bool) -> dict[str, dict[str, object]]:
+    """The tables of a data directory with media, by file name; ``segments`` unless each clip has a file of its own."""
     tables = plain_tables(fold)
     kept = {utt: sources[utt] for utt in fold.label}
     wav: dict[str, object] = {}

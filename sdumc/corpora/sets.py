@@ -113,7 +113,7 @@ def check_disjoint(folds: Iterable[Fold]) -> None:
                 raise UserError(f"video {video!r} is in {owner[video]} and in {fold.name}; the folds must be disjoint")
 
 
-def write_set(directory: Path, fold: Fold, tables: Mapping[str, Mapping[str, object]]) -> None:
+def write_set(directory: Path, tables: Mapping[str, Mapping[str, object]]) -> None:
     """Write the tables of a set, ``wav.scp`` (or ``utt2label``, without media) last; old tables that it no longer has
     are removed.
     """
