@@ -18,17 +18,18 @@ from sdumc.data.media import write_clip
 from sdumc.mini.face import draw_face, draw_looks
 
 RATE, FPS, SIZE = 16000, 8, 96
-_FACES = (1, 6, 9, 11, 12, 14)  # looks in which the detector finds the face
+_FACES = (1, 6, 9, 11, 12, 14, 16)  # looks in which the detector finds the face
 
-HYPHEN, UNDERSCORE, LOST, NUMBER, FACELESS, STRAY = (
+HYPHEN, UNDERSCORE, LOST, NUMBER, FACELESS, OTHER, STRAY = (
     "-3g5yACwYnA",
     "a_b__c_9xZ_",
     "gone1234567",
     "100178",
     "-_zQ0--abcd",
+    "Zz-8__qq_q1",
     "straydeadbf",
 )
-FOLDS = {"train": [HYPHEN, UNDERSCORE, LOST], "valid": [NUMBER], "test": [FACELESS]}
+FOLDS = {"train": [HYPHEN, UNDERSCORE, LOST], "valid": [NUMBER], "test": [FACELESS, OTHER]}
 
 
 @dataclass
@@ -58,7 +59,8 @@ LINES = [
     Line(NUMBER, "7", 3.6, 4.0, "nobody has judged this", ()),
     Line(FACELESS, "0", 0.0, 1.2, "really bad", (-3, -2)),
     Line(FACELESS, "1", 1.2, 2.4, "i liked the film", (2, 2)),
-    Line(FACELESS, "2", 2.4, 3.6, "and it was not so bad", (0, 1)),
+    Line(OTHER, "2", 0.0, 1.2, "and it was not so bad", (0, 1)),
+    Line(OTHER, "4", 1.2, 2.4, "the film was very very good", (3, 3)),
     Line(STRAY, "0", 0.0, 1.0, "of no fold", (1, 1)),
 ]
 
@@ -94,9 +96,9 @@ def make_video(raw: Path, video: str, segmented: bool = False, wav: bool = True)
 
     lines = [line for line in LINES if line.video == video]
     seconds = max(line.end for line in lines) + 0.3
-    number = [line.video for line in LINES].index(video)
+    number = list(dict.fromkeys(line.video for line in LINES)).index(video)
     rng = np.random.default_rng(number)
-    looks = draw_looks(np.random.default_rng(_FACES[number % len(_FACES)]))
+    looks = draw_looks(np.random.default_rng(_FACES[number]))
     t = np.arange(int(seconds * RATE)) / RATE
     sound = 0.3 * np.sin(2 * np.pi * 170 * t * (1 + 0.1 * np.sin(5 * t))) + 0.03 * rng.standard_normal(len(t))
     if video == UNDERSCORE:
@@ -190,7 +192,7 @@ def make_pickle(path: Path, aligned: bool = False, seed: int = 0) -> Path:
                 array[i, :length] = rng.standard_normal((length, array.shape[2]))
                 lengths[key].append(length)
         audio[0, 1, 3:6] = -np.inf
-        if videos[0] == FACELESS:
+        if FACELESS in videos:
             vision[0] = 0.0
         content[name] = {
             "raw_text": np.array([line.text for line in lines]),

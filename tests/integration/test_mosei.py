@@ -1,0 +1,178 @@
+"""egs/mosei end to end on miniatures of the three distributions, with tiny checkpoints of the real classes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import mosei_miniature as mini
+import pytest
+import torch
+from plain_network import released_weights
+from unit import tiny_models
+
+from sdumc.data.dump import load_dump
+from sdumc.simulation.projector import Projector
+
+ROOT = Path(__file__).resolve().parents[2]
+CONF = {
+    "projector": "steps: 2\nbatch-size: 2\nhidden: 16\nk: 5\nwarmup-steps: 1\ndtype: fp32\n",
+    "asr": "language: en\nmax-new-tokens: 6\n",
+    "simulation": "beam: 2\nmax-new-tokens: 6\nlayers: '-2'\n",
+    "audio": "layer: -2\n",
+    "text": "layers: '-2'\n",
+    "video": "fps: 2\ndetector: opencv\n",
+    "train": "batch-size: 4\nepochs: 2\ndim: 16\ncontent-dim: 8\n",
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    tiny_models.wavlm(folder / "encoder")
+    tiny_models.llama(folder / "llm")
+    tiny_models.whisper(folder / "asr")
+    tiny_models.vit(folder / "vision")
+    tensors = Projector(32, 48, k=5, hidden=16).state_dict()
+    torch.save({f"encoder_projector.{name}": value for name, value in tensors.items()}, folder / "model.pt")
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    """egs/mosei in a repository of its own: what it writes does not come into this one."""
+    folder = tmp_path / "egs" / "mosei"
+    shutil.copytree(ROOT / "egs" / "mosei", folder, symlinks=True, ignore=shutil.ignore_patterns("data", "dump", "exp"))
+    shutil.rmtree(folder / ".done", ignore_errors=True)
+    for name in ("sdumc", "utils"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "egs" / "TEMPLATE").symlink_to(ROOT / "egs" / "TEMPLATE")
+    (tmp_path / "tools").mkdir()
+    for name in ("venv", "import_checkpoint.py"):
+        if (ROOT / "tools" / name).exists():
+            (tmp_path / "tools" / name).symlink_to(ROOT / "tools" / name)
+    (tmp_path / "tools" / "setup_env.sh").write_text("#!/bin/sh\nexit 0\n")
+    (tmp_path / "tools" / "setup_env.sh").chmod(0o755)
+    (folder / "tiny").mkdir()
+    for name, text in CONF.items():
+        (folder / "tiny" / f"{name}.yaml").write_text(text)
+    return folder
+
+
+def call(recipe: Path, *words: object, script: str = "./run.sh", code: int = 0) -> str:
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    done = subprocess.run(
+        [script, *map(str, words)], cwd=recipe, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert done.returncode == code, done.stdout
+    return done.stdout
+
+
+def small(models: Path | None = None) -> list[object]:
+    """Options for a machine without GPU and little time."""
+    words: list[object] = ["--ngpu", 0, "--nproc", 1, "--nj", 1, "--max-drop", 0.3]
+    for name in CONF:
+        words += [f"--{name}-config", f"tiny/{name}.yaml"]
+    if models:
+        for option, folder in (
+            ("encoder", "encoder"),
+            ("llm", "llm"),
+            ("asr-model", "asr"),
+            ("vision-model", "vision"),
+        ):
+            words += [f"--{option}", models / folder]
+    return words
+
+
+def scores(folder: Path) -> dict[str, dict]:
+    return {f.parent.name: json.loads(f.read_text()) for f in folder.glob("*/score.json")}
+
+
+@pytest.mark.slow
+def test_raw(recipe, models, tmp_path):
+    corpus = mini.make_raw(tmp_path / "corpus", "csd")
+    words = ["--corpus-dir", corpus, "--folds", corpus / "cmu_mosei_std_folds.py", *small(models)]
+    output = call(recipe, *words)
+    assert "train  2 (2249)  7 (16326)   1" in output
+    assert "gone1234567-0" in (recipe / "data/train/dropped.tsv").read_text()
+    test = load_dump(recipe / "dump/test")
+    assert set(test.features) == {"audio", "text", "text_sim", "text_asr", "video"}
+    assert set(test.features["video"].absent) == {f"{mini.FACELESS}-0", f"{mini.FACELESS}-1"}
+    assert not load_dump(recipe / "dump/train").features["video"].absent
+    assert set(scores(recipe / "exp/train_seed1/decode_test")) == {"full", "missing", "asr", "none"}
+    assert (recipe / "RESULTS.md").exists()
+
+    audit = ["--sets", "train", "--leave-out", "--max-wer", "0.1", "--min-overlap", "0.2", "--min-words", "2"]
+    output = call(recipe, *audit, script="local/audit_transcripts.sh")
+    assert "of 7 clips are suspicious" in output
+    clean = load_dump(recipe / "dump/train_clean")
+    left_out = (recipe / "data/train_clean/dropped.tsv").read_text().splitlines()
+    assert len(clean.utterances) + len(left_out) == 7 and left_out
+    assert "nothing to do" in call(recipe, *words)
+
+
+@pytest.mark.slow
+def test_toolkit(recipe, tmp_path):
+    pickle = mini.make_pickle(tmp_path / "unaligned_50.pkl")
+    output = call(recipe, "--source", "toolkit", "--pickle", pickle, *small())
+    assert "SHA-256" in output and "audio: 3 values of 1 utterances were not finite, set to 0" in output
+    assert "keep   audio (imported)" in output and "none   text_sim: needs --encoder and --llm" in output
+    found = scores(recipe / "exp/toolkit/train_seed1/decode_test")
+    assert set(found) == {"full", "missing", "none"} and found["missing"]["mae"] == found["none"]["mae"]
+    assert (recipe / "RESULTS.toolkit.md").exists()
+
+
+@pytest.mark.slow
+def test_toolkit_with_media(recipe, models, tmp_path):
+    corpus = mini.make_raw(tmp_path / "corpus", segmented=True)
+    pickle = mini.make_pickle(tmp_path / "aligned_50.pkl", aligned=True)
+    words = ["--source", "toolkit", "--pickle", pickle, "--corpus-dir", corpus, *small(models), "--asr-model="]
+    output = call(recipe, *words, "--projector", models / "model.pt", "--stop-stage", 3)
+    assert "keep   audio train (imported)" in output and "keep   video train (imported)" in output
+    train = load_dump(recipe / "dump/toolkit/train")
+    dims = {name: feature.dim for name, feature in train.features.items()}
+    assert dims == {"audio": 74, "video": 35, "text": 48, "text_sim": 48}
+
+
+@pytest.mark.slow
+def test_authors(recipe, tmp_path):
+    corpus = mini.make_authors(tmp_path / "authors")
+    words = ["--source", "authors", "--features-dir", corpus / "features", "--labels", corpus / "label_official.npz"]
+    output = call(recipe, *words, "--transcripts", corpus / "transcription.csv", *small())
+    assert "keep   text_sim (imported)" in output
+    found = scores(recipe / "exp/authors/train_seed1/decode_test")
+    assert set(found) == {"full", "missing", "none"} and found["missing"]["mae"] != found["none"]["mae"]
+    weights = {f"model.{name}": value for name, value in released_weights().items()}
+    torch.save({"state_dict": weights, "epoch": 3}, tmp_path / "released.pt")
+    output = call(recipe, "--checkpoint", tmp_path / "released.pt", script="local/decode_released.sh")
+    assert "0.5060" in output
+    found = scores(recipe / "exp/authors/released_none_false/decode_test_batch1")
+    assert set(found) == {"full", "missing"} and found["full"]["n"] == 4
+
+
+def test_stage_0_says_what_is_missing(recipe, models, tmp_path):
+    output = call(recipe, *small(models), "--stop-stage", 0, code=1)
+    assert "needs --corpus-dir" in output and "Traceback" not in output
+    (models / "llm").rename(models / "whole")
+    try:
+        shutil.copytree(models / "whole", models / "llm")
+        (models / "llm" / "model.safetensors").unlink()
+        corpus = mini.make_raw(tmp_path / "corpus")
+        words = ["--corpus-dir", corpus, "--folds", corpus / "folds", *small(models), "--stop-stage", 0]
+        output = call(recipe, *words, code=1)
+        assert "incomplete model" in output and "fetch_models.sh" in output and "Traceback" not in output
+    finally:
+        shutil.rmtree(models / "llm")
+        (models / "whole").rename(models / "llm")
+
+
+def test_too_much_left_out_fails_stage_1_and_says_where_it_went(recipe, tmp_path):
+    corpus = mini.make_raw(tmp_path / "corpus")
+    words = ["--corpus-dir", corpus, "--folds", corpus / "folds", *small()[:-16], "--max-drop", 0.01]
+    output = call(recipe, *words, "--stage", 1, "--stop-stage", 1, code=1)
+    assert "1 of 8 labelled utterances (12.5%)" in output and "train  2 (2249)  7 (16326)" in output
+    assert not (recipe / "data/train/wav.scp").exists()
+    assert "gone1234567-0\tdata\tno media file" in (recipe / "data/train/dropped.tsv").read_text()
