@@ -128,17 +128,17 @@ work=(-- bash -c 'echo x >>out')
 @test "steps of the same kind are done together, and only those that have to be" {
   printf 'import os, sys\nopen(sys.argv[1], "a").write(str(os.getpid()) + "\\n")\nsys.exit(len(sys.argv) > 2)\n' >append.py
   both() {
-    run python3 "${REPO}/utils/step.py" --name one --inputs in --outputs 1 -- env A=1 -- python3 -m append 1 \
-      --next --name two --settings conf.yaml --outputs 2 -- env A=2 -- python3 -m append 2 "$@"
+    run python3 "${REPO}/utils/step.py" --name one --inputs in --outputs o1 -- env A=1 -- python3 -m append o1 \
+      --next --name two --settings conf.yaml --outputs o2 -- env A=2 -- python3 -m append o2 "$@"
   }
   both
-  [[ ${status} == 0 && ${output} == "  run    one, two (new) ... "* && $(cat 1) == "$(cat 2)" ]]
+  [[ ${status} == 0 && ${output} == "  run    one, two (new) ... "* && $(cat o1) == "$(cat o2)" ]]
   both
   [[ ${output} == "  skip   one, two (up to date)" ]]
-  rm 2
+  rm o2
   both
-  [[ ${output} == *"skip   one (up"* && ${output} == *"run    two (missing: 2)"* && $(wc -l <1) == 1 ]]
-  rm 1
+  [[ ${output} == *"skip   one (up"* && ${output} == *"run    two (missing: o2)"* && $(wc -l <o1) == 1 ]]
+  rm o1
   both fail
   [[ ${status} == 1 && ${output} == *"failed"* ]]
   both
