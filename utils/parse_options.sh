@@ -15,7 +15,15 @@
 # what follows stays in "$@". `--help` prints the script's leading comment and all options with their defaults.
 # Errors go to stderr and end the script with status 2.
 
+# The sourcing script's file; its name may be relative to a folder that the script has left by now.
 _po_script=${BASH_SOURCE[1]:-$0}
+for _po_line in "$(readlink "/proc/$$/fd/255" 2>/dev/null)" "${_po_script}" "${OLDPWD-}/${_po_script}" \
+  "${_po_script##*/}"; do
+  if [[ ${_po_line##*/} == "${_po_script##*/}" && -f ${_po_line} ]]; then
+    _po_script=${_po_line}
+    break
+  fi
+done
 declare -A _po_help=() _po_flag=()
 _po_lines=() # what --help shows, in the script's order: "=Heading" or an option's name
 while IFS= read -r _po_line; do

@@ -96,3 +96,14 @@ s() { bash script.sh "$@"; }
   run s --stage 1
   [[ ${output} == *clean ]]
 }
+
+@test "the script may have gone to another folder before, and be called from anywhere" {
+  mkdir -p a/b
+  { echo 'cd "$(dirname "${BASH_SOURCE[0]}")/.."' && cat script.sh; } >a/b/moved.sh
+  for from in . a a/b /; do
+    run bash -c 'cd "$1" && bash "$2" --stage 4' - "${from}" "$(realpath --relative-to="${from}" a/b/moved.sh)"
+    [[ ${status} == 0 && ${output} == "<4><false><train><1>" ]]
+  done
+  run bash -c 'cd / && bash "$1" --help' - "${PWD}/a/b/moved.sh"
+  [[ ${status} == 0 && ${output} == *"--train-set"* ]]
+}
