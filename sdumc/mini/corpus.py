@@ -9,27 +9,29 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import multiprocessing
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from sdumc.data import media
-from sdumc.data.atomic import write_text
+from sdumc.data.atomic import write_json, write_text
 from sdumc.errors import UserError
 from sdumc.mini import face, sentences, speech
 
 SETS = ("train", "valid", "test")
 TABLE = "corpus.tsv"
+SPEAKERS = "speakers.json"
 COLUMNS = ("utt", "set", "speaker", "text", "label", "sentiment", "arousal", "expression", "noise", "clip")
 
 # label = TEXT_WEIGHT sentiment + VOICE_WEIGHT arousal + FACE_WEIGHT expression + noise of LABEL_NOISE sd
-TEXT_WEIGHT = 0.85
-VOICE_WEIGHT = 0.75
-FACE_WEIGHT = 1.1
+TEXT_WEIGHT = 1.0
+VOICE_WEIGHT = 0.7
+FACE_WEIGHT = 0.9
 LABEL_NOISE = 0.15
 LABEL_RANGE = (-3.0, 3.0)
 
@@ -48,8 +50,8 @@ class Settings:
     train_speakers: int = 20
     valid_speakers: int = 4
     test_speakers: int = 5
-    noise_min: float = 0.01
-    noise_max: float = 0.03
+    noise_min: float = 0.015
+    noise_max: float = 0.05
     fps: float = 25.0
     size: int = 96
 
@@ -88,7 +90,7 @@ class Clip:
 def label_of(sentiment: float, arousal: float, expression: float, noise: float) -> float:
     """The label of a clip: a multiple of 1/3 in [-3, 3].
 
-    0.85 sentiment + 0.75 arousal + 1.1 expression + noise, clipped to [-3, 3] and rounded to the nearest third.
+    sentiment + 0.7 arousal + 0.9 expression + noise (normal, sd 0.15), clipped to [-3, 3], rounded to thirds.
     Sentiment in [-3, 3] is what the words say (:func:`sdumc.mini.sentences.sentiment`); arousal in [-1, 1] is how
     high, fast, lively and loud the speaker talks, measured from this speaker's own voice (:func:`voice_of`);
     expression in [-1, 1] is the peak of a brief movement of the face (:func:`sdumc.mini.face.expression_track`).
@@ -212,7 +214,7 @@ def _make_speaker(work: tuple[list[Clip], Settings, str]) -> tuple[str, str] | N
 
 
 def make_corpus(settings: Settings, folder: str | Path, jobs: int) -> list[Clip]:
-    """Write ``clips/<speaker>/<utt>.mp4`` and ``corpus.tsv`` under ``folder``, which appears only when whole.
+    """Write clips/<speaker>/<utt>.mp4, corpus.tsv and speakers.json to ``folder``, which appears only when whole.
 
     Args:
         jobs: processes; they change the time, not the bytes.
@@ -237,6 +239,8 @@ def make_corpus(settings: Settings, folder: str | Path, jobs: int) -> list[Clip]
         for failure in pool.imap_unordered(_make_speaker, work, chunksize=1):
             if failure:
                 raise UserError("{}: {}".format(*failure))
+    speakers = {clip.speaker.name: asdict(clip.speaker) for clip in clips}
+    write_json(partial / SPEAKERS, speakers)
     write_text(partial / TABLE, _table(clips))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
@@ -298,3 +302,21 @@ def _rows(content: str, path: Path, folder: Path, set_name: str | None) -> Itera
         yield Row(fields["utt"], fields["set"], fields["speaker"], fields["text"], label, folder / fields["clip"])
     if not found:
         raise UserError(f"{path}: no clip of the set {set_name!r}" if set_name else f"{path}: no clips")
+
+
+def read_looks(folder: str | Path, set_name: str) -> list[face.Looks]:
+    """The looks of the speakers of a set, from ``speakers.json``.
+
+    Raises:
+        UserError: the file is missing or not what :func:`make_corpus` writes.
+    """
+    path = Path(folder) / SPEAKERS
+    try:
+        speakers = json.loads(path.read_text(encoding="utf-8"))
+        chosen = [speakers[name]["looks"] for name in sorted(speakers) if speakers[name]["set"] == set_name]
+        # JSON knows no tuples.
+        return [face.Looks(**{k: tuple(v) if isinstance(v, list) else v for k, v in looks.items()}) for looks in chosen]
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}): make the corpus first") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not a speaker list of the mini corpus; make the corpus again") from None

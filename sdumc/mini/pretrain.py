@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from sdumc.data import media
-from sdumc.mini import corpus, speech
+from sdumc.mini import corpus, face, speech
 
 log = logging.getLogger("sdumc")
 
@@ -360,9 +360,12 @@ def build_tokenizer(texts: Sequence[str]):
 
     learner = arrange(Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True)))
     trainer = trainers.BpeTrainer(
-        vocab_size=100_000, min_frequency=1, special_tokens=special, initial_alphabet=list("▁'" + string.ascii_lowercase),
+        vocab_size=100_000,
+        min_frequency=1,
+        special_tokens=special,
+        initial_alphabet=list("▁'" + string.ascii_lowercase),
         show_progress=False,
-    )  # fmt: skip
+    )
     learner.train_from_iterator([*texts, CHAT], trainer)
     learned = json.loads(learner.to_str())["model"]
     pieces = sorted(learned["vocab"], key=learned["vocab"].get)
@@ -419,9 +422,9 @@ def train_llm(corpus_dir: Path, models_dir: Path, settings: LanguageSettings) ->
     """Train a Llama with its tokenizer on the train transcripts; write ``llm``.
 
     Behind the chat prompt it learns to write the sentence whose noisy spelling stands before it,
-    ``[spelling][BOS]"USER: ...\\n ASSISTANT:"sentence[EOS]``: what a projector's output will mean to it. An LLM that saw
-    plain text only cannot be driven by so small a projector. Half of the sentences are joined from parts of two, so that it
-    has to read and cannot recite.
+    ``[spelling][BOS]"USER: ...\\n ASSISTANT:"sentence[EOS]``: what a projector's output will mean to it. An LLM that
+    saw plain text only cannot be driven by so small a projector. Half of the sentences are joined from parts of two,
+    so that it has to read and cannot recite.
 
     Raises:
         UserError: the corpus is missing.
@@ -495,3 +498,89 @@ def train_llm(corpus_dir: Path, models_dir: Path, settings: LanguageSettings) ->
         tokenizer.save_pretrained(folder)
 
     save_whole(models_dir / "llm", save)
+
+
+# ---- the vision model: a ViT that reads drawn faces
+
+
+@dataclass(frozen=True)
+class VisionSettings:
+    """Size and training of the vision model."""
+
+    seed: int = 1
+    steps: int = 300
+    batch_size: int = 32
+    lr: float = 2e-3
+    warmup: int = 30
+    picture: int = 96  # pixels of a drawn picture
+    image_size: int = 64  # pixels of what the model sees
+    patch_size: int = 8
+    hidden_size: int = 64
+    layers: int = 3
+    heads: int = 4
+    intermediate_size: int = 192
+
+
+def train_vision(corpus_dir: Path, models_dir: Path, settings: VisionSettings) -> None:
+    """Train a ViT to tell the drawn expression from pictures of the train speakers' faces; write ``vision``.
+
+    The class token and the mean of the patches each predict :data:`sdumc.mini.face.PARAMETERS` through a Linear that is
+    thrown away. Colours and noise are varied, as other speakers have other colours.
+
+    Raises:
+        UserError: the corpus is missing.
+    """
+    from transformers import ViTConfig, ViTModel
+
+    rng = seed_everything(settings.seed)
+    looks = corpus.read_looks(corpus_dir, "train")
+    model = ViTModel(
+        ViTConfig(
+            image_size=settings.image_size,
+            patch_size=settings.patch_size,
+            hidden_size=settings.hidden_size,
+            num_hidden_layers=settings.layers,
+            num_attention_heads=settings.heads,
+            intermediate_size=settings.intermediate_size,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            initializer_range=0.08,
+        ),
+        add_pooling_layer=False,
+    )
+    processor = _image_processor(settings.image_size)
+    count = len(face.PARAMETERS)
+    low, high = np.array([-1, -1, 0, 0, -1]), np.array([1, 1, 1, 1, 1])
+    heads = nn.ModuleList([nn.Linear(settings.hidden_size, count) for _ in range(2)])
+
+    def loss_at(step: int) -> Tensor:
+        values = rng.uniform(low, high, (settings.batch_size, count))
+        pictures = []
+        for row in values:
+            picture = face.draw_face(looks[rng.integers(len(looks))], row, settings.picture).astype(np.float32)
+            picture = picture * rng.uniform(0.8, 1.2, 3) + rng.uniform(-15, 15, 3) + rng.normal(0, 3, picture.shape)
+            pictures.append(np.clip(picture, 0, 255).astype(np.uint8))
+        pixels = processor(images=pictures, return_tensors="pt", input_data_format="channels_last").pixel_values
+        tokens = model(pixel_values=pixels).last_hidden_state
+        target = torch.from_numpy((2 * (values - low) / (high - low) - 1).astype(np.float32))
+        first, mean = heads[0](tokens[:, 0]), heads[1](tokens[:, 1:].mean(1))
+        return nn.functional.mse_loss(first, target) + nn.functional.mse_loss(mean, target)
+
+    log.info("vision model: %d faces", len(looks))
+    optimise(nn.ModuleList([model, heads]), settings.steps, settings.lr, settings.warmup, loss_at)
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+    save_whole(models_dir / "vision", save)
+
+
+def _image_processor(size: int):
+    """ViT's image processor, the one that needs no torchvision."""
+    import transformers
+
+    # Before transformers 5 there was one class; the newer plain name asks for torchvision.
+    name = "ViTImageProcessorPil" if hasattr(transformers, "ViTImageProcessorPil") else "ViTImageProcessor"
+    kind = getattr(transformers, name)
+    return kind(size={"height": size, "width": size}, image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=2)

@@ -68,14 +68,14 @@ ADJECTIVES = {
 }
 # Words before the adjective, what they multiply its value by, and how often they are chosen.
 DEGREES = {
-    "": (1.0, 0.30),
-    "slightly": (0.4, 0.14),
-    "rather": (0.7, 0.10),
-    "very": (1.5, 0.14),
-    "extremely": (1.5, 0.10),
-    "not": (-0.6, 0.12),
-    "never": (-0.6, 0.06),
-    "not very": (-0.4, 0.04),
+    "": (1.0, 0.40),
+    "slightly": (0.5, 0.12),
+    "rather": (0.75, 0.10),
+    "very": (1.4, 0.12),
+    "extremely": (1.5, 0.08),
+    "not": (-0.6, 0.10),
+    "never": (-0.6, 0.05),
+    "not very": (-0.4, 0.03),
 }
 BUT_WEIGHTS = (0.25, 0.75)  # of the clause before "but" and of the one after it
 AND_WEIGHTS = (0.5, 0.5)

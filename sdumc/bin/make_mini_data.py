@@ -1,0 +1,41 @@
+"""Write the Kaldi data directories data/{train,valid,test} of the mini corpus."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sdumc.cli import Parser, run
+
+
+def get_parser() -> Parser:
+    parser = Parser(__doc__)
+    group = parser.add_argument_group("input and output")
+    group.add_argument("--corpus-dir", required=True, help="folder that make_mini_corpus wrote")
+    group.add_argument("--data-dir", required=True, help="folder for train, valid and test")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    args = get_parser().parse_args(argv)
+    from pathlib import Path
+
+    from sdumc.data.kaldi_dir import finish_kaldi_dir, write_table
+    from sdumc.mini.corpus import SETS, read_corpus
+
+    for name in SETS:
+        rows = read_corpus(args.corpus_dir, name)
+        folder = Path(args.data_dir) / name
+        folder.mkdir(parents=True, exist_ok=True)
+        clips = {row.utt: str(row.clip) for row in rows}
+        write_table(folder / "wav.scp", clips)
+        write_table(folder / "video.scp", clips)
+        write_table(folder / "text", {row.utt: row.text for row in rows})
+        write_table(folder / "utt2spk", {row.utt: row.speaker for row in rows})
+        write_table(folder / "utt2label", {row.utt: f"{row.label:.4f}" for row in rows})
+        finish_kaldi_dir(folder)
+        print(f"{folder}: {len(rows)} utterances, {len({row.speaker for row in rows})} speakers")
+    return None
+
+
+if __name__ == "__main__":
+    run(main)
