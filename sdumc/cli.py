@@ -57,31 +57,40 @@ class Parser(configargparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None, **kwargs):  # type: ignore[override]
         args = list(sys.argv[1:] if args is None else args)
-        self._check_config_files(args)
+        if paths := _config_files(args):
+            settings = {}
+            for path in paths:
+                settings.update(self._read_settings(path))
+            # Given as text, so that configargparse does not read the files again without their base.
+            kwargs["config_file_contents"] = yaml.safe_dump(settings)
         return super().parse_args(args, namespace, **kwargs)
 
-    def _check_config_files(self, args: Sequence[str]) -> None:
-        """Refuse, naming the file and the key, what configargparse would report as a stray argument."""
+    def _read_settings(self, path: str, above: tuple[str, ...] = ()) -> dict:
+        """A settings file on top of the file its ``base:`` names; an unknown key is refused by file and name."""
         known = {
             option.lstrip("-").replace("_", "-")
             for action in self._actions
             for option in action.option_strings
             if option.startswith("--")
         }
-        for path in _config_files(args):
-            for key in read_yaml(path):
-                if str(key).replace("_", "-") not in known:
-                    self.exit(
-                        EXIT_USAGE,
-                        f"error: {path}: unknown key {key!r}; `python -m {_module_name()} --help` lists the keys\n",
-                    )
-
-    def convert_item_to_command_line_arg(self, action, key, value):  # type: ignore[override]
-        # YAML keys may be written with underscores, as in config.yaml that we write ourselves.
-        if action is None:
-            action = self._option_string_actions.get("--" + key.replace("_", "-"))
-            key = key.replace("_", "-")
-        return super().convert_item_to_command_line_arg(action, key, value)
+        above = (*above, os.path.abspath(path))
+        try:
+            own = {str(key).replace("_", "-"): value for key, value in read_yaml(path).items()}
+        except UserError as e:
+            self.exit(EXIT_USAGE, f"error: {e}\n")
+        inherited = {}
+        if (base := own.pop("base", None)) is not None:
+            base = os.path.join(os.path.dirname(path), str(base))
+            if os.path.abspath(base) in above:
+                self.exit(EXIT_USAGE, f"error: {path}: base {base} leads back to itself\n")
+            inherited = self._read_settings(base, above)
+        for key in own:
+            if key not in known:
+                self.exit(
+                    EXIT_USAGE,
+                    f"error: {path}: unknown key {key!r}; `python -m {_module_name()} --help` lists the keys\n",
+                )
+        return {**inherited, **own}
 
 
 def _config_files(args: Sequence[str]) -> list[str]:

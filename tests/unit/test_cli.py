@@ -1,0 +1,67 @@
+"""Settings files: bases, unknown and doubled keys; and every shipped training file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sdumc.bin.train import main as train
+from sdumc.training.settings import get_parser
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = sorted(
+    p for p in ROOT.glob("egs/*/conf/**/*.yaml") if p.name.startswith("train") or p.parent.name == "ablation"
+)
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_file_on_top_of_its_base_on_top_of_the_defaults(tmp_path):
+    write(tmp_path / "base.yaml", "lr: 0.5\nepochs: 3\n")
+    top = write(tmp_path / "top.yaml", "base: base.yaml\nlr: 0.25\n")
+    args = get_parser().parse_args(["--config", top])
+    assert (args.lr, args.epochs, args.batch_size) == (0.25, 3, 96)
+    assert get_parser().parse_args(["--config", top, "--lr", "1"]).lr == 1
+
+
+def test_underscores_in_keys(tmp_path):
+    assert get_parser().parse_args(["--config", write(tmp_path / "c.yaml", "batch_size: 7\n")]).batch_size == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("learning-rate: 1\n", "unknown key 'learning-rate'"),
+        ("lr: 1\nlr: 2\n", "given twice"),
+        ("- lr\n", "expected `key: value` lines"),
+        ("base: c.yaml\n", "leads back to itself"),
+        ("base: none.yaml\n", "cannot be read"),
+        ("epochs: [\n", "not valid YAML"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path, capsys, text, said):
+    path = write(tmp_path / "c.yaml", text)
+    with pytest.raises(SystemExit) as stopped:
+        get_parser().parse_args(["--config", path])
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["--epochs=0", "--dropout=1", "--lr=x", "--mask-padding=maybe", "--fusion=sum"])
+def test_wrong_values_are_refused(value):
+    with pytest.raises(SystemExit):
+        get_parser().parse_args([value])
+
+
+def test_there_are_shipped_settings():
+    assert ROOT / "egs/mini/conf/train.yaml" in SHIPPED
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_shipped_training_file_builds_and_steps(path, capsys):
+    assert train(["--config", str(path), "--dry-run"]) == 0
+    assert "settings are sound" in capsys.readouterr().out
