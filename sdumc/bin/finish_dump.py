@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     data_dir, dump_dir = Path(args.data_dir), Path(args.dump_dir)
     data = load_kaldi_dir(data_dir)
     meta = _meta(dump_dir / "ark" / f"{args.name}.1.json")
+    recogniser = dump_dir / "ark" / "asr_hyp.1.json"
+    if args.name == "text_sim" and recogniser.is_file() and (data_dir / "text_asr").is_file():
+        meta["asr"] = _meta(recogniser)  # whose transcripts replaced refusals and empty answers
     for name in ("utt2label", "utt2spk"):  # before the index: whoever sees the index finds them too
         if (data_dir / name).is_file():
             _copy(data_dir / name, dump_dir / name)

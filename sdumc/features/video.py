@@ -132,26 +132,20 @@ def extract_video(
     todo = [[u] for u in utterances if u not in writer.done]
 
     def locate(batch: list[str]) -> tuple[np.ndarray | None, str, dict[str, str]]:
-        """Boxes of the face, or the reason for there being none; runs while the model works on the clip before."""
+        """Runs while the model works on the clip before."""
         span = data.video_source(batch[0])
         if span is None:
             return None, "no video in the data directory", {}
-        if detector is None:
-            return None, "", {}
         try:
-            track = track_face([detector(picture) for _, picture in read_frames(span, fps)])
+            return locate_face(span, fps, detector, min_seen)
         except UserError as e:
             return None, _unless_absent(e, bad_media), {}
-        if track is None or track.seen < min_seen:
-            seen = 0.0 if track is None else track.seen
-            return None, f"a face in {100 * seen:.0f}% of the pictures", {"face": f"{seen:.3f}"}
-        return track.boxes, "", {"face": f"{track.seen:.3f}"}
 
     for (utt,), (boxes, reason, notes) in ahead(todo, locate):
         features = None
         if not reason:
             try:
-                features = extractor(_pictures(data.video_source(utt), fps, boxes, margin))
+                features = extractor(cut_pictures(data.video_source(utt), fps, boxes, margin))
             except UserError as e:
                 reason = _unless_absent(e, bad_media)
         if features is None:
@@ -169,7 +163,25 @@ def _unless_absent(error: UserError, bad_media: str) -> str:
     return str(error)
 
 
-def _pictures(span: MediaSpan | None, fps: float, boxes: np.ndarray | None, margin: float) -> Iterator[np.ndarray]:
+def locate_face(
+    span: MediaSpan, fps: float, detector: FaceDetector | None, min_seen: float
+) -> tuple[np.ndarray | None, str, dict[str, str]]:
+    """Boxes of the face (N, 4), None without a ``detector``; or the reason for the clip's having none; and notes.
+
+    Raises:
+        UserError: the file cannot be read to its end.
+    """
+    if detector is None:
+        return None, "", {}
+    track = track_face([detector(picture) for _, picture in read_frames(span, fps)])
+    if track is None or track.seen < min_seen:
+        seen = 0.0 if track is None else track.seen
+        return None, f"a face in {100 * seen:.0f}% of the pictures", {"face": f"{seen:.3f}"}
+    return track.boxes, "", {"face": f"{track.seen:.3f}"}
+
+
+def cut_pictures(span: MediaSpan | None, fps: float, boxes: np.ndarray | None, margin: float) -> Iterator[np.ndarray]:
+    """The pictures of a clip at ``fps``, whole or cut to ``margin`` times the face's boxes."""
     assert span is not None
     for i, (_, picture) in enumerate(read_frames(span, fps)):
         yield picture if boxes is None else crop(picture, boxes[min(i, len(boxes) - 1)], margin)
