@@ -6,7 +6,10 @@ saves them; each folder appears only when whole.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 
 from sdumc.cli import Parser, run, setup_logging
 from sdumc.errors import UserError
@@ -24,16 +27,15 @@ def get_parser() -> Parser:
     group.add_argument("--llm-steps", type=int, default=500, help="steps of the LLM")
     group.add_argument("--vision-steps", type=int, default=300, help="steps of the vision model")
     group.add_argument("--seed", type=int, default=1)
-    group.add_argument("--threads", type=int, default=1, help="CPU threads; another number may change the last bits")
+    group = parser.add_argument_group("running")
+    group.add_argument("--threads", type=int, default=1, help="CPU threads of each; another number changes last bits")
+    group.add_argument("--jobs", type=int, default=0, help="models trained at the same time; 0: one per CPU")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int | None:
-    args = get_parser().parse_args(argv)
-    for option in ("encoder_front_steps", "encoder_steps", "llm_steps", "vision_steps", "threads"):
-        if getattr(args, option) < 1:
-            raise UserError(f"--{option.replace('_', '-')} must be at least 1")
-    setup_logging(args.verbose)
+def _train(what: str, args) -> None:
+    """Train one of the models; with several jobs, in a process of its own."""
+    setup_logging(args.verbose, prefix=f"{what}: ")
     from pathlib import Path
 
     import torch
@@ -41,16 +43,31 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     from sdumc.mini import pretrain
 
     torch.set_num_threads(args.threads)
-    corpus_dir, models_dir = Path(args.corpus_dir), Path(args.models_dir)
-    if "encoder" in args.what:
-        settings = pretrain.EncoderSettings(
-            seed=args.seed, front_steps=args.encoder_front_steps, steps=args.encoder_steps
-        )
-        pretrain.train_encoder(corpus_dir, models_dir, settings)
-    if "llm" in args.what:
-        pretrain.train_llm(corpus_dir, models_dir, pretrain.LanguageSettings(seed=args.seed, steps=args.llm_steps))
-    if "vision" in args.what:
-        pretrain.train_vision(corpus_dir, models_dir, pretrain.VisionSettings(seed=args.seed, steps=args.vision_steps))
+    folders = Path(args.corpus_dir), Path(args.models_dir)
+    if what == "encoder":
+        steps = {"front_steps": args.encoder_front_steps, "steps": args.encoder_steps}
+        pretrain.train_encoder(*folders, pretrain.EncoderSettings(seed=args.seed, **steps))
+    elif what == "llm":
+        pretrain.train_llm(*folders, pretrain.LanguageSettings(seed=args.seed, steps=args.llm_steps))
+    else:
+        pretrain.train_vision(*folders, pretrain.VisionSettings(seed=args.seed, steps=args.vision_steps))
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    args = get_parser().parse_args(argv)
+    for option in ("encoder_front_steps", "encoder_steps", "llm_steps", "vision_steps", "threads"):
+        if getattr(args, option) < 1:
+            raise UserError(f"--{option.replace('_', '-')} must be at least 1")
+    jobs = min(args.jobs or len(os.sched_getaffinity(0)), len(args.what))
+    if jobs == 1:
+        for what in args.what:
+            _train(what, args)
+        return None
+    # One thread and a process for each is quicker than one after the other with several threads.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        for future in [pool.submit(_train, what, args) for what in args.what]:
+            future.result()
     return None
 
 
