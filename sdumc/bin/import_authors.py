@@ -72,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             if not any(names[fold.name][utt] in found for found in present.values()):
                 fold.drop(utt, "label without a single feature file")
     used = {theirs for files in names.values() for theirs in files.values()}
-    surplus = {n: f"feature file without a label ({name})" for name, found in present.items() for n in found - used}
+    surplus = {
+        n: f"feature file without a label ({name})" for name, found in present.items() for n in found.keys() - used
+    }
     (data_dir / DROPPED).unlink(missing_ok=True)
     if surplus:
         append_dropped(data_dir / DROPPED, [(n, STAGE, reason) for n, reason in surplus.items()])

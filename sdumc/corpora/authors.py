@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from sdumc.corpora.sets import Fold, split_name
-from sdumc.data.ark import Merged, ShardWriter, merge_shards
+from sdumc.data.ark import Merged, ShardWriter, merge_shards, settings_hash
 from sdumc.data.kaldi_dir import shard
 from sdumc.data.pickles import load_npy, load_npz_dicts
 from sdumc.errors import UserError
@@ -89,10 +89,14 @@ def read_transcripts(path: Path) -> dict[str, str]:
     return result
 
 
-def list_features(folder: Path) -> set[str]:
-    """Names of the ``.npy`` files in a folder, without their ending."""
+def list_features(folder: Path) -> dict[str, tuple[int, int]]:
+    """Names of the ``.npy`` files in a folder, without their ending, with size and time of change."""
+    found = {}
     try:
-        found = {e.name[:-4] for e in os.scandir(folder) if e.name.endswith(".npy") and not e.name.startswith(".")}
+        for entry in os.scandir(folder):
+            if entry.name.endswith(".npy") and not entry.name.startswith("."):
+                status = entry.stat()
+                found[entry.name[:-4]] = (status.st_size, status.st_mtime_ns)
     except OSError as e:
         raise UserError(f"{folder}: cannot be read ({e.strerror}); give the folder of the features") from None
     if not found:
@@ -121,11 +125,21 @@ def load_feature(path: Path) -> np.ndarray:
 
 
 def import_feature(
-    name: str, folder: Path, found: set[str], files: Mapping[str, str], dump_dir: Path, jobs: int, max_absent: float
+    name: str,
+    folder: Path,
+    found: Mapping[str, tuple[int, int]],
+    files: Mapping[str, str],
+    dump_dir: Path,
+    jobs: int,
+    max_absent: float,
 ) -> Merged:
     """Write a feature of one set as archives and index, with ``jobs`` processes; a killed run goes on where it stopped.
 
-    An utterance without a file, or with an empty one, is absent in this feature and listed as such.
+    An utterance without a file, or with an empty one, is absent in this feature and listed as such. What was made of
+    files that have changed since is made again.
+
+    Args:
+        found: what :func:`list_features` says of ``folder``. files: utterance -> name of its file.
 
     Raises:
         UserError: more than ``max_absent`` of the utterances have no file, a file cannot be read, or dimensions differ.
@@ -136,7 +150,8 @@ def import_feature(
             f"{folder}: {len(lacking)} of {len(files)} utterances of {dump_dir.name} have no .npy file, the first: "
             f"{files[lacking[0]]}; complete the folder, or allow more with --max-drop"
         )
-    settings = {"extractor": "imported", "folder": folder.name}
+    state = [(utt, files[utt], found.get(files[utt])) for utt in sorted(files)]
+    settings = {"extractor": "imported", "folder": folder.name, "data_hash": settings_hash({"files": state})}
     work = [(name, folder, dump_dir, settings, job, jobs, files, frozenset(lacking)) for job in range(1, jobs + 1)]
     if jobs == 1:
         _import_shard(work[0])
