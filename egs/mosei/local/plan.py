@@ -1,0 +1,94 @@
+#!/usr/bin/env python3
+"""What the recipe needs on disk and, with the throughput of a machine, how many GPU-hours each stage takes.
+
+The formulas are those of README.md. Throughput has no defaults: `python -m sdumc.bench` measures it on the machine in
+question, and the logs of stages 2 and 3 state it after the first utterances.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+FLOAT = 4  # bytes
+AUDIO_RATE = 50  # WavLM's frames a second
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    g = parser.add_argument_group("corpus")
+    g.add_argument("--data-dir", help="take clips and hours from DIR/*/utt2dur, that is, after stage 1")
+    g.add_argument("--clips", type=int, default=22856, help="N")
+    g.add_argument("--hours", type=float, default=46.0, help="H, sound in all clips")
+    g.add_argument("--train-share", type=float, default=0.714, help="share of the clips in the train set")
+    g.add_argument("--tokens", type=float, default=26.0, help="L, tokens of the LLM a clip")
+    g = parser.add_argument_group("features")
+    g.add_argument("--audio-dim", type=int, default=1024)
+    g.add_argument("--text-dim", type=int, default=4096)
+    g.add_argument("--video-dim", type=int, default=1024)
+    g.add_argument("--fps", type=float, default=5.0)
+    g = parser.add_argument_group("throughput of one GPU (0: not known)")
+    g.add_argument("--asr", type=float, default=0.0, help="a, recognition: hours of sound an hour")
+    g.add_argument("--simulation", type=float, default=0.0, help="s, text simulation: utterances a second")
+    g.add_argument("--audio", type=float, default=0.0, help="w, audio features: hours of sound an hour")
+    g.add_argument("--text", type=float, default=0.0, help="t, text features: utterances a second")
+    g.add_argument("--pictures", type=float, default=0.0, help="p, faces and video features: pictures a second")
+    g.add_argument("--projector-step", type=float, default=0.0, help="seconds a step, if a projector is trained")
+    g.add_argument("--projector-steps", type=int, default=10000)
+    g.add_argument("--train-step", type=float, default=0.0, help="b, training: seconds a batch of 96")
+    g.add_argument("--epochs", type=int, default=25)
+    return parser
+
+
+def gpu_hours(a: argparse.Namespace) -> dict[str, float | None]:
+    """Hours of one GPU by step; None where the throughput is not known."""
+
+    def over(amount: float, speed: float) -> float | None:
+        return amount / speed if speed else None
+
+    batches = -(-a.clips * a.train_share // 96)
+    return {
+        "2 projector (only if none is given)": a.projector_steps * a.projector_step / 3600 or None,
+        "2 text_asr            H / a": over(a.hours, a.asr),
+        "2 text_sim            N / s": over(a.clips / 3600, a.simulation),
+        "3 audio               H / w": over(a.hours, a.audio),
+        "3 text and text_asr   2 N / t": over(2 * a.clips / 3600, a.text),
+        "3 video               H fps / p": over(a.hours * a.fps, a.pictures),
+        "4 train, each seed    epochs (N_train / 96) b": a.epochs * batches * a.train_step / 3600 or None,
+    }
+
+
+def gigabytes(a: argparse.Namespace) -> dict[str, float]:
+    """Size of the features on disk."""
+    seconds = a.hours * 3600
+    return {
+        "audio     H 3600 50 D": seconds * AUDIO_RATE * a.audio_dim * FLOAT / 1e9,
+        "text      N L D": a.clips * a.tokens * a.text_dim * FLOAT / 1e9,
+        "text_sim  N L D": a.clips * a.tokens * a.text_dim * FLOAT / 1e9,
+        "text_asr  N L D": a.clips * a.tokens * a.text_dim * FLOAT / 1e9,
+        "video     H 3600 fps D": seconds * a.fps * a.video_dim * FLOAT / 1e9,
+    }
+
+
+def main() -> None:
+    a = get_parser().parse_args()
+    if a.data_dir:
+        lines = [
+            line.split() for f in sorted(Path(a.data_dir).glob("*/utt2dur")) for line in f.read_text().splitlines()
+        ]
+        if not lines:
+            raise SystemExit(f"error: {a.data_dir}: no utt2dur in its folders; stage 1 writes them")
+        a.clips, a.hours = len(lines), sum(float(seconds) for _, seconds in lines) / 3600
+    print(f"{a.clips} clips, {a.hours:.1f} hours\n\nfeatures on disk, GB (four bytes a number)")
+    sizes = gigabytes(a)
+    for name, size in sizes.items():
+        print(f"  {name:<46} {size:6.1f}")
+    print(f"  {'all':<46} {sum(sizes.values()):6.1f}\n\nGPU-hours")
+    for name, hours in gpu_hours(a).items():
+        print(f"  {name:<46} {'     ?' if hours is None else f'{hours:6.1f}'}")
+
+
+if __name__ == "__main__":
+    main()
