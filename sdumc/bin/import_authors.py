@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from sdumc.corpora.authors import FOLDERS, import_feature, list_features, read_corpus
     from sdumc.corpora.sets import (
         DROPPED,
+        SUMMARY,
         STAGE,
         check_disjoint,
         check_share,
@@ -59,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.num_jobs < 1:
         raise UserError("--num-jobs must be at least 1")
     data_dir, dump_dir, root = Path(args.data_dir), Path(args.dump_dir), Path(args.features_dir)
+    (data_dir / SUMMARY).unlink(missing_ok=True)  # an older one says nothing about this run
     folds, names = read_corpus(Path(args.labels), Path(args.transcripts) if args.transcripts else None)
     check_disjoint(folds.values())
     folders = {name: root / getattr(args, f"{name}_folder") for name in FOLDERS}
@@ -102,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_summary(
         data_dir, summary_table(list(folds.values()), args.counts, data_dir) + "".join(f"{n}\n" for n in notes)
     )
-    print((data_dir / "folds.txt").read_text(encoding="utf-8"), end="")
+    print((data_dir / SUMMARY).read_text(encoding="utf-8"), end="")
 
 
 if __name__ == "__main__":

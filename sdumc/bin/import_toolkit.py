@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from sdumc.corpora import raw
     from sdumc.corpora.sets import (
         DROPPED,
+        SUMMARY,
         check_disjoint,
         check_share,
         plain_tables,
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from sdumc.data.kaldi_dir import write_table
 
     path, data_dir, dump_dir = Path(args.pickle), Path(args.data_dir), Path(args.dump_dir)
+    (data_dir / SUMMARY).unlink(missing_ok=True)  # an older one says nothing about this run
     digest = sha256(path)
     identity = describe_sha256(path, digest, args.sha256)
     log.info("%s", identity)
@@ -99,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             part.fold.notes += write_feature(path, part, feature, folder, digest)
         load_dump(folder, args.features, require=("utt2label",))
     write_summary(data_dir, summary_table(folds, args.counts, data_dir) + "".join(f"{n}\n" for n in notes))
-    print((data_dir / "folds.txt").read_text(encoding="utf-8"), end="")
+    print((data_dir / SUMMARY).read_text(encoding="utf-8"), end="")
 
 
 if __name__ == "__main__":

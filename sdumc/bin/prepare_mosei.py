@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     from sdumc.corpora.sets import (
         DROPPED,
+        SUMMARY,
         STAGE,
         check_share,
         summary_table,
@@ -70,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from sdumc.data.kaldi_dir import append_dropped
 
     root, data_dir = raw_root(args.corpus_dir), Path(args.data_dir)
+    (data_dir / SUMMARY).unlink(missing_ok=True)  # an older one says nothing about this run
     members = read_folds(args.folds)
     labels = read_labels(args.labels or find_labels(root))
     transcripts = read_transcripts(root)
@@ -98,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if rows:
         notes.append(f"{len(rows)} videos or files belong to no fold ({data_dir / DROPPED})")
     write_summary(data_dir, table + "".join(f"{note}\n" for note in notes))
-    print((data_dir / "folds.txt").read_text(encoding="utf-8"), end="")
+    print((data_dir / SUMMARY).read_text(encoding="utf-8"), end="")
     for fold in folds:
         check_share(fold, args.max_drop, data_dir / fold.name / DROPPED)
     for fold in folds:

@@ -14,6 +14,7 @@ from sdumc.errors import UserError
 
 FOLDS = ("train", "valid", "test")
 DROPPED = "dropped.tsv"
+SUMMARY = "folds.txt"
 STAGE = "data"  # the stage column of dropped.tsv
 _TABLES = ("segments", "video.scp", "text", "utt2label", "utt2spk", "spk2utt", "utt2dur", "wav.scp")
 
@@ -208,5 +209,5 @@ def _kind(reason: str) -> str:
 
 
 def write_summary(data_dir: Path, text: str) -> None:
-    """Keep the table as ``folds.txt``, which the recipe prints."""
-    write_text(data_dir / "folds.txt", text)
+    """Keep the table as :data:`SUMMARY`, which the recipe prints."""
+    write_text(data_dir / SUMMARY, text)

@@ -488,3 +488,27 @@ def test_authors_label_file(tmp_path, released):
     (tmp_path / "t.csv").write_text("name,chinese\n")
     with pytest.raises(UserError, match="english"):
         authors.read_transcripts(tmp_path / "t.csv")
+
+
+# -------------------------------------------------------------------------------------------------------- the recipe
+
+
+@pytest.mark.parametrize("config", ["train", "train_released"])
+def test_training_settings(config, capsys):
+    from sdumc.bin import train
+
+    recipe = Path(__file__).resolve().parents[2] / "egs/mosei"
+    assert train.main(["--dry-run", "--config", str(recipe / "conf" / f"{config}.yaml")]) == 0
+    assert "settings are sound" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["simulation", "simulation_released", "text", "text_released"])
+def test_text_settings(name):
+    from sdumc.bin import extract_text, simulate_text
+
+    recipe = Path(__file__).resolve().parents[2] / "egs/mosei"
+    words = ["--config", str(recipe / "conf" / f"{name}.yaml"), "--data-dir", "d", "--dump-dir", "u", "--llm", "l"]
+    if name.startswith("simulation"):
+        simulate_text.get_parser().parse_args([*words, "--encoder", "e", "--projector", "p"])
+    else:
+        extract_text.get_parser().parse_args([*words, "--text", "t"])
