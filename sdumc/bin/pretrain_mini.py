@@ -39,8 +39,11 @@ def _train(what: str, args) -> None:
     from pathlib import Path
 
     import torch
+    import transformers
 
     from sdumc.mini import pretrain
+
+    transformers.utils.logging.disable_progress_bar()
 
     torch.set_num_threads(args.threads)
     folders = Path(args.corpus_dir), Path(args.models_dir)

@@ -1,0 +1,203 @@
+"""The mini corpus: sentences, voices, faces, the plan, and clips on disk."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from sdumc.bin import make_mini_corpus, make_mini_data
+from sdumc.data.kaldi_dir import load_kaldi_dir
+from sdumc.data.media import probe, read_audio, read_frames
+from sdumc.errors import UserError
+from sdumc.mini import corpus, face, sentences, speech
+from sdumc.mini.sentences import Clause, Sentence
+
+SMALL = ["--num-train", "6", "--num-valid", "2", "--num-test", "2"]
+SMALL += ["--num-train-speakers", "2", "--num-valid-speakers", "1", "--num-test-speakers", "1"]
+
+
+@pytest.fixture(scope="module")
+def espeak():
+    return pytest.importorskip("espeakng_loader")
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return corpus.plan_corpus(corpus.Settings())
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, espeak):
+    folder = tmp_path_factory.mktemp("mini") / "corpus"
+    make_mini_corpus.main(["--output-dir", str(folder), "--jobs", "2", *SMALL])
+    return folder
+
+
+def clause(degree, adjective):
+    return Clause("book", degree, adjective)
+
+
+@pytest.mark.parametrize(
+    ("made_of", "joint", "expected"),
+    [
+        ([clause("", "good")], "", 1.5),
+        ([clause("not", "good")], "", -0.9),
+        ([clause("not very", "bad")], "", 0.6),
+        ([clause("extremely", "terrible")], "", -3.0),
+        ([clause("", "typical")], "", 0.0),
+        ([clause("", "perfect"), clause("", "terrible")], "and", 0.0),
+        ([clause("", "perfect"), clause("", "terrible")], "but", -1.0),
+    ],
+)
+def test_sentiment_of_a_sentence(made_of, joint, expected):
+    assert sentences.sentiment(Sentence("", tuple(made_of), joint, "")) == pytest.approx(expected)
+
+
+def test_sentences_are_of_one_small_vocabulary():
+    drawn = sentences.draw_sentences(np.random.default_rng(0), 300)
+    words = set(sentences.vocabulary())
+    assert 70 <= len(words) <= 110
+    assert all(set(s.text.split()) <= words for s in drawn)
+    assert len({s.text for s in drawn}) == 300
+    assert 8 <= np.mean([len(s.text.split()) for s in drawn]) <= 12
+    values = [sentences.sentiment(s) for s in drawn]
+    assert min(values) >= -3 and max(values) <= 3 and np.std(values) > 0.8
+
+
+def test_sentiment_is_not_a_sum_over_words():
+    from sklearn.linear_model import RidgeCV
+
+    drawn = sentences.draw_sentences(np.random.default_rng(0), 4000)
+    words = sentences.vocabulary()
+    x = np.array([[s.text.split().count(w) for w in words] for s in drawn], float)
+    y = np.array([sentences.sentiment(s) for s in drawn])
+    fit = RidgeCV(np.logspace(-2, 3, 6)).fit(x[:3000], y[:3000])
+    assert fit.score(x[3000:], y[3000:]) < 0.7
+
+
+def test_sets_share_words_but_neither_speakers_nor_sentences(plan):
+    sets = {name: [c for c in plan if c.speaker.set == name] for name in corpus.SETS}
+    assert [len(sets[name]) for name in corpus.SETS] == [400, 50, 60]
+    texts = {name: {c.text for c in clips} for name, clips in sets.items()}
+    speakers = {name: {c.speaker.name for c in clips} for name, clips in sets.items()}
+    for one, other in (("train", "valid"), ("train", "test"), ("valid", "test")):
+        assert not texts[one] & texts[other]
+        assert not speakers[one] & speakers[other]
+    words = {name: {w for t in texts[name] for w in t.split()} for name in corpus.SETS}
+    assert words["valid"] | words["test"] <= words["train"]
+    assert len({c.utt for c in plan}) == len(plan)
+    assert all(c.utt.startswith(c.speaker.name + "-") for c in plan)
+
+
+def test_label_follows_text_voice_and_face_and_needs_all(plan):
+    factors = np.array([[c.sentiment, c.arousal, c.expression] for c in plan])
+    labels = np.array([c.label for c in plan])
+    assert np.allclose(labels * 3, np.round(labels * 3)) and np.abs(labels).max() <= 3
+
+    def explained(columns):
+        x = np.column_stack([factors[:, columns], np.ones(len(plan))])
+        residual = labels - x @ np.linalg.lstsq(x, labels, rcond=None)[0]
+        return 1 - residual.var() / labels.var()
+
+    text, voice, seen = explained([0]), explained([1]), explained([2])
+    assert 0.6 < text < 0.85 and voice < 0.25 and seen < 0.3
+    assert explained([0, 1]) > text + 0.03 and explained([0, 2]) > text + 0.06
+    assert explained([0, 1, 2]) > 0.95
+
+
+def test_label_is_clipped_and_in_thirds():
+    assert corpus.label_of(3.0, 1.0, 1.0, 0.0) == 3.0
+    assert corpus.label_of(-1.0, 0.0, 0.5, 0.0) == pytest.approx(-2 / 3)
+
+
+def test_expression_is_brief():
+    loudness = np.zeros(80)
+    peaks, means = [], []
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        peak = rng.uniform(-1, 1)
+        track = face.expression_track(rng, peak, loudness, 25.0)
+        assert track.shape == (80, 5)
+        smile = track[:, 0]
+        peaks.append((peak, smile[np.argmax(np.abs(smile))]))
+        means.append((peak, smile.mean()))
+    assert np.corrcoef(np.array(peaks).T)[0, 1] > np.corrcoef(np.array(means).T)[0, 1] + 0.05
+
+
+def test_face_shows_its_expression():
+    looks = face.draw_looks(np.random.default_rng(0))
+    neutral = np.array([0, 0, 0.6, 0, 0])
+    picture = face.draw_face(looks, neutral, 96)
+    assert picture.shape == (96, 96, 3) and picture.dtype == np.uint8
+    for column in range(5):
+        changed = neutral.copy()
+        changed[column] = 0.9 if column != 2 else 0.0
+        assert np.abs(face.draw_face(looks, changed, 96).astype(int) - picture).sum() > 1000
+
+
+def test_envelope():
+    wave = np.concatenate([np.zeros(1600), np.ones(1600), 0.5 * np.ones(1600)]).astype(np.float32)
+    assert np.allclose(speech.envelope(wave, 10.0, 3), [0.0, 1.0, 0.5])
+
+
+def test_voices(espeak):
+    synthesiser = speech.Synthesiser()
+    slow = synthesiser.say("the book was good", speech.Voice("en-us+f1", 150, 50, 50), 1)
+    fast = synthesiser.say("the book was good", speech.Voice("en-us+f1", 220, 50, 50), 1)
+    assert slow.dtype == np.float32 and len(slow) > 1.2 * len(fast) > 0.4 * speech.RATE
+    with pytest.raises(UserError, match="no voice 'xx-nobody'"):
+        synthesiser.say("a", speech.Voice("xx-nobody", 150, 50, 50), 1)
+
+
+def test_clips_have_sound_and_picture(small):
+    rows = corpus.read_corpus(small)
+    assert len(rows) == 10
+    for row in rows[:3]:
+        info = probe(row.clip)
+        assert info.has_audio and info.has_video
+        wave = read_audio(str(row.clip))
+        frames = list(read_frames(str(row.clip), None))
+        assert frames[0][1].shape == (96, 96, 3)
+        assert len(frames) / 25 == pytest.approx(len(wave) / 16000, abs=0.1)
+        assert 0.02 < wave.std() < 0.3
+
+
+def _digests(folder):
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*.*")}
+
+
+def test_same_bytes_with_any_number_of_jobs(small, tmp_path):
+    make_mini_corpus.main(["--output-dir", str(tmp_path / "again"), "--jobs", "1", *SMALL])
+    assert _digests(tmp_path / "again") == _digests(small)
+
+
+def test_data_directories(small, tmp_path):
+    make_mini_data.main(["--corpus-dir", str(small), "--data-dir", str(tmp_path)])
+    for name, count in (("train", 6), ("valid", 2), ("test", 2)):
+        data = load_kaldi_dir(tmp_path / name)
+        assert len(data.utterances) == count
+        assert set(data.text) == set(data.utt2label) == set(data.video) == set(data.utterances)
+        assert all(1 < data.utt2dur[u] < 6 for u in data.utterances)
+
+
+def test_refusals(tmp_path, espeak):
+    with pytest.raises(UserError, match="make the corpus first"):
+        corpus.read_corpus(tmp_path)
+    (tmp_path / "letters.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty"):
+        make_mini_corpus.main(["--output-dir", str(tmp_path), *SMALL])
+    assert (tmp_path / "letters.txt").read_text() == "mine"
+    (tmp_path / "corpus.tsv").write_text("\t".join(corpus.COLUMNS) + "\nspk01-0001\ttrain\n")
+    with pytest.raises(UserError, match="line 2: 2 columns"):
+        corpus.read_corpus(tmp_path)
+    with pytest.raises(UserError, match="at least one speaker"):
+        corpus.plan_corpus(corpus.Settings(test=2, test_speakers=3))
+
+
+def test_nothing_appears_when_it_fails(tmp_path, monkeypatch, espeak):
+    monkeypatch.setattr(corpus, "voice_of", lambda clip: (speech.Voice("xx-nobody", 180, 50, 50), 0.1))
+    with pytest.raises(UserError, match="no voice"):
+        make_mini_corpus.main(["--output-dir", str(tmp_path / "corpus"), *SMALL])
+    assert not (tmp_path / "corpus").exists()
