@@ -43,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from sdumc.corpora.authors import FOLDERS, import_feature, list_features, read_corpus
     from sdumc.corpora.sets import (
         DROPPED,
-        SUMMARY,
         STAGE,
+        SUMMARY,
         check_disjoint,
         check_share,
         plain_tables,

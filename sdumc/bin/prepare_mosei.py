@@ -60,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     from sdumc.corpora.sets import (
         DROPPED,
-        SUMMARY,
         STAGE,
+        SUMMARY,
         check_share,
         summary_table,
         write_dropped,
