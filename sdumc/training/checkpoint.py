@@ -18,6 +18,7 @@ from sdumc.errors import UserError
 CHECKPOINT = "checkpoint.pt"
 VALID_BEST = "model.valid-best.safetensors"
 AVERAGED = "model.averaged.safetensors"
+PACKED = "model.safetensors"  # the only one of a packed model
 
 
 def save_weights(path: Path, state: dict[str, Tensor]) -> None:

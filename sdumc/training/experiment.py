@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sdumc.model.network import SDUMC
-from sdumc.training.checkpoint import AVERAGED, VALID_BEST, load_into
+from sdumc.training.checkpoint import AVERAGED, PACKED, VALID_BEST, load_into
 from sdumc.training.settings import load_config, model_config
 
 
@@ -13,11 +13,13 @@ def load_model(exp_dir: Path, which: str = "valid-best") -> SDUMC:
     """The trained network in evaluation mode, on the CPU.
 
     Args:
+        exp_dir: an exp folder, or a packed one, which has one model only.
         which: ``valid-best``, the epoch that is best on valid, or ``averaged``, the mean of the best epochs.
 
     Raises:
         UserError: the folder lacks a file or the files do not belong together.
     """
     model = SDUMC(model_config(load_config(exp_dir)))
-    load_into(model, exp_dir / (VALID_BEST if which == "valid-best" else AVERAGED))
+    weights = exp_dir / (VALID_BEST if which == "valid-best" else AVERAGED)
+    load_into(model, exp_dir / PACKED if not weights.exists() and (exp_dir / PACKED).exists() else weights)
     return model.eval()

@@ -1,0 +1,147 @@
+"""Score video or audio files with a trained model: utterances, simulated text, one number each."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sdumc.cli import Parser, run, setup_logging
+from sdumc.errors import EXIT_USER_ERROR, UserError
+
+log = logging.getLogger("sdumc")
+
+
+def get_parser() -> Parser:
+    parser = Parser(
+        "Score your own clips: from -3, very negative, to 3, very positive. No transcript is needed; text is\n"
+        "simulated from the sound as it was for the model's training. Long files are cut into utterances where nobody\n"
+        "speaks; the overall score is the mean of theirs weighted by duration. A file that fails does not stop the\n"
+        "others; the exit code is 1 then."
+    )
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--exp-dir", required=True, metavar="PATH", help="folder that training wrote, or what sdumc.bin.pack made of it"
+    )
+    group.add_argument(
+        "--checkpoint", choices=("valid-best", "averaged"), default="valid-best", help="both were chosen on valid"
+    )
+    group.add_argument("--model-dir", metavar="DIR", help="folder that holds the pretrained models, if they were moved")
+    group = parser.add_argument_group("files")
+    group.add_argument("files", nargs="*", metavar="FILE", help="video or audio files, or folders of them")
+    group.add_argument("--list", metavar="FILE", help="a text file with one of these a line")
+    group.add_argument(
+        "--text",
+        metavar="TEXT",
+        help="what is said: words, a text file, or subtitles (.srt, .vtt), whose times then cut the file; with several "
+        "files, a table of lines `name words`, the name being the file's without its ending",
+    )
+    group.add_argument(
+        "--bad-media",
+        choices=("stop", "absent"),
+        default="stop",
+        help="a sound or picture track that cannot be read fails the file, or counts as absent (noted)",
+    )
+    group = parser.add_argument_group("utterances")
+    group.add_argument(
+        "--cut", choices=("auto", "yes", "no"), default="auto", help="auto: cut files longer than --max-seconds"
+    )
+    group.add_argument("--max-seconds", type=float, default=20.0, metavar="S", help="longest utterance when cutting")
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    group.add_argument(
+        "--subtitles", choices=("srt", "vtt"), help="also write FILE's name + .sdumc.srt or .vtt: score and words"
+    )
+    group.add_argument("--output-dir", metavar="DIR", help="where subtitles go; default: beside the file")
+    group = parser.add_argument_group("computing")
+    group.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
+    group.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), help="of the extractors; default: as the train set's features"
+    )
+    group.add_argument("--batch-size", type=int, default=8, metavar="N", help="most utterances at once")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = get_parser().parse_args(argv)
+    setup_logging(args.verbose)
+    if not args.verbose:
+        log.setLevel(logging.WARNING)
+    if args.batch_size < 1:
+        raise UserError("--batch-size must be at least 1")
+    from sdumc.prediction.inputs import media_files, transcripts
+
+    files, failures = media_files(args.files, args.list)
+    texts = transcripts(args.text, files)
+    results: list[dict] = []
+    for path, reason in failures:
+        _report(path, reason, results)
+    if files:
+        _score(args, files, texts, results)
+    if args.json:
+        from sdumc.data.atomic import json_ready
+
+        document = {"model": args.exp_dir, "scale": [-3, 3], "files": results}
+        print(json.dumps(json_ready(document), indent=2, ensure_ascii=False))
+    return EXIT_USER_ERROR if any("error" in r for r in results) else 0
+
+
+def _score(args, files: Sequence[Path], texts: dict, results: list[dict]) -> None:
+    from tqdm import tqdm
+
+    from sdumc.prediction.output import table, write_subtitles
+    from sdumc.prediction.scorer import Scorer
+
+    scorer = Scorer.load(
+        args.exp_dir,
+        checkpoint=args.checkpoint,
+        device=args.device,
+        dtype=args.dtype,
+        model_dir=args.model_dir,
+        batch_size=args.batch_size,
+    )
+    for note in scorer.notes:
+        log.warning("%s", note)
+    # Nothing but lines of text where no person watches; disable=None is tqdm's way to say so.
+    with tqdm(total=len(files), unit="file", leave=False, disable=None, file=sys.stderr) as bar:
+        for path in files:
+            bar.set_description(path.name)
+
+            def progress(done: int, total: int) -> None:
+                if total > 1:
+                    bar.set_postfix_str(f"utterance {done} of {total}")
+
+            try:
+                scored = scorer.score(
+                    path,
+                    texts.get(path),
+                    cut=args.cut,
+                    max_seconds=args.max_seconds,
+                    bad_media=args.bad_media,
+                    progress=progress,
+                )
+                bar.clear()
+                if not args.json:
+                    print(table(scored), end="\n\n" if len(files) > 1 else "\n", flush=True)
+                results.append(scored.as_dict())
+                if args.subtitles:
+                    write_subtitles(scored, args.subtitles, Path(args.output_dir) if args.output_dir else None)
+            except UserError as e:
+                bar.clear()
+                if results and results[-1].get("file") == str(path):
+                    results.pop()
+                _report(str(path), str(e), results)
+            bar.set_postfix_str("")
+            bar.update()
+
+
+def _report(path: str, reason: str, results: list[dict]) -> None:
+    message = reason if path in reason else f"{path}: {reason}"
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    results.append({"file": path, "error": reason})
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,136 @@
+"""Cutting long recordings into utterances where nobody speaks."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+
+from sdumc.errors import UserError
+
+RATE = 16000  # Hz
+FRAME = 0.03  # seconds; one of the three lengths that the detector takes
+SILENCE = 1e-3  # root mean square of a frame (-60 dB of full scale) below which there is nothing to hear
+_STRICTNESS = 2  # of WebRTC's detector, 0 to 3
+_SMOOTHING = 9  # frames: a lone frame is neither speech nor a pause
+_PAUSE = 0.5  # seconds without speech that end an utterance
+_SHORT = 1.0  # seconds; a shorter utterance joins a neighbour no further away than this
+_LEAST = 0.3  # seconds of speech; an utterance with less is noise
+_MARGIN = 0.15  # seconds left standing before and after the speech, for soft beginnings and ends
+
+
+def frame_levels(wave: np.ndarray) -> np.ndarray:
+    """Root mean square of each whole frame of sound (T,) at 16 kHz: (T // 480,)."""
+    size = round(FRAME * RATE)
+    return np.sqrt(np.square(wave[: len(wave) // size * size].reshape(-1, size).astype(np.float64)).mean(axis=1))
+
+
+def is_silent(wave: np.ndarray) -> bool:
+    """Whether no frame of the sound is louder than -60 dB of full scale."""
+    levels = frame_levels(wave) if len(wave) >= round(FRAME * RATE) else np.sqrt(np.square(wave).mean(keepdims=True))
+    return not bool((levels > SILENCE).any())
+
+
+def find_speech(wave: np.ndarray) -> np.ndarray:
+    """Which frames of 30 ms of sound (T,) at 16 kHz are speech: bool (T // 480,), by WebRTC's detector, smoothed.
+
+    Raises:
+        UserError: the package with the detector is not installed.
+    """
+    try:
+        import webrtcvad
+    except ImportError:
+        raise UserError("cutting long files needs a voice activity detector: pip install webrtcvad-wheels") from None
+    levels = frame_levels(wave)
+    if not len(levels):
+        return np.zeros(0, dtype=bool)
+    # The detector expects the level of a telephone call; recordings are often much quieter.
+    loudest = float(np.quantile(np.abs(wave), 0.999))
+    gain = min(0.5 / max(loudest, 1e-9), 30.0)
+    samples = (np.clip(wave * gain, -1, 1) * 32767).astype("<i2")
+    detector, size = webrtcvad.Vad(_STRICTNESS), round(FRAME * RATE)
+    found = [detector.is_speech(samples[i * size : (i + 1) * size].tobytes(), RATE) for i in range(len(levels))]
+    voiced = np.array(found) & (levels > SILENCE)
+    votes = np.convolve(voiced.astype(float), np.ones(_SMOOTHING), mode="same")
+    return votes > _SMOOTHING / 2
+
+
+def utterances(voiced: np.ndarray, levels: np.ndarray, max_seconds: float) -> list[tuple[float, float]]:
+    """Utterances as (start, end) in seconds, from which frames are speech and how loud they are.
+
+    Pauses of half a second end an utterance. One longer than ``max_seconds`` is divided at its longest pause, or, where
+    it has none, at the quietest frame of its middle half. One under a second joins its nearer neighbour if they are
+    close; what has under 0.3 s of speech is left out.
+
+    Args:
+        voiced: bool (N,) frames of 30 ms. levels: (N,) their loudness.
+        max_seconds: longest utterance, margins included.
+    """
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], voiced.astype(np.int8), [0]])))
+    runs = [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
+    longest = max(int((max_seconds - 2 * _MARGIN) / FRAME), 1)
+    groups: list[list[tuple[int, int]]] = []
+    for run in runs:
+        if groups and (run[0] - groups[-1][-1][1]) * FRAME < _PAUSE:
+            groups[-1].append(run)
+        else:
+            groups.append([run])
+    groups = _join_short([part for group in groups for part in _divide(group, levels, longest)], longest)
+    spans = [(g[0][0], g[-1][1]) for g in groups if sum(b - a for a, b in g) * FRAME >= _LEAST]
+    padded = []
+    for i, (a, b) in enumerate(spans):
+        low = (spans[i - 1][1] + a) / 2 if i else 0.0
+        high = (b + spans[i + 1][0]) / 2 if i + 1 < len(spans) else float(len(voiced))
+        padded.append((max(a - _MARGIN / FRAME, low) * FRAME, min(b + _MARGIN / FRAME, high) * FRAME))
+    return [(round(a, 3), round(b, 3)) for a, b in padded]
+
+
+def _divide(group: list[tuple[int, int]], levels: np.ndarray, longest: int) -> list[list[tuple[int, int]]]:
+    start, end = group[0][0], group[-1][1]
+    if end - start <= longest:
+        return [group]
+    if len(group) > 1:
+        # The longest pause; of equal ones, that nearest to the middle.
+        pauses = [(b[0] - a[1], -abs(a[1] + b[0] - start - end), i) for i, (a, b) in enumerate(pairwise(group), 1)]
+        at = max(pauses)[2]
+        parts = [group[:at], group[at:]]
+    else:
+        quarter = max((end - start) // 4, 1)
+        cut = start + quarter + int(np.argmin(levels[start + quarter : max(end - quarter, start + quarter + 1)]))
+        parts = [[(start, cut)], [(cut, end)]]
+    return [piece for part in parts for piece in _divide(part, levels, longest)]
+
+
+def _join_short(groups: list[list[tuple[int, int]]], longest: int) -> list[list[tuple[int, int]]]:
+    joined = [list(g) for g in groups]
+    i = 0
+    while i < len(joined):
+        start, end = joined[i][0][0], joined[i][-1][1]
+        neighbours = []
+        if (end - start) * FRAME < _SHORT:
+            for j in (i - 1, i + 1):
+                if 0 <= j < len(joined):
+                    first, last = joined[min(i, j)], joined[max(i, j)]
+                    pause = last[0][0] - first[-1][1]
+                    if pause * FRAME <= _SHORT and last[-1][1] - first[0][0] <= longest:
+                        neighbours.append((pause, min(i, j)))
+        if not neighbours:
+            i += 1
+            continue
+        at = min(neighbours)[1]
+        joined[at : at + 2] = [joined[at] + joined[at + 1]]
+        i = at
+    return joined
+
+
+def cut_speech(wave: np.ndarray, max_seconds: float) -> list[tuple[float, float]]:
+    """The utterances in sound (T,) at 16 kHz as (start, end) in seconds; see :func:`utterances`."""
+    length = len(wave) / RATE
+    found = utterances(find_speech(wave), frame_levels(wave), max_seconds)
+    return [(a, min(b, length)) for a, b in found]
+
+
+def even_pieces(duration: float, max_seconds: float) -> list[tuple[float, float]]:
+    """``duration`` seconds in as few equal parts of at most ``max_seconds`` as possible: pictures have no pauses."""
+    count = max(1, int(np.ceil(duration / max_seconds - 1e-9)))
+    return [(round(i * duration / count, 3), round((i + 1) * duration / count, 3)) for i in range(count)]

@@ -1,0 +1,84 @@
+"""What a user names on the command line: files, folders, lists, and the words that are said in them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from sdumc.data.kaldi_dir import read_table
+from sdumc.errors import UserError
+from sdumc.prediction.subtitles import SUFFIXES, Cue, read_subtitles
+
+# What is taken from a folder; a file that is named itself is tried whatever its name.
+SOUND = (".aac", ".aif", ".aiff", ".flac", ".m4a", ".mka", ".mp3", ".oga", ".ogg", ".opus", ".wav", ".wma")
+VIDEO = (".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts")
+VIDEO += (".webm", ".wmv")
+
+
+def media_files(names: Sequence[str], list_file: str | None) -> tuple[list[Path], list[tuple[str, str]]]:
+    """Every file named, once, in order; those of folders by name, subfolders included. And (name, reason) of failures.
+
+    Raises:
+        UserError: nothing is named, or the list cannot be read.
+    """
+    wanted = list(names)
+    if list_file:
+        try:
+            lines = Path(list_file).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"{list_file}: cannot be read as a list of files ({e})") from None
+        wanted += [line.strip() for line in lines if line.strip()]
+    if not wanted:
+        raise UserError("name at least one video or audio file, a folder, or a --list")
+    files: dict[Path, None] = {}
+    failures = []
+    for name in wanted:
+        path = Path(name)
+        if not path.is_dir():
+            files[path] = None
+            continue
+        found = sorted(
+            Path(folder) / f
+            for folder, _, inner in os.walk(path)
+            for f in inner
+            if Path(f).suffix.lower() in (*SOUND, *VIDEO) and not f.startswith(".")
+        )
+        files.update(dict.fromkeys(found))
+        if not found:
+            failures.append((name, "no video or audio files in this folder"))
+    return list(files), failures
+
+
+def transcripts(text: str | None, files: Sequence[Path]) -> dict[Path, str | list[Cue]]:
+    """The words of each file, from the value of ``--text``: words, a text file, subtitles, or a table.
+
+    Raises:
+        UserError: the file cannot be read, or does not fit the files to score.
+    """
+    if text is None or not files:
+        return {}
+    path = Path(text)
+    is_file = len(text) < 4096 and path.is_file()
+    if not is_file and (path.suffix.lower() in (*SUFFIXES, ".txt") and " " not in text):
+        raise UserError(f"--text {text}: no such file")
+    if len(files) > 1:
+        if not is_file or path.suffix.lower() in SUFFIXES:
+            raise UserError(
+                "--text with several files must be a table file of lines `name words`; or score them singly"
+            )
+        table = read_table(path)
+        stems = [f.stem for f in files]
+        if doubled := sorted({s for s in stems if stems.count(s) > 1}):
+            raise UserError(f"--text {path}: several files are called {doubled[0]!r}; score them in turn")
+        if missing := [s for s in stems if s not in table]:
+            raise UserError(f"{path}: no line for {missing[0]!r}; every file needs one")
+        return {f: table[f.stem] for f in files}
+    if not is_file:
+        return {files[0]: text}
+    if path.suffix.lower() in SUFFIXES:
+        return {files[0]: read_subtitles(path)}
+    try:
+        return {files[0]: " ".join(path.read_text(encoding="utf-8-sig").split())}
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: cannot be read as text ({e})") from None

@@ -1,0 +1,252 @@
+"""A trained model and all it needs to score a clip, as one folder or archive that works on another machine.
+
+A packed folder holds ``model.safetensors``, ``config.yaml``, ``extractors.yaml`` with paths that count from the folder,
+``models/`` with the pretrained models (or none, when they are named by their hub names), ``scores.json`` and
+``README.md``, a model card.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+
+from sdumc.cli import read_yaml
+from sdumc.data.atomic import atomic_write, write_text
+from sdumc.errors import UserError
+from sdumc.prediction.card import model_card
+from sdumc.prediction.record import RECORD, ModelUse, Record, find_model, load_record
+from sdumc.training.checkpoint import AVERAGED, PACKED, VALID_BEST
+from sdumc.training.settings import CONFIG
+
+SCORES = "scores.json"
+ARCHIVES = (".tar", ".tar.gz", ".tgz")
+_WEIGHTS = (".bin", ".safetensors", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf")
+_OF_THIS_MACHINE = ("train-dir", "valid-dir", "exp-dir", "device", "num-workers", "save-every")
+
+
+def is_archive(path: Path) -> bool:
+    """Whether the name is that of an archive."""
+    return path.name.endswith(ARCHIVES)
+
+
+# ------------------------------------------------------------------------------------------------------------ opening
+
+
+def open_experiment(path: Path) -> tuple[Path, Any]:
+    """An exp folder, packed folder or packed archive as a folder, and what must be kept alive while it is used.
+
+    An archive is unpacked into a temporary folder; unpack large ones by hand, once.
+
+    Raises:
+        UserError: there is no such folder or archive, or the archive is damaged or none of ours.
+    """
+    if path.is_dir():
+        return path, None
+    if not path.is_file():
+        raise UserError(f"{path}: no such experiment folder, packed folder or archive")
+    keep = tempfile.TemporaryDirectory(prefix="sdumc-")
+    try:
+        _unpack(path, Path(keep.name))
+    except (tarfile.TarError, EOFError, OSError) as e:
+        keep.cleanup()
+        raise UserError(f"{path}: cannot be unpacked ({e}); is it an archive of sdumc.bin.pack, and whole?") from None
+    except BaseException:
+        keep.cleanup()
+        raise
+    folders = [p.parent for p in sorted(Path(keep.name).rglob(RECORD), key=lambda p: len(p.parts))]
+    if not folders:
+        keep.cleanup()
+        raise UserError(f"{path}: no {RECORD} in it; is it an archive of sdumc.bin.pack?")
+    return folders[0], keep
+
+
+def _unpack(path: Path, folder: Path) -> None:
+    """Files only, under their own names: an archive from elsewhere must not write outside the folder."""
+    with tarfile.open(path) as archive:
+        for member in archive:
+            name = PurePosixPath(member.name)
+            if name.is_absolute() or ".." in name.parts or not (member.isfile() or member.isdir()):
+                raise UserError(f"{path}: {member.name!r} is no plain file inside the archive; it was not made by pack")
+            if member.isfile():
+                target = folder / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                content = archive.extractfile(member)
+                assert content is not None
+                with content, open(target, "wb") as f:
+                    shutil.copyfileobj(content, f, 2**22)
+
+
+# ------------------------------------------------------------------------------------------------------------ packing
+
+
+@dataclass
+class _Models:
+    """Pretrained models on their way into a pack: each once, under ``models/``."""
+
+    record: Record
+    model_dir: Path | None
+    hub_names: Mapping[str, str] | None  # by folder name; None: the models themselves are packed
+
+    def collect(self) -> tuple[dict[str, Path], list[dict[str, Any]]]:
+        """Rewrite the record's paths; files by their name in the pack, and a description of each model for the card."""
+        files: dict[str, Path] = {}
+        named: dict[Path, str] = {}
+        rows: dict[Path, dict[str, Any]] = {}
+        for use in self.record.models():
+            place = find_model(use, self.record.folder, self.model_dir).resolve()
+            if place not in named:
+                named[place] = self._name(use, place, set(named.values()))
+                size = 0
+                if named[place].startswith("models/"):
+                    for inner, source in _model_files(place, use.role):
+                        files[f"{named[place]}/{inner}"] = source
+                        size += source.stat().st_size
+                rows[place] = {"name": named[place], "was": Path(use.name).name, "roles": [], "bytes": size}
+            if use.role not in rows[place]["roles"]:
+                rows[place]["roles"].append(use.role)
+            use.settings[use.key] = named[place]
+        return files, list(rows.values())
+
+    def _name(self, use: ModelUse, place: Path, taken: set[str]) -> str:
+        if self.hub_names is not None and use.role != "projector":
+            return self._hub_name(use, place)
+        base = "models/projector" if use.role == "projector" else f"models/{place.name}"
+        name, number = base, 1
+        while name in taken:
+            number += 1
+            name = f"{base}-{number}"
+        return name
+
+    def _hub_name(self, use: ModelUse, place: Path) -> str:
+        assert self.hub_names is not None
+        if place.name in self.hub_names:
+            return self.hub_names[place.name]
+        if any(part.startswith("models--") for part in place.parts):  # found in the hub's cache under its name
+            return use.name
+        raise UserError(
+            f"{place}: its name on the hub is not known; give it: --hub-names {place.name}=OWNER/NAME "
+            "(or pack the models too, without --no-backbones)"
+        )
+
+
+def _model_files(place: Path, role: str) -> Iterator[tuple[str, Path]]:
+    """What of a model is needed: its weights in the one format that is read, and all small files beside them."""
+    from sdumc.simulation.checkpoints import weight_files
+    from sdumc.simulation.projector import projector_file
+
+    if role == "projector":
+        file = projector_file(place)
+        yield file.name, file
+        return
+    weights = weight_files(place)
+    for path in sorted(p for p in place.rglob("*") if p.is_file()):
+        inner = path.relative_to(place)
+        if any(part.startswith(".") for part in inner.parts) or inner.parts[0] in ("onnx", "runs"):
+            continue
+        if path in weights or not path.name.endswith(_WEIGHTS):
+            yield inner.as_posix(), path
+
+
+def pack(
+    exp_dir: Path,
+    output: Path,
+    *,
+    checkpoint: str = "valid-best",
+    backbones: bool = True,
+    hub_names: Mapping[str, str] | None = None,
+    model_dir: Path | None = None,
+) -> None:
+    """Write a packed folder, or an archive if ``output`` ends in .tar, .tar.gz or .tgz.
+
+    Args:
+        checkpoint: ``valid-best`` or ``averaged``. Measured scores are those of ``decode_*/``, which stage 5 makes with
+            valid-best; with ``averaged`` they are left out.
+        backbones: pack the pretrained models; else name them by their hub names. The projector is always packed.
+        hub_names: hub name by model folder name, where the folder does not know it.
+        model_dir: a further place to look for models.
+
+    Raises:
+        UserError: something is missing, ``output`` is there already, or a hub name is not known.
+    """
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise UserError(f"{output}: is there already; give another name or remove it")
+    weights = exp_dir / (VALID_BEST if checkpoint == "valid-best" else AVERAGED)
+    if not weights.is_file():
+        raise UserError(f"{weights}: no such file; is {exp_dir} a folder that training (stage 4) wrote?")
+    record = load_record(exp_dir)
+    files, models = _Models(record, model_dir, None if backbones else (hub_names or {})).collect()
+    files[PACKED] = weights
+    scores = measured_scores(exp_dir) if checkpoint == "valid-best" else {}
+    config = {k: v for k, v in read_yaml(exp_dir / CONFIG).items() if k not in _OF_THIS_MACHINE}
+    name = output.name.split(".tar")[0].removesuffix(".tgz")
+    texts = {
+        CONFIG: yaml.safe_dump(config, sort_keys=True),
+        RECORD: yaml.safe_dump(record.features, sort_keys=True, allow_unicode=True),
+        SCORES: json.dumps(scores, indent=2) + "\n",
+        "README.md": model_card(name, exp_dir.name, checkpoint, config, record.features, models, scores, backbones),
+    }
+    (_write_archive if is_archive(output) else _write_folder)(output, name, files, texts)
+
+
+def measured_scores(exp_dir: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Scores by set and condition, from ``decode_<set>/<condition>/score.json``."""
+    scores: dict[str, dict[str, dict[str, Any]]] = {}
+    for path in sorted(exp_dir.glob("decode_*/*/score.json")):
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as e:
+            raise UserError(f"{path}: not JSON ({e}); run stage 5 again") from None
+        scores.setdefault(path.parent.parent.name.removeprefix("decode_"), {})[path.parent.name] = values
+    return scores
+
+
+def _write_folder(output: Path, name: str, files: Mapping[str, Path], texts: Mapping[str, str]) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        for inner, source in files.items():
+            target = partial / inner
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+        for inner, text in texts.items():
+            write_text(partial / inner, text)
+        partial.chmod(0o755)
+        if output.is_dir():
+            output.rmdir()
+        os.replace(partial, output)
+    except OSError as e:
+        raise UserError(f"{output}: cannot be written ({e.strerror})") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_archive(output: Path, name: str, files: Mapping[str, Path], texts: Mapping[str, str]) -> None:
+    """Straight from where the files are; the same content gives the same bytes."""
+    mode = "w" if output.name.endswith(".tar") else "w:gz"
+    contents: dict[str, Path | bytes] = {**files, **{k: v.encode() for k, v in texts.items()}}
+    try:
+        with atomic_write(output, "wb") as f, tarfile.open(fileobj=f, mode=mode) as archive:
+            # Small files first: they are what one looks at.
+            for inner in sorted(contents, key=lambda k: (k.startswith("models/"), k)):
+                content = contents[inner]
+                member = tarfile.TarInfo(f"{name}/{inner}")
+                member.mode = 0o644
+                if isinstance(content, bytes):
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+                else:
+                    member.size = content.stat().st_size
+                    with open(content, "rb") as g:
+                        archive.addfile(member, g)
+    except OSError as e:
+        raise UserError(f"{output}: cannot be written ({e.strerror})") from None

@@ -1,0 +1,348 @@
+"""Scoring a video or audio file from scratch: utterances, features, simulated text, one number each."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sdumc.data.dataset import Utterance, collate
+from sdumc.data.kaldi_dir import MediaSpan
+from sdumc.data.media import MediaInfo, probe, read_audio
+from sdumc.errors import UserError
+from sdumc.model.network import MODALITIES
+from sdumc.prediction.activity import RATE, cut_speech, even_pieces, is_silent
+from sdumc.prediction.extractors import Extractors
+from sdumc.prediction.package import open_experiment
+from sdumc.prediction.record import load_record
+from sdumc.prediction.subtitles import Cue, sentences
+from sdumc.scoring.decoding import CONDITIONS, run_batch
+from sdumc.simulation.checkpoints import pick_device
+from sdumc.simulation.jobs import make_batches
+from sdumc.training.experiment import load_model
+from sdumc.training.settings import load_config
+
+log = logging.getLogger("sdumc")
+
+MAX_SECONDS = 20.0  # a longer file is cut; clips that models are trained on are sentences
+
+
+@dataclass(frozen=True)
+class ScoredUtterance:
+    """One utterance: where it is in the file (seconds), its score, and what the score was made from.
+
+    ``modalities`` are those that were there (of audio, text, video); ``text`` is "simulated", "real" or None, and
+    ``transcript`` what was simulated or given. ``status`` is how simulation went: ok, empty, refusal, repeat or limit.
+    """
+
+    start: float
+    end: float
+    score: float
+    transcript: str
+    modalities: tuple[str, ...]
+    text: str | None
+    status: str | None = None
+
+
+@dataclass(frozen=True)
+class ScoredFile:
+    """A file's utterances in time order and their mean score weighted by duration, ``overall``.
+
+    ``notes`` say what was not as usual: a silent sound track, a part without a face, ...
+    """
+
+    file: str
+    duration: float
+    overall: float
+    utterances: list[ScoredUtterance]
+    notes: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def overall_score(utterances: Sequence[ScoredUtterance]) -> float:
+    """Mean score weighted by duration: sum of (end - start) * score over the sum of (end - start)."""
+    seconds = [u.end - u.start for u in utterances]
+    if not sum(seconds):  # a file that does not say how long it is
+        return sum(u.score for u in utterances) / len(utterances)
+    return sum(s * u.score for s, u in zip(seconds, utterances, strict=True)) / sum(seconds)
+
+
+@dataclass
+class _Part:
+    """An utterance on its way through: its place, its sound, given words, and, later, its features."""
+
+    start: float
+    end: float
+    span: MediaSpan
+    wave: np.ndarray | None
+    words: str | None = None
+    features: dict[str, torch.Tensor | None] = field(default_factory=dict)
+    transcript: str = ""
+    status: str | None = None
+
+
+class Scorer:
+    """A trained model with the extractors of its recipe, ready for single files.
+
+    >>> scorer = Scorer.load("exp/train_seed1")         # or what sdumc.bin.pack wrote
+    >>> print(scorer.score("clip.mp4").overall)
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        extractors: Extractors,
+        *,
+        device: torch.device | str = "cpu",
+        batch_size: int = 8,
+        notes: Sequence[str] = (),
+        keep: Any = None,
+    ):
+        self.model, self.extractors, self.device = model, extractors, torch.device(device)
+        self.batch_size, self.notes = batch_size, list(notes)
+        self._keep = keep  # a folder that lives as long as this does
+        self.features = [
+            name
+            for name in extractors.record.features
+            if ("text" if name == "text_sim" else name) in model.available  # type: ignore[operator]
+        ]
+
+    @classmethod
+    def load(
+        cls,
+        exp_dir: str | Path,
+        *,
+        checkpoint: str = "valid-best",
+        device: str = "auto",
+        dtype: str | None = None,
+        model_dir: str | Path | None = None,
+        batch_size: int = 8,
+    ) -> Scorer:
+        """Load an exp folder, or a packed folder or archive.
+
+        Args:
+            checkpoint: ``valid-best`` or ``averaged``; a packed model has only one.
+            device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+            dtype: number format of the extractors; None is the one that the train set's features were made with.
+            model_dir: a folder that holds the pretrained models, if they are not where they were.
+            batch_size: most utterances at once.
+
+        Raises:
+            UserError: no such experiment, its features came from elsewhere, or a model is not there or another one.
+        """
+        where = pick_device(device)
+        folder, keep = open_experiment(Path(exp_dir))
+        record = load_record(folder)
+        settings = load_config(folder)
+        model = load_model(folder, checkpoint).to(where)
+        extractors = Extractors(record, where, dtype, Path(model_dir) if model_dir else None)
+        extractors.check()
+        notes = []
+        for m in MODALITIES:
+            wanted = "text_sim" if m == "text" else m
+            if m in model.available and wanted not in record.features:
+                reason = record.left_out.get(wanted, "the train set had none")
+                notes.append(f"scores are made without {'simulated text' if m == 'text' else m}: {reason}")
+        if settings.flows == "complete":
+            notes.append("this model was trained with real text only; without --text its scores mean little")
+        return cls(model, extractors, device=where, batch_size=batch_size, notes=notes, keep=keep)
+
+    def score(
+        self,
+        file: str | Path,
+        text: str | Sequence[Cue] | None = None,
+        *,
+        cut: str = "auto",
+        max_seconds: float = MAX_SECONDS,
+        bad_media: str = "stop",
+        progress: Callable[[int, int], None] | None = None,
+    ) -> ScoredFile:
+        """Score one video or audio file.
+
+        Args:
+            text: what is said, if it is known: the words of the whole file, or timed cues, which then are its
+                utterances. The model's complete flow reads it; otherwise text is simulated from the sound.
+            cut: ``auto`` cuts a file that is longer than ``max_seconds`` into utterances, ``yes`` any, ``no`` none.
+            max_seconds: longest utterance when cutting.
+            bad_media: ``stop``: a sound or picture track that cannot be read fails the file; ``absent``: it counts as
+                absent.
+            progress: called with (utterances done, utterances) after each batch.
+
+        Raises:
+            UserError: the file is missing, no media, damaged, or holds nothing that can be scored.
+        """
+        if cut not in ("auto", "yes", "no"):
+            raise UserError(f"cut must be auto, yes or no, not {cut!r}")
+        if max_seconds < 1:
+            raise UserError(f"utterances of at most {max_seconds:g} s are too short; at least 1")
+        if text is not None and "text" not in self.features:
+            reason = self.extractors.record.left_out.get("text", "its features of real text are not recorded")
+            raise UserError(f"this model cannot take a transcript: {reason}")
+        path, notes = str(file), []
+        info = probe(path)
+        if not info.has_audio and not info.has_video:
+            raise UserError(f"{path}: has neither sound nor pictures; give a video or audio file")
+        wave = self._sound(path, info, bad_media, notes)
+        duration = len(wave) / RATE if wave is not None else info.duration
+        if wave is not None and is_silent(wave):
+            notes.append("its sound is silence and is not used")
+            wave = None
+        if wave is None and (not info.has_video or "video" not in self.features) and text is None:
+            raise UserError(f"{path}: {_nothing(info, 'video' in self.features)}")
+        parts = self._parts(path, wave, duration, text, cut, max_seconds, info.has_video, notes)
+        done = 0
+        result: dict[int, ScoredUtterance] = {}
+        unseen: Counter[str] = Counter()  # reason -> utterances whose pictures are not used
+        seconds = {str(i): p.end - p.start for i, p in enumerate(parts)}
+        for batch in make_batches(seconds, self.batch_size, max(400.0, max_seconds)):
+            numbers = [int(b) for b in batch]
+            chosen = [parts[i] for i in numbers]
+            self._extract(chosen, info.has_video, bad_media, unseen)
+            for i, scored in zip(numbers, self._predict(chosen), strict=True):
+                if scored is None:
+                    notes.append(f"{parts[i].start:.2f}-{parts[i].end:.2f} s left out: nothing there to score")
+                else:
+                    result[i] = scored
+                parts[i].features, parts[i].wave = {}, None
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(parts))
+        for reason, count in unseen.items():
+            place = f" in {count} of {len(parts)} utterances" if len(parts) > 1 else ""
+            notes.append(f"pictures not used{place}: {reason}")
+        if not result:
+            reasons = "; ".join(notes)
+            raise UserError(f"{path}: nothing in it can be scored ({reasons})")
+        utterances = [result[i] for i in sorted(result)]
+        return ScoredFile(path, round(duration, 3), overall_score(utterances), utterances, notes)
+
+    # ---- steps of score()
+
+    def _sound(self, path: str, info: MediaInfo, bad_media: str, notes: list[str]) -> np.ndarray | None:
+        if not info.has_audio:
+            notes.append("has no sound track")
+            return None
+        try:
+            return read_audio(path)
+        except UserError as e:
+            if bad_media != "absent" or not info.has_video:
+                raise
+            notes.append(f"sound taken as absent: {e}")
+            return None
+
+    def _parts(self, path, wave, duration, text, cut, max_seconds, has_video, notes) -> list[_Part]:
+        """The utterances of a file. One that is not cut is read as the recipe reads a clip: to the file's end."""
+        whole = [_Part(0.0, duration, MediaSpan(path), wave)]
+        if text is not None and not isinstance(text, str):
+            cues = sentences(list(text), max_seconds)
+            if not cues or cues[0].start >= duration:
+                raise UserError(f"{path}: lasts {duration:.1f} s, before the first subtitle; is it another video's?")
+            cues = [Cue(c.start, min(c.end, duration), c.text) for c in cues if c.start < duration]
+            spans: list[tuple[float, float]] = [(c.start, c.end) for c in cues]
+            words: list[str | None] = [c.text for c in cues]
+        elif text is not None:
+            if not text.strip():
+                raise UserError("the transcript is empty; leave it out to have text simulated")
+            if cut == "yes":
+                raise UserError("a transcript without times cannot be cut; give subtitles (.srt, .vtt), or --cut no")
+            if duration > max_seconds:
+                notes.append(
+                    f"scored as one utterance of {duration:.0f} s, as its transcript has no times; subtitles have"
+                )
+            whole[0].words = " ".join(text.split())
+            return whole
+        elif cut == "no" or (cut == "auto" and duration <= max_seconds):
+            return whole
+        else:
+            spans = cut_speech(wave, max_seconds) if wave is not None else []
+            if not spans:
+                if wave is not None and not (has_video and "video" in self.features):
+                    raise UserError(
+                        f"{path}: no speech was found in it; --cut no scores it as one utterance all the same"
+                    )
+                if wave is not None:
+                    notes.append("no speech was found in it: its sound is not used, and it is cut into equal parts")
+                spans, wave = even_pieces(duration, max_seconds), None
+            words = [None] * len(spans)
+        return [
+            _Part(a, b, MediaSpan(path, a, b), None if wave is None else wave[round(a * RATE) : round(b * RATE)], w)
+            for (a, b), w in zip(spans, words, strict=True)
+        ]
+
+    def _extract(self, parts: list[_Part], has_video: bool, bad_media: str, unseen: Counter[str]) -> None:
+        """Fill in the features of a batch."""
+        heard = [p for p in parts if p.wave is not None and len(p.wave)]
+        waves = [p.wave for p in heard if p.wave is not None]
+        if heard and "audio" in self.features:
+            for p, x in zip(heard, self.extractors.audio(waves), strict=True):
+                p.features["audio"] = x
+        spoken = [p for p in parts if p.words is not None]
+        if spoken:
+            states = self.extractors.real_text([p.words or "" for p in spoken], [p.wave for p in spoken])
+            for p, x in zip(spoken, states, strict=True):
+                p.features["text"], p.transcript = x, p.words or ""
+        elif heard and "text_sim" in self.features:
+            for p, s in zip(heard, self.extractors.simulated_text(waves), strict=True):
+                p.features["text_sim"], p.transcript, p.status = s.states.float().cpu(), s.text, s.status
+        if has_video and "video" in self.features:
+            for p in parts:
+                try:
+                    p.features["video"], reason = self.extractors.video(p.span)
+                except UserError as e:
+                    # A picture track that ends before the sound is no reason to leave the last utterances out.
+                    if bad_media != "absent" and p.span.end is None:
+                        raise
+                    reason = str(e)
+                if reason:
+                    unseen[reason] += 1
+
+    def _predict(self, parts: list[_Part]) -> list[ScoredUtterance | None]:
+        condition = CONDITIONS["missing" if parts[0].words is None else "full"]
+        there = [p for p in parts if any(p.features.get(f) is not None for f in condition.inputs.values())]
+        scores: dict[int, float] = {}
+        if there:
+            names = {n: f for n, f in condition.inputs.items() if any(p.features.get(f) is not None for p in there)}
+            dims = {f: next(x.shape[1] for p in there if (x := p.features.get(f)) is not None) for f in names.values()}
+            batch = collate(
+                [
+                    Utterance(str(i), math.nan, {f: p.features.get(f) for f in names.values()}, dims)
+                    for i, p in enumerate(there)
+                ]
+            )
+            try:
+                with torch.inference_mode():
+                    output = run_batch(self.model, batch.to(self.device), names, condition.flow)
+            except ValueError as e:  # the network's own check of dimensions
+                raise UserError(
+                    f"{self.extractors.record.folder}: model and extractors do not belong together: {e}"
+                ) from None
+            scores = {id(p): float(s) for p, s in zip(there, output.prediction, strict=True)}
+        return [self._scored(p, scores[id(p)]) if id(p) in scores else None for p in parts]
+
+    def _scored(self, part: _Part, score: float) -> ScoredUtterance:
+        if not math.isfinite(score):
+            raise UserError(f"{part.span.path}: the score is not a finite number; try --dtype fp32")
+        text = "real" if "text" in part.features else "simulated" if "text_sim" in part.features else None
+        kinds = {"text" if f == "text_sim" else f for f, x in part.features.items() if x is not None}
+        present = tuple(m for m in MODALITIES if m in kinds)
+        return ScoredUtterance(
+            round(part.start, 3), round(part.end, 3), score, part.transcript, present, text, part.status
+        )
+
+
+def _nothing(info: MediaInfo, sees: bool) -> str:
+    if info.has_video and not sees:
+        return "has nothing to hear, and this model does not look at pictures"
+    if info.has_video:
+        return "has nothing to hear"
+    return "its sound is silence, and it has no pictures; there is nothing to score"
