@@ -46,7 +46,7 @@ check_shell() {
   for file in "${kept[@]}"; do
     [[ ${file} == *.bats ]] || bash -n "${file}" || return 1
   done
-  shellcheck -x -P SCRIPTDIR "${kept[@]}"
+  shellcheck -x -P SCRIPTDIR:SCRIPTDIR/.. "${kept[@]}"
 }
 
 if [[ ${lint} == true ]]; then
