@@ -36,7 +36,7 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument("--text", type=float, default=0.0, help="t, text features: utterances a second")
     g.add_argument("--pictures", type=float, default=0.0, help="p, faces and video features: pictures a second")
     g.add_argument("--projector-step", type=float, default=0.0, help="seconds a step, if a projector is trained")
-    g.add_argument("--projector-steps", type=int, default=10000)
+    g.add_argument("--projector-steps", type=int, default=100000)
     g.add_argument("--train-step", type=float, default=0.0, help="b, training: seconds a batch of 96")
     g.add_argument("--epochs", type=int, default=25)
     return parser
