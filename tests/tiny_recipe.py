@@ -42,8 +42,16 @@ def make_recipe(root: Path) -> Path:
     import tiny_models
     import torch
 
-    from sdumc.bin import decode, extract_audio, extract_text, extract_video, finish_dump, recognize, score
-    from sdumc.bin import simulate_text
+    from sdumc.bin import (
+        decode,
+        extract_audio,
+        extract_text,
+        extract_video,
+        finish_dump,
+        recognize,
+        score,
+        simulate_text,
+    )
     from sdumc.simulation.projector import Projector, save_projector
 
     assert Path.cwd() == root

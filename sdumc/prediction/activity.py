@@ -12,6 +12,7 @@ RATE = 16000  # Hz
 FRAME = 0.03  # seconds; one of the three lengths that the detector takes
 SILENCE = 1e-3  # root mean square of a frame (-60 dB of full scale) below which there is nothing to hear
 _STRICTNESS = 2  # of WebRTC's detector, 0 to 3
+_STEADY = 2.0  # loud over quiet frames of a file; speech rises and falls by much more, hiss and hum do not
 _SMOOTHING = 9  # frames: a lone frame is neither speech nor a pause
 _PAUSE = 0.5  # seconds without speech that end an utterance
 _SHORT = 1.0  # seconds; a shorter utterance joins a neighbour no further away than this
@@ -44,6 +45,9 @@ def find_speech(wave: np.ndarray) -> np.ndarray:
     levels = frame_levels(wave)
     if not len(levels):
         return np.zeros(0, dtype=bool)
+    quiet, loud = np.quantile(levels, [0.1, 0.95])
+    if loud < _STEADY * quiet:  # the detector takes white noise alone for speech
+        return np.zeros(len(levels), dtype=bool)
     # The detector expects the level of a telephone call; recordings are often much quieter.
     loudest = float(np.quantile(np.abs(wave), 0.999))
     gain = min(0.5 / max(loudest, 1e-9), 30.0)

@@ -51,7 +51,7 @@ def model_card(
         "SDUMC: the sentiment of an utterance as one number from -3 (very negative) to 3 (very positive), from its "
         "sound, its words and its pictures. Where nobody has written the words down, they are simulated from the "
         "sound; modalities that are not there are done without.\n",
-        f"Experiment `{experiment}`, {chosen}; no test utterance had a part in the choice. sdumc {__version__}.\n",
+        f"Experiment `{experiment}`, {chosen}. Made with sdumc {__version__}.\n",
         "## Use\n",
         f"{needs} Install sdumc, then, in the folder that holds this one:\n",
         f"```\npython -m sdumc.bin.predict --exp-dir {name} clip.mp4\n```\n",

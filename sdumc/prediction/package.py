@@ -25,7 +25,8 @@ from sdumc.data.atomic import atomic_write, write_text
 from sdumc.errors import UserError
 from sdumc.prediction.card import model_card
 from sdumc.prediction.record import RECORD, ModelUse, Record, find_model, load_record
-from sdumc.training.checkpoint import AVERAGED, PACKED, VALID_BEST
+from sdumc.training.checkpoint import PACKED
+from sdumc.training.experiment import weights_file
 from sdumc.training.settings import CONFIG
 
 SCORES = "scores.json"
@@ -180,7 +181,7 @@ def pack(
     """
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"{output}: is there already; give another name or remove it")
-    weights = exp_dir / (VALID_BEST if checkpoint == "valid-best" else AVERAGED)
+    weights = weights_file(exp_dir, checkpoint)
     if not weights.is_file():
         raise UserError(f"{weights}: no such file; is {exp_dir} a folder that training (stage 4) wrote?")
     record = load_record(exp_dir)
@@ -199,15 +200,21 @@ def pack(
 
 
 def measured_scores(exp_dir: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """Scores by set and condition, from ``decode_<set>/<condition>/score.json``."""
+    """Scores by set and condition, from ``decode_<set>/<condition>/score.json``, or from a pack's ``scores.json``."""
+    if (exp_dir / SCORES).is_file():
+        return _json(exp_dir / SCORES)
     scores: dict[str, dict[str, dict[str, Any]]] = {}
     for path in sorted(exp_dir.glob("decode_*/*/score.json")):
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as e:
-            raise UserError(f"{path}: not JSON ({e}); run stage 5 again") from None
+        values = _json(path)
         scores.setdefault(path.parent.parent.name.removeprefix("decode_"), {})[path.parent.name] = values
     return scores
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise UserError(f"{path}: not JSON ({e}); make it again with stage 5, or remove it") from None
 
 
 def _write_folder(output: Path, name: str, files: Mapping[str, Path], texts: Mapping[str, str]) -> None:

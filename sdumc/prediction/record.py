@@ -129,7 +129,7 @@ def find_model(use: ModelUse, folder: Path, model_dir: Path | None = None) -> Pa
     problem = UserError(
         f"{use.name}: the {use.role} model is not there ({where}{folder} and the folders above it, {Path.cwd()}"
         f"{', the local hub cache' if _is_hub_name(use.name) else ''}). Give the folder that holds {name.name} with "
-        f"--model-dir{f', or fetch it: hf download {use.name}' if _is_hub_name(use.name) else ''}"
+        f"--model-dir{f'; if that is its name on the hub: hf download {use.name}' if _is_hub_name(use.name) else ''}"
     )
     if not _is_hub_name(use.name):
         raise problem

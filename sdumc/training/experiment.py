@@ -20,6 +20,11 @@ def load_model(exp_dir: Path, which: str = "valid-best") -> SDUMC:
         UserError: the folder lacks a file or the files do not belong together.
     """
     model = SDUMC(model_config(load_config(exp_dir)))
-    weights = exp_dir / (VALID_BEST if which == "valid-best" else AVERAGED)
-    load_into(model, exp_dir / PACKED if not weights.exists() and (exp_dir / PACKED).exists() else weights)
+    load_into(model, weights_file(exp_dir, which))
     return model.eval()
+
+
+def weights_file(exp_dir: Path, which: str = "valid-best") -> Path:
+    """Where the weights of :func:`load_model` are, or should be."""
+    trained, packed = exp_dir / (VALID_BEST if which == "valid-best" else AVERAGED), exp_dir / PACKED
+    return packed if packed.exists() and not trained.exists() else trained

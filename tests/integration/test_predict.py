@@ -1,0 +1,269 @@
+"""Predicting for single files equals decoding the set they are in; packed models do the same elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from tiny_recipe import ENV, clip, make_recipe, predictions
+
+from sdumc import Scorer
+from sdumc.bin import pack, predict
+from sdumc.data.ark import load_matrix
+from sdumc.data.dump import load_dump
+from sdumc.data.kaldi_dir import MediaSpan, read_table
+from sdumc.data.media import read_audio
+from sdumc.errors import UserError
+from sdumc.prediction.scorer import overall_score
+from sdumc.simulation.simulate import simulate
+
+
+@pytest.fixture(scope="module")
+def exp(tmp_path_factory):
+    root = tmp_path_factory.mktemp("recipe").resolve()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        return make_recipe(root)
+
+
+@pytest.fixture(scope="module")
+def scorer(exp):
+    return Scorer.load(exp, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def clips(exp):
+    return {p.stem: p for p in sorted((exp.parents[1] / "data/all/clips").iterdir())}
+
+
+@pytest.fixture(scope="module")
+def packed(exp, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed")
+    pack.main(["--exp-dir", str(exp), "--output", str(folder / "tiny.tar")])
+    return folder / "tiny.tar"
+
+
+def run(capsys, *args: object) -> tuple[int, str, str]:
+    code = predict.main([*map(str, args), "--device", "cpu"])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_features_are_those_of_the_recipe(exp, scorer, clips, monkeypatch):
+    monkeypatch.chdir(exp.parents[1])
+    dump = load_dump("dump/all")
+    made = {n: {u: load_matrix(e) for u, e in f.entries.items()} for n, f in dump.features.items()}
+    extract = scorer.extractors
+    texts = read_table(exp.parents[1] / "data/all/text")
+    simulated = read_table(exp.parents[1] / "data/all/text_sim")
+    for utt, path in clips.items():
+        wave = read_audio(path)
+        (words,) = extract.simulated_text([wave])
+        assert words.text == simulated[utt]
+        found = {
+            "audio": extract.audio([wave])[0],
+            "text_sim": words.states,
+            "text": extract.real_text([texts[utt]], [wave])[0],
+            "video": extract.video(MediaSpan(str(path)))[0],
+        }
+        for name, x in found.items():
+            np.testing.assert_allclose(x.numpy(), made[name][utt], atol=1e-4, err_msg=f"{utt} {name}")
+
+
+def test_scores_are_those_of_decoding(exp, scorer, clips):
+    decoded = predictions(exp, "missing")
+    assert np.ptp(list(decoded.values())) > 0.3  # or the comparison would say nothing
+    for utt, path in clips.items():
+        scored = scorer.score(path)
+        (only,) = scored.utterances
+        assert scored.overall == only.score == pytest.approx(decoded[utt], abs=1e-4)
+        assert only.modalities == ("audio", "text", "video") and only.text == "simulated"
+        assert (only.start, only.end) == (0, pytest.approx(scored.duration))
+
+
+def test_a_transcript_takes_the_complete_flow(exp, scorer, clips):
+    texts, decoded = read_table(exp.parents[1] / "data/all/text"), predictions(exp, "full")
+    for utt in list(clips)[:2]:
+        (only,) = scorer.score(clips[utt], texts[utt]).utterances
+        assert only.score == pytest.approx(decoded[utt], abs=1e-4)
+        assert only.text == "real" and only.transcript == texts[utt] and only.status is None
+
+
+def test_no_sound_track_means_pictures_alone(exp, scorer, clips, tmp_path):
+    import av
+
+    silent = tmp_path / "silent.mp4"
+    source = clips["spk0-002"]
+    with av.open(str(source)) as a, av.open(str(silent), "w") as b:
+        track = a.streams.video[0]
+        copy = b.add_stream_from_template(track)
+        for packet in a.demux(track):
+            if packet.dts is not None:
+                packet.stream = copy
+                b.mux(packet)
+    scored = scorer.score(silent)
+    (only,) = scored.utterances
+    assert only.modalities == ("video",) and only.text is None
+    assert only.score == pytest.approx(predictions(exp, "video")["spk0-002"], abs=1e-4)
+    assert "no sound track" in scored.notes[0]
+
+
+def test_no_pictures_means_sound_alone(exp, scorer, clips, tmp_path):
+    soundfile.write(tmp_path / "a.wav", read_audio(clips["spk0-002"]), 16000, subtype="FLOAT")
+    (only,) = scorer.score(tmp_path / "a.wav").utterances
+    assert only.modalities == ("audio", "text")
+
+
+def test_silence_and_what_is_not_media(scorer, tmp_path):
+    soundfile.write(tmp_path / "silence.wav", np.zeros(16000), 16000)
+    with pytest.raises(UserError, match="silence"):
+        scorer.score(tmp_path / "silence.wav")
+    (tmp_path / "x.mp4").write_text("not a film")
+    with pytest.raises(UserError, match=r"x\.mp4"):
+        scorer.score(tmp_path / "x.mp4")
+    with pytest.raises(UserError, match="no such media file"):
+        scorer.score(tmp_path / "nothing.mp4")
+    with pytest.raises(UserError, match="without times"):
+        scorer.score(tmp_path / "silence.wav", "some words", cut="yes")
+
+
+def test_a_long_file_is_cut(scorer, tmp_path, monkeypatch):
+    from sdumc.prediction import scorer as module
+
+    long = clip(tmp_path / "long.mp4", 6.0, 3)
+    assert len(scorer.score(long).utterances) == 1  # not longer than 20 s
+    monkeypatch.setattr(module, "cut_speech", lambda wave, seconds: [(0.2, 1.5), (2.0, 4.5), (5.0, 5.9)])
+    steps = []
+    scored = scorer.score(long, max_seconds=3, progress=lambda done, total: steps.append((done, total)))
+    assert [(u.start, u.end) for u in scored.utterances] == [(0.2, 1.5), (2.0, 4.5), (5.0, 5.9)]
+    assert scored.overall == pytest.approx(overall_score(scored.utterances))
+    assert steps == [(3, 3)]
+    # A segment alone scores the same: no utterance depends on its neighbours.
+    monkeypatch.setattr(module, "cut_speech", lambda wave, seconds: [(2.0, 4.5)])
+    assert scorer.score(long, cut="yes").overall == pytest.approx(scored.utterances[1].score, abs=1e-4)
+    monkeypatch.setattr(module, "cut_speech", lambda wave, seconds: [])
+    scored = scorer.score(long, cut="yes", max_seconds=2)
+    assert [u.modalities for u in scored.utterances] == [("video",)] * 4
+    assert "no speech" in scored.notes[0]
+
+
+def test_subtitles_give_words_and_times(scorer, capsys, exp, tmp_path):
+    clip(tmp_path / "film.mp4", 3.0, 4)
+    (tmp_path / "film.srt").write_text(
+        "1\n00:00:00,200 --> 00:00:01,300\nthe film was good.\n\n2\n00:00:01,500 --> 00:00:09,000\nso bad\n"
+    )
+    code, out, _ = run(
+        capsys, "--exp-dir", exp, tmp_path / "film.mp4", "--text", tmp_path / "film.srt", "--subtitles", "vtt", "--json"
+    )
+    found = json.loads(out)["files"][0]["utterances"]
+    assert code == 0
+    assert [u["transcript"] for u in found] == ["the film was good.", "so bad"]
+    assert [u["start"] for u in found] == [0.2, 1.5] and found[1]["end"] < 3.3
+    written = (tmp_path / "film.sdumc.vtt").read_text()
+    assert f"[{found[0]['score']:+.1f}] the film was good." in written
+
+
+def test_a_refusal_is_replaced_as_in_the_recipe(scorer, clips, monkeypatch):
+    from sdumc.prediction import extractors as module
+
+    def refusing(reader, waves, texts, search, keep):
+        results = simulate(reader, waves, texts, search, keep)
+        for r, text in zip(results, texts, strict=True):
+            r.fallback, r.text = ("prompt", "") if text is None else ("asr", text)
+        return results
+
+    monkeypatch.setattr(module, "simulate", refusing)
+    (result,) = scorer.extractors.simulated_text([read_audio(clips["spk0-002"])])
+    heard = read_table(Path(scorer.extractors.record.folder).parents[1] / "data/all/text_asr", allow_empty=True)
+    assert result.fallback == "asr" and result.text == heard["spk0-002"]
+
+
+def test_one_bad_file_does_not_stop_the_others(exp, clips, capsys, tmp_path):
+    (tmp_path / "bad.mp4").write_text("no film")
+    good = clips["spk0-000"]
+    code, out, err = run(capsys, "--exp-dir", exp, tmp_path / "bad.mp4", good, tmp_path / "gone.wav")
+    assert code == 1
+    assert err.count("error: ") == 2 and "bad.mp4" in err and "gone.wav" in err and "Traceback" not in err
+    assert str(good) in out and "all" in out and "bad.mp4" not in out
+    code, out, _ = run(capsys, "--exp-dir", exp, tmp_path / "bad.mp4", good, "--json")
+    files = json.loads(out)["files"]
+    assert (
+        code == 1 and "error" in files[0] and files[1]["overall"] == pytest.approx(files[1]["utterances"][0]["score"])
+    )
+
+
+def test_a_packed_archive_works_elsewhere(exp, packed, clips, tmp_path):
+    decoded = predictions(exp, "missing")
+    moved = exp.parents[1].with_name("away")
+    media = tmp_path / "c.mp4"
+    shutil.copy(clips["spk0-002"], media)
+    exp.parents[1].rename(moved)  # another machine has none of this
+    try:
+        command = [sys.executable, "-m", "sdumc.bin.predict", "--exp-dir", packed.name, str(media), "--json"]
+        done = subprocess.run(
+            command, env={**ENV, "TMPDIR": str(tmp_path)}, cwd=packed.parent, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        assert json.loads(done.stdout)["files"][0]["overall"] == pytest.approx(decoded["spk0-002"], abs=1e-4)
+    finally:
+        moved.rename(exp.parents[1])
+    assert not list(tmp_path.glob("sdumc-*"))  # nothing of the archive is left behind
+
+
+def test_what_is_in_a_packed_folder(exp, packed, tmp_path):
+    target = tmp_path / "tiny"
+    pack.main(["--exp-dir", str(exp), "--output", str(target)])
+    card = (target / "README.md").read_text()
+    score = json.loads((exp / "decode_all/missing/score.json").read_text())
+    assert f"| all | missing | audio, simulated text, video | 6 | {score['mae']:.3f} |" in card
+    assert card.startswith("---\n") and "library_name: sdumc" in card
+    said = (target / "config.yaml").read_text() + (target / "extractors.yaml").read_text() + card
+    assert str(exp.parents[1]) not in said and "exp/projector" not in said and "dump/all" not in said
+    assert sorted(p.name for p in (target / "models").iterdir()) == ["ctc", "encoder", "llm", "projector", "vision"]
+    again = tmp_path / "tiny.tar"
+    pack.main(["--exp-dir", str(exp), "--output", str(again)])
+    assert again.read_bytes() == packed.read_bytes()
+    with pytest.raises(UserError, match="there already"):
+        pack.main(["--exp-dir", str(exp), "--output", str(target)])
+    assert Scorer.load(target, device="cpu").features  # and packs can be packed again
+    pack.main(["--exp-dir", str(target), "--output", str(tmp_path / "second")])
+    assert (tmp_path / "second/extractors.yaml").read_bytes() == (target / "extractors.yaml").read_bytes()
+
+
+def test_without_the_large_models(exp, clips, tmp_path, monkeypatch):
+    names = ["encoder=someone/encoder", "llm=someone/llm", "vision=someone/vision", "ctc=someone/ctc"]
+    with pytest.raises(UserError, match="--hub-names encoder=OWNER/NAME"):
+        pack.main(["--exp-dir", str(exp), "--output", str(tmp_path / "light"), "--no-backbones"])
+    pack.main(["--exp-dir", str(exp), "--output", str(tmp_path / "light"), "--no-backbones", "--hub-names", *names])
+    assert [p.name for p in (tmp_path / "light/models").iterdir()] == ["projector"]
+    assert "hf download someone/llm" in (tmp_path / "light/README.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="hf download someone/encoder"):
+        Scorer.load(tmp_path / "light", device="cpu")
+    here = Scorer.load(tmp_path / "light", device="cpu", model_dir=exp.parents[1] / "models")
+    assert here.score(clips["spk0-002"]).overall == pytest.approx(predictions(exp, "missing")["spk0-002"], abs=1e-4)
+
+
+def test_a_damaged_archive_is_refused(packed, tmp_path):
+    short = tmp_path / "short.tar"
+    short.write_bytes(packed.read_bytes()[:200_000])
+    with pytest.raises(UserError, match=r"short\.tar"):
+        Scorer.load(short)
+
+
+def test_training_on_features_from_elsewhere_cannot_predict(exp, tmp_path):
+    shutil.copytree(exp, tmp_path / "exp", ignore=shutil.ignore_patterns("epochs", "tensorboard", "decode_*"))
+    (tmp_path / "exp/extractors.yaml").write_text("{}\n")
+    with pytest.raises(UserError, match="came from elsewhere"):
+        Scorer.load(tmp_path / "exp")
+    os.remove(tmp_path / "exp/extractors.yaml")
+    with pytest.raises(UserError, match=r"extractors\.yaml: no such file"):
+        Scorer.load(tmp_path / "exp")

@@ -1,0 +1,300 @@
+"""Predicting, without a model: voice activity, subtitles, inputs, the record of extractors, archives."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from sdumc.errors import UserError
+from sdumc.prediction import activity, inputs, package, record, subtitles
+from sdumc.prediction.output import table
+from sdumc.prediction.scorer import ScoredFile, ScoredUtterance, overall_score
+from sdumc.prediction.subtitles import Cue
+
+
+def voiced(*spans: tuple[float, float], length: float) -> np.ndarray:
+    """Frames that are speech in ``spans`` of seconds."""
+    frames = np.zeros(round(length / activity.FRAME), bool)
+    for a, b in spans:
+        frames[round(a / activity.FRAME) : round(b / activity.FRAME)] = True
+    return frames
+
+
+def cut(*spans, length=60.0, max_seconds=20.0, levels=None):
+    frames = voiced(*spans, length=length)
+    return activity.utterances(frames, np.ones(len(frames)) if levels is None else levels, max_seconds)
+
+
+def near(found, expected, tolerance=0.07):
+    assert len(found) == len(expected), found
+    for (a, b), (c, d) in zip(found, expected, strict=True):
+        assert abs(a - c) < tolerance and abs(b - d) < tolerance, (found, expected)
+
+
+def test_pauses_end_utterances_and_margins_stay():
+    near(cut((1, 4), (4.3, 6), (8, 12)), [(0.85, 6.15), (7.85, 12.15)])
+
+
+def test_margins_do_not_overlap_or_leave_the_file():
+    found = cut((0, 3), (3.51, 6), length=6.0, max_seconds=5)
+    assert found[0][0] == 0.0 and found[-1][1] <= 6.0
+    assert found[0][1] <= found[1][0]
+
+
+def test_long_utterances_are_divided_at_their_longest_pause():
+    near(cut((0, 9), (9.2, 15), (15.4, 25)), [(0, 15.15), (15.25, 25.15)], 0.1)
+
+
+def test_speech_without_a_pause_is_divided_where_it_is_quietest():
+    levels = np.ones(round(60 / activity.FRAME))
+    levels[round(17 / activity.FRAME)] = 0.1
+    near(cut((0, 30), levels=levels), [(0, 17), (17, 30.15)])
+    assert all(b - a <= 20 for a, b in cut((0, 59)))
+    assert all(b - a <= 3 for a, b in cut((0, 59), max_seconds=3))
+
+
+def test_short_utterances_join_their_neighbour_and_noises_are_left_out():
+    near(cut((1, 4), (4.8, 5.3), (20, 20.15)), [(0.85, 5.45)])
+    near(cut((1, 4), (9, 9.6)), [(0.85, 4.15), (8.85, 9.75)])
+    assert cut(length=10) == []
+
+
+def test_even_pieces():
+    assert activity.even_pieces(45, 20) == [(0, 15), (15, 30), (30, 45)]
+    assert activity.even_pieces(20, 20) == [(0, 20)]
+
+
+def test_silence_and_steady_noise_are_no_speech():
+    rng = np.random.default_rng(0)
+    hiss = (0.05 * rng.standard_normal(16000 * 5)).astype(np.float32)
+    assert activity.is_silent(np.zeros(16000, np.float32)) and activity.is_silent(hiss * 0.01)
+    assert not activity.is_silent(hiss)
+    assert not activity.is_silent(np.ones(10, np.float32))
+    pytest.importorskip("webrtcvad")
+    assert activity.cut_speech(hiss, 20) == []
+    assert activity.cut_speech(np.zeros(100, np.float32), 20) == []
+
+
+@pytest.mark.parametrize("gain, noise", [(1.0, 0.0), (1.0, 0.02), (0.02, 0.0005)])
+def test_spoken_sentences_are_found(gain, noise):
+    pytest.importorskip("webrtcvad")
+    pytest.importorskip("espeakng_loader")
+    from sdumc.mini.speech import Synthesiser, Voice
+
+    speaker = Synthesiser()
+    pieces, truth, at = [], [], 0
+    for text in ("The film was very good and I liked it so much.", "I did not like the ending at all.", "It was fine."):
+        said = speaker.say(text, Voice("en-us", 160, 50, 50), 1)
+        truth.append(((at + 24000) / 16000, (at + 24000 + len(said)) / 16000))
+        pieces += [np.zeros(24000, np.float32), said]
+        at += 24000 + len(said)
+    wave = np.concatenate([*pieces, np.zeros(16000, np.float32)])
+    wave = (gain * wave + noise * np.random.default_rng(0).standard_normal(len(wave))).astype(np.float32)
+    near(activity.cut_speech(wave, 20), truth, 0.35)
+
+
+# ---- subtitles
+
+SRT = """1
+00:00:01,000 --> 00:00:03,500
+I really <i>liked</i>
+
+2
+00:00:03,600 --> 00:00:05,000
+the film.
+And more
+
+3
+0:10.5 --> 0:12.0
+<b></b>
+"""
+
+
+def test_subtitles_are_read_and_joined_to_sentences(tmp_path):
+    path = tmp_path / "a.srt"
+    path.write_text(SRT, encoding="utf-8-sig")
+    cues = subtitles.read_subtitles(path)
+    assert cues == [Cue(1, 3.5, "I really liked"), Cue(3.6, 5, "the film. And more")]
+    assert subtitles.sentences(cues, 20) == [Cue(1, 5, "I really liked the film. And more")]
+    assert subtitles.sentences(cues, 3) == cues
+    assert len(subtitles.sentences([Cue(0, 1, "Yes."), Cue(1, 2, "no")], 20)) == 2
+    assert len(subtitles.sentences([Cue(0, 1, "yes"), Cue(2, 3, "no")], 20)) == 2
+
+
+def test_subtitles_written_can_be_read_again(tmp_path):
+    cues = [Cue(0.5, 3661.25, "a < b & c --> d"), Cue(3662, 3663.001, "two\nlines")]
+    for kind in ("srt", "vtt"):
+        path = tmp_path / f"x.{kind}"
+        path.write_text(subtitles.format_subtitles(cues, kind))
+        assert (kind == "vtt") == path.read_text().startswith("WEBVTT\n\n")
+        back = subtitles.read_subtitles(path)
+        assert [(c.start, c.end) for c in back] == [(c.start, c.end) for c in cues]
+        assert back[1].text == "two lines"
+    assert back[0].text == "a < b & c -> d"
+    assert "01:01:01.250" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [("nothing here", "no subtitles"), ("00:00:02,000 --> 00:00:01,000\nx\n", ":1: the end"), ("a --> b\n", ":1: 'a'")],
+)
+def test_bad_subtitles_are_refused(tmp_path, content, message):
+    path = tmp_path / "a.srt"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        subtitles.read_subtitles(path)
+
+
+# ---- what is named on the command line
+
+
+def test_files_folders_and_lists(tmp_path):
+    for name in ("f/b.MP4", "f/a.wav", "f/sub/c.webm", "f/notes.txt", "f/.hidden.wav", "x.dat"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "list").write_text(f"{tmp_path}/x.dat\n\n{tmp_path}/f/a.wav\n")
+    files, failures = inputs.media_files([f"{tmp_path}/f", f"{tmp_path}/empty"], f"{tmp_path}/list")
+    assert [str(f.relative_to(tmp_path)) for f in files] == ["f/a.wav", "f/b.MP4", "f/sub/c.webm", "x.dat"]
+    assert [f[0] for f in failures] == [f"{tmp_path}/empty"]
+    with pytest.raises(UserError, match="at least one"):
+        inputs.media_files([], None)
+    with pytest.raises(UserError, match="cannot be read"):
+        inputs.media_files([], f"{tmp_path}/nolist")
+
+
+def test_transcripts(tmp_path):
+    one, two = Path("v/one.mp4"), Path("two.wav")
+    words = tmp_path / "words.txt"
+    words.write_text("so\nmany words\n")
+    lines = tmp_path / "table"
+    lines.write_text("one it was good\ntwo it was bad\n")
+    (tmp_path / "s.srt").write_text(SRT)
+    assert inputs.transcripts(None, [one]) == {}
+    assert inputs.transcripts("it was good", [one]) == {one: "it was good"}
+    assert inputs.transcripts(str(words), [one]) == {one: "so many words"}
+    assert len(inputs.transcripts(str(tmp_path / "s.srt"), [one])[one]) == 2
+    assert inputs.transcripts(str(lines), [one, two]) == {one: "it was good", two: "it was bad"}
+    for text, files, message in (
+        ("it was good", [one, two], "table"),
+        (str(lines), [one, Path("three.wav")], "three"),
+        (str(lines), [one, Path("w/one.wav")], "several files"),
+        ("nofile.srt", [one], "no such file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            inputs.transcripts(text, files)
+
+
+# ---- where models are
+
+
+def settings(**more):
+    known = {"layers": [1], "normalise": True, "dtype": "fp32", "model": "models/encoder"}
+    return {"audio": {**known, **more}}
+
+
+def write_record(folder: Path, content: dict) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / record.RECORD).write_text(yaml.safe_dump(content))
+    return folder
+
+
+def fake_model(folder: Path, content: bytes = b"weights") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_type": "wavlm"}')
+    (folder / "model.safetensors").write_bytes(content)
+    return folder
+
+
+def test_models_are_found_where_they_were_or_where_they_are_said_to_be(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = fake_model(tmp_path / "models/encoder")
+    known = record.fingerprint(model, "audio")
+    exp = write_record(tmp_path / "exp/one", settings(model_hash=known))
+    (use,) = record.load_record(exp).models()
+    assert record.find_model(use, exp) == model
+    other = fake_model(tmp_path / "exp/models/encoder", b"others")
+    assert record.find_model(use, exp) == model  # not the nearer one with other weights
+    moved = (tmp_path / "elsewhere").resolve()
+    moved.mkdir()
+    model.rename(moved / "encoder")
+    assert record.find_model(use, exp, moved) == moved / "encoder"
+    with pytest.raises(UserError, match="not the audio model that the features were made with"):
+        record.find_model(use, exp)
+    (other / "config.json").unlink()
+    (other / "model.safetensors").unlink()
+    other.rmdir()
+    with pytest.raises(UserError, match="--model-dir"):
+        record.find_model(use, exp)
+
+
+def test_features_from_elsewhere_are_no_recipe(tmp_path):
+    for content in ({}, {"audio": {"imported": True, "model": "x"}}, {"audio": {"extractor": "noise"}}):
+        with pytest.raises(UserError, match="came from elsewhere"):
+            record.load_record(write_record(tmp_path / "exp", content))
+    found = record.load_record(write_record(tmp_path / "exp", {**settings(), "video": {"model": "x", "dtype": "fp32"}}))
+    assert set(found.features) == {"audio"}
+    assert "pooling" in found.left_out["video"]
+    with pytest.raises(UserError, match="no such file"):
+        record.load_record(tmp_path)
+
+
+# ---- archives
+
+
+@pytest.mark.parametrize("name", ["../out", "/abs", "link"])
+def test_an_archive_cannot_write_outside_its_folder(tmp_path, name):
+    path = tmp_path / "evil.tar"
+    with tarfile.open(path, "w") as archive:
+        member = tarfile.TarInfo(name)
+        if name == "link":
+            member.type, member.linkname = tarfile.SYMTYPE, "/etc"
+            archive.addfile(member)
+        else:
+            member.size = 1
+            archive.addfile(member, io.BytesIO(b"x"))
+    with pytest.raises(UserError, match="no plain file inside"):
+        package.open_experiment(path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_archive_of_ours(tmp_path):
+    with pytest.raises(UserError, match="no such experiment"):
+        package.open_experiment(tmp_path / "nothing")
+    (tmp_path / "a.tar").write_bytes(b"no archive")
+    with pytest.raises(UserError, match="cannot be unpacked"):
+        package.open_experiment(tmp_path / "a.tar")
+    with tarfile.open(tmp_path / "b.tar", "w"):
+        pass
+    with pytest.raises(UserError, match=r"no extractors\.yaml"):
+        package.open_experiment(tmp_path / "b.tar")
+
+
+# ---- results
+
+
+def test_overall_is_weighted_by_duration_and_the_table_is_aligned():
+    found = [
+        ScoredUtterance(0, 1, 3.0, "so good", ("audio", "text"), "simulated", "ok"),
+        ScoredUtterance(10, 13, -1.0, "", ("video",), None),
+    ]
+    assert overall_score(found) == 0.0
+    assert overall_score([ScoredUtterance(0, 0, 2.0, "", ("video",), None)]) == 2.0
+    lines = table(ScoredFile("a.mp4", 13.0, 0.0, found, ["hm"])).splitlines()
+    assert lines[0] == "a.mp4 (13.0 s)"
+    ends = {line.index(s) + len(s) for line, s in zip(lines[1:5], ("score", "+3.000", "-1.000", "+0.000"), strict=True)}
+    assert len(ends) == 1
+    assert lines[-1] == "  note: hm"
+
+
+def test_importing_the_package_stays_light():
+    code = "import sys, sdumc; sdumc.__version__; print('torch' in sys.modules, hasattr(sdumc, 'nothing'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
