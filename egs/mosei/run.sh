@@ -5,7 +5,7 @@
 #   ./run.sh --source toolkit --pickle unaligned_50.pkl
 #   ./run.sh --source authors --features-dir features --labels label_official.npz --transcripts transcription.csv
 #
-# The options below are this recipe's own; those of sdumc.sh follow and can be mixed with them.
+# The options below are this recipe's own; those of sdumc.sh follow and can be mixed with them. egs/mosi runs this too.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -13,12 +13,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 own=() others=()
 while (($#)); do
   case $1 in
-    --source | --corpus[-_]dir | --folds | --labels | --media | --pickle | --features[-_]dir | --transcripts)
+    --source | --corpus[-_]dir | --folds | --labels | --media | --pickle | --features[-_]dir | --transcripts | --counts)
       own+=("$1")
       shift
       if (($#)); then own+=("$1") && shift; fi
       ;;
-    --source=* | --corpus[-_]dir=* | --folds=* | --labels=* | --media=* | --pickle=* | --features[-_]dir=* | --transcripts=*)
+    --source=* | --corpus[-_]dir=* | --folds=* | --labels=* | --media=* | --pickle=* | --features[-_]dir=* | \
+      --transcripts=* | --counts=*)
       own+=("$1")
       shift
       ;;
@@ -39,6 +40,7 @@ media=auto    #: raw: full (clips are cut from whole videos), segmented (a file 
 pickle=       #: toolkit: the file
 features_dir= #: authors: the folder that holds the feature folders
 transcripts=  #: authors: the CSV table of transcripts
+counts=mosei  #: published counts to show beside those found: mosei, mosi or none
 set -- "${own[@]}"
 if [[ ${1-} == --help ]]; then
   (. utils/parse_options.sh)
@@ -57,7 +59,7 @@ case ${source} in
   raw | toolkit | authors) ;;
   *) die "--source is raw, toolkit or authors, not '${source}'" ;;
 esac
-export source corpus_dir folds labels media pickle features_dir transcripts
+export source corpus_dir folds labels media pickle features_dir transcripts counts
 
 names=()
 # Each source has folders of its own, so that the features of one do not end up in the experiments of another.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,7 +32,9 @@ def get_parser() -> Parser:
     group.add_argument(
         "--max-drop", type=float, default=0.01, metavar="X", help="largest share of a fold left out (0-1)"
     )
-    group.add_argument("--counts", choices=("mosei", "none"), default="mosei", help="published counts to show beside")
+    group.add_argument(
+        "--counts", choices=("mosei", "mosi", "none"), default="mosei", help="published counts to show beside"
+    )
     return parser
 
 
@@ -66,7 +69,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.corpus_dir:
         root = raw.raw_root(args.corpus_dir)
         media = raw.find_media(root, args.media)
-        clips = raw.read_transcripts(root).clips if not media.segmented else {}
+        clips = {}
+        if not media.segmented:
+            transcripts = raw.read_transcripts(root)
+            if any(math.isnan(clip.end) for video in transcripts.clips.values() for clip in video.values()):
+                raw.give_times(transcripts, raw.read_labels(raw.find_labels(root)))
+            clips = transcripts.clips
         notes.append(f"media: {'a file a clip' if media.segmented else 'clips are cut from whole videos'} of {root}")
     sets = {}
     for name, part in parts.items():

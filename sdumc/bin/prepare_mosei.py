@@ -1,4 +1,4 @@
-"""Stage 1: data directories from the raw distribution of CMU-MOSEI (videos, transcripts, labels, official folds)."""
+"""Stage 1: data directories from the raw distribution of CMU-MOSEI or CMU-MOSI (videos, transcripts, labels, official folds)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def get_parser() -> Parser:
     group.add_argument(
         "--max-drop", type=float, default=0.01, metavar="X", help="largest share of a fold's labels left out (0-1)"
     )
-    group.add_argument("--counts", choices=("mosei", "none"), default="mosei", help="published counts to show beside")
+    group.add_argument(
+        "--counts", choices=("mosei", "mosi", "none"), default="mosei", help="published counts to show beside"
+    )
     return parser
 
 
@@ -52,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         drop_broken_media,
         find_labels,
         find_media,
+        give_times,
         media_tables,
         raw_root,
         read_labels,
@@ -75,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     members = read_folds(args.folds)
     labels = read_labels(args.labels or find_labels(root))
     transcripts = read_transcripts(root)
+    give_times(transcripts, labels)
     media = find_media(root, args.media)
     log.info("%s: %d transcripts, %d videos", root, len(transcripts.clips), len(media.video))
 

@@ -1,8 +1,12 @@
-"""The raw distribution of CMU-MOSEI (and of its relatives): videos, transcripts and labels in the CMU SDK's layout.
+"""The raw distributions of CMU-MOSEI and CMU-MOSI: videos, transcripts and labels in their folders.
 
 ``Raw/Videos/Full/Combined/<video>.mp4``, ``Raw/Videos/Segmented/Combined/<video>_<clip>.mp4``,
 ``Raw/Audio/Full/WAV_16000/<video>.wav``, ``Raw/Transcript/Segmented/Combined/<video>.txt`` with lines
 ``video___clip___start___end___text``, and labels: ``Raw/Labels/*.csv`` with a row per annotator, or a ``.csd`` file.
+
+MOSI's older folders differ: ``Raw/Video/{Full,Segmented}``, ``Raw/Audio/WAV_16000/{Full,Segmented}``,
+``Raw/Transcript/Segmented/<video>.annotprocessed`` with lines ``clip_DELIM_text``, and the clips' times beside their
+labels in ``Raw/Labels/OpinionLevelSentiment.csv`` (no header; start, end, video, clip, label).
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sdumc.corpora.csd import read_csd
@@ -30,7 +34,10 @@ _SOUND_KINDS = (".wav", ".flac", ".mp3", ".m4a", ".ogg")
 
 @dataclass(frozen=True)
 class Clip:
-    """A line of a transcript: ``start`` and ``end`` in seconds as written, ``where`` the file and line."""
+    """A line of a transcript: ``start`` and ``end`` in seconds as written, ``where`` the file and line.
+
+    The times are NaN in transcripts that have none, until :func:`give_times`.
+    """
 
     video: str
     clip: str
@@ -50,9 +57,13 @@ class Transcripts:
 
 @dataclass
 class Labels:
-    """Sentiment by video and clip or, in computational sequences, by video and time; and what was refused."""
+    """Sentiment by video and clip or, in computational sequences, by video and time; and what was refused.
+
+    ``times`` are the clips' (start, end) where the labels have them.
+    """
 
     by_clip: dict[str, dict[str, float]] = field(default_factory=dict)
+    times: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
     by_time: dict[str, list[tuple[float, float, float]]] = field(default_factory=dict)
     refused: dict[str, dict[str, str]] = field(default_factory=dict)
 
@@ -88,9 +99,10 @@ def read_transcripts(root: Path) -> Transcripts:
     )
     if folder is None:
         raise UserError(f"{root}: has no Transcript/Segmented/Combined; complete the corpus or correct --corpus-dir")
-    files = sorted(f for f in folder.iterdir() if f.suffix == ".txt" and not f.name.startswith("."))
+    kinds = (".txt", ".annotprocessed")
+    files = sorted(f for f in folder.iterdir() if f.suffix in kinds and not f.name.startswith("."))
     if not files:
-        raise UserError(f"{folder}: has no .txt files; complete the corpus")
+        raise UserError(f"{folder}: has no .txt or .annotprocessed files; complete the corpus")
     result = Transcripts()
     for file in files:
         _read_transcript(file, result)
@@ -99,6 +111,7 @@ def read_transcripts(root: Path) -> Transcripts:
 
 def _read_transcript(file: Path, result: Transcripts) -> None:
     video = file.stem
+    timed = file.suffix == ".txt"
     clips = result.clips.setdefault(video, {})
     refused: dict[str, str] = {}
     for number, raw in enumerate(file.read_bytes().split(b"\n"), start=1):
@@ -110,19 +123,23 @@ def _read_transcript(file: Path, result: Transcripts) -> None:
             continue
         where = f"{file}:{number}"
         # The video id can have underscores, also at its end; the text can have three in a row.
-        if line.startswith(f"{video}___"):
+        if not timed:
+            fields = [video, *line.split("_DELIM_", 1)]
+            fields[2:2] = ["", ""]
+        elif line.startswith(f"{video}___"):
             fields = [video, *line[len(video) + 3 :].split("___", 3)]
         else:
             fields = line.split("___", 4)
         fields = [f.strip() for f in fields]
         start, end = (_seconds(f) for f in fields[2:4]) if len(fields) >= 4 else (math.nan, math.nan)
-        if len(fields) != 5 or fields[0] != video or not fields[1] or math.isnan(start + end):
-            refused[f"line{number}"] = f"not a line video___clip___start___end___text of this video ({where})"
+        if len(fields) != 5 or fields[0] != video or not fields[1] or (timed and math.isnan(start + end)):
+            form = "video___clip___start___end___text of this video" if timed else "clip_DELIM_text"
+            refused[f"line{number}"] = f"not a line {form} ({where})"
             continue
         found = Clip(video, "".join(fields[1].split()), start, end, " ".join(fields[4].split()), where)
         before = clips.get(found.clip)
         if before is not None:
-            if (before.start, before.end, before.text) != (found.start, found.end, found.text):
+            if before.text != found.text or (timed and (before.start, before.end) != (found.start, found.end)):
                 refused[found.clip] = f"clip twice in the transcript ({before.where} and {where})"
             continue
         clips[found.clip] = found
@@ -130,6 +147,15 @@ def _read_transcript(file: Path, result: Transcripts) -> None:
         result.refused[video] = refused
     for clip in refused:
         clips.pop(clip, None)
+
+
+def give_times(transcripts: Transcripts, labels: Labels) -> None:
+    """Put the labels' times into transcripts that have none."""
+    for video, times in labels.times.items():
+        clips = transcripts.clips.get(video, {})
+        for name, (start, end) in times.items():
+            if name in clips and math.isnan(clips[name].end):
+                clips[name] = replace(clips[name], start=start, end=end)
 
 
 def _seconds(text: str) -> float:
@@ -165,10 +191,49 @@ def read_labels(path: str | Path) -> Labels:
         files = sorted(f for f in path.iterdir() if f.suffix.lower() == ".csv")
         if not files:
             raise UserError(f"{path}: has no .csv files; give the folder or file that has the labels")
-        return read_annotations(files)
+        opinions = [f for f in files if _is_opinions(f)]
+        return read_opinions(opinions[0]) if len(opinions) == 1 else read_annotations(files)
     if not path.is_file():
         raise UserError(f"{path}: no such file or folder; --labels names the labels")
-    return read_label_sequence(path) if path.suffix.lower() == ".csd" else read_annotations([path])
+    if path.suffix.lower() == ".csd":
+        return read_label_sequence(path)
+    return read_opinions(path) if _is_opinions(path) else read_annotations([path])
+
+
+def _is_opinions(file: Path) -> bool:
+    """Whether a CSV file is MOSI's table of opinions, which begins with a row of it and not with names of columns."""
+    with open(file, "rb") as f:
+        fields = f.readline().decode("utf-8-sig", "replace").split(",")
+    return len(fields) == 5 and not any(math.isnan(_seconds(fields[i])) for i in (0, 1, 4))
+
+
+def read_opinions(file: Path) -> Labels:
+    """Labels and times of MOSI: rows ``start,end,video,clip,label`` without a header, times in seconds.
+
+    Raises:
+        UserError: a row is not of that form, or a clip has two different rows.
+    """
+    result = Labels()
+    try:
+        rows = list(csv.reader(file.read_text(encoding="utf-8-sig").splitlines()))
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise UserError(f"{file}: not a CSV file in UTF-8 ({e})") from None
+    for number, row in enumerate(rows, start=1):
+        if not row:
+            continue
+        video, clip = (row[2].strip(), row[3].strip()) if len(row) == 5 else ("", "")
+        start, end, value = (_seconds(row[i]) if len(row) == 5 else math.nan for i in (0, 1, 4))
+        if not video or not clip or math.isnan(start + end) or not LABEL_RANGE[0] <= value <= LABEL_RANGE[1]:
+            raise UserError(
+                f"{file}:{number}: not a row start,end,video,clip,label with a label from {LABEL_RANGE[0]:g} to "
+                f"{LABEL_RANGE[1]:g}; correct or remove it"
+            )
+        labels, times = result.by_clip.setdefault(video, {}), result.times.setdefault(video, {})
+        if (labels.setdefault(clip, value), times.setdefault(clip, (start, end))) != (value, (start, end)):
+            raise UserError(f"{file}:{number}: video {video!r}, clip {clip!r}: given twice, differently; remove one")
+    count = sum(map(len, result.by_clip.values()))
+    result.notes.append(f"labels: {count} clips with their times in {file.name}")
+    return result
 
 
 def read_annotations(files: Iterable[Path]) -> Labels:
@@ -335,7 +400,8 @@ def find_media(root: Path, kind: str = "auto") -> Media:
     for name in ("full", "segmented") if kind == "auto" else (kind,):
         part = name.capitalize()
         video = index(f"Videos/{part}/Combined", f"Videos/{part}", f"Video/{part}", kinds=_VIDEO_KINDS)
-        audio = index(f"Audio/{part}/WAV_16000", f"Audio/{part}/Combined", f"Audio/{part}", kinds=_SOUND_KINDS)
+        places = (f"Audio/{part}/WAV_16000", f"Audio/WAV_16000/{part}", f"Audio/{part}/Combined", f"Audio/{part}")
+        audio = index(*places, kinds=_SOUND_KINDS)
         if video or audio:
             return Media(name == "segmented", video, audio, has_video=bool(video))
     raise UserError(
@@ -366,6 +432,8 @@ def locate(clip: Clip | None, video: str, name: str, media: Media) -> Source | s
         return Source(stem, sound, pictures)
     if clip is None:
         return "no transcript line with its start and end"
+    if math.isnan(clip.end):
+        return f"neither transcript nor labels say when it starts and ends ({clip.where})"
     start = max(clip.start, 0.0)
     if not clip.end > start:
         return f"ends before it starts ({clip.where})"

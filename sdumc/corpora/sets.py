@@ -30,6 +30,7 @@ class Known:
 # Official folds, and the segments in the common toolkit's files.
 KNOWN_COUNTS = {
     "mosei": {"train": Known(2249, 16326), "valid": Known(300, 1871), "test": Known(678, 4659)},
+    "mosi": {"train": Known(52, 1284), "valid": Known(10, 229), "test": Known(31, 686)},
     "none": {},
 }
 

@@ -10,7 +10,7 @@ case ${source} in
   authors) : "${features_dir:?--source authors needs --features-dir}" "${labels:?--source authors needs --labels}" ;;
 esac
 outputs=("${datadir}"/{train,valid,test}/utt2label "${datadir}/folds.txt")
-common=(--data-dir "${datadir}" --max-drop "${max_drop}")
+common=(--data-dir "${datadir}" --max-drop "${max_drop}" --counts "${counts}")
 log=${datadir}/log/import.log
 case ${source} in
   raw)
