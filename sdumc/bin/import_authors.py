@@ -32,7 +32,9 @@ def get_parser() -> Parser:
     group.add_argument(
         "--max-drop", type=float, default=0.01, metavar="X", help="largest share of a set without a feature (0-1)"
     )
-    group.add_argument("--counts", choices=("mosei", "mosi", "none"), default="mosei", help="published counts to show beside")
+    group.add_argument(
+        "--counts", choices=("mosei", "mosi", "none"), default="mosei", help="published counts to show beside"
+    )
     group.add_argument("--num-jobs", type=int, default=4, metavar="N", help="processes that convert")
     return parser
 

@@ -1,4 +1,4 @@
-"""Stage 1: data directories from the raw distribution of CMU-MOSEI or CMU-MOSI (videos, transcripts, labels, official folds)."""
+"""Stage 1: data directories from the raw videos, transcripts, labels and official folds of CMU-MOSEI or CMU-MOSI."""
 
 from __future__ import annotations
 
