@@ -30,8 +30,11 @@ COLUMNS = ("utt", "set", "speaker", "text", "label", "sentiment", "arousal", "ex
 
 # label = TEXT_WEIGHT sentiment + VOICE_WEIGHT arousal + FACE_WEIGHT expression + noise of LABEL_NOISE sd
 TEXT_WEIGHT = 1.0
-VOICE_WEIGHT = 0.7
-FACE_WEIGHT = 0.9
+VOICE_WEIGHT = 0.6
+FACE_WEIGHT = 0.8
+# Voice and face lean to what is said: per unit of sentiment, beside a uniform part of their own.
+AGREEMENT = 0.12
+OWN_PART = 0.85
 LABEL_NOISE = 0.15
 LABEL_RANGE = (-3.0, 3.0)
 
@@ -90,10 +93,11 @@ class Clip:
 def label_of(sentiment: float, arousal: float, expression: float, noise: float) -> float:
     """The label of a clip: a multiple of 1/3 in [-3, 3].
 
-    sentiment + 0.7 arousal + 0.9 expression + noise (normal, sd 0.15), clipped to [-3, 3], rounded to thirds.
+    sentiment + 0.6 arousal + 0.8 expression + noise (normal, sd 0.15), clipped to [-3, 3], rounded to thirds.
     Sentiment in [-3, 3] is what the words say (:func:`sdumc.mini.sentences.sentiment`); arousal in [-1, 1] is how
     high, fast, lively and loud the speaker talks, measured from this speaker's own voice (:func:`voice_of`);
     expression in [-1, 1] is the peak of a brief movement of the face (:func:`sdumc.mini.face.expression_track`).
+    Both lean to the sentiment by 0.12 of it, beside a uniform part in [-0.85, 0.85] of their own.
     """
     value = TEXT_WEIGHT * sentiment + VOICE_WEIGHT * arousal + FACE_WEIGHT * expression + noise
     return round(float(np.clip(value, *LABEL_RANGE)) * 3) / 3
@@ -146,7 +150,8 @@ def _draw_clip(
     rng: np.random.Generator, settings: Settings, speaker: Speaker, index: int, sentence: sentences.Sentence
 ) -> Clip:
     sentiment = round(sentences.sentiment(sentence), 4)
-    arousal, expression = (round(float(v), 4) for v in rng.uniform(-1, 1, 2))
+    own = rng.uniform(-OWN_PART, OWN_PART, 2)
+    arousal, expression = (round(float(np.clip(AGREEMENT * sentiment + v, -1, 1)), 4) for v in own)
     return Clip(
         utt=f"{speaker.name}-{index + 1:04d}",
         speaker=speaker,

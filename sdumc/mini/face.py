@@ -63,7 +63,7 @@ def draw_looks(rng: np.random.Generator) -> Looks:
 def expression_track(rng: np.random.Generator, peak: float, speech: np.ndarray, fps: float) -> np.ndarray:
     """How an expression moves through a clip: (frames, 5), columns as in :data:`PARAMETERS`.
 
-    ``peak`` in [-1, 1] is reached once, by a short expression (0.5 to 1.1 s) somewhere in the clip, on top of a resting
+    ``peak`` in [-1, 1] is reached once, by a short expression (0.8 to 1.4 s) somewhere in the clip, on top of a resting
     face and a slow drift that say nothing. Its mean over the clip is therefore a poor guide to it.
 
     Args:
@@ -75,7 +75,7 @@ def expression_track(rng: np.random.Generator, peak: float, speech: np.ndarray, 
     frames = len(speech)
     time = np.arange(frames) / fps
     length = frames / fps
-    width = rng.uniform(0.5, 1.1)
+    width = rng.uniform(0.8, 1.4)
     centre = rng.uniform(min(0.3, length / 2), max(length - 0.3, length / 2))
     bump = peak * np.cos(np.clip((time - centre) / width, -0.5, 0.5) * np.pi) ** 0.5
 

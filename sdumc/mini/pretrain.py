@@ -321,6 +321,7 @@ class LanguageSettings:
     deletions: float = 0.06
     substitutions: float = 0.04
     noise: float = 0.3  # of slots, in root mean squares of the embeddings
+    joined: tuple[float, ...] = (0.1, 0.3, 0.3, 0.3)  # shares of sentences as they are, and joined from 2, 3, 4
 
 
 PROMPT = "Transcribe speech to text. "
@@ -423,8 +424,8 @@ def train_llm(corpus_dir: Path, models_dir: Path, settings: LanguageSettings) ->
 
     Behind the chat prompt it learns to write the sentence whose noisy spelling stands before it,
     ``[spelling][BOS]"USER: ...\\n ASSISTANT:"sentence[EOS]``: what a projector's output will mean to it. An LLM that
-    saw plain text only cannot be driven by so small a projector. Half of the sentences are joined from parts of two,
-    so that it has to read and cannot recite.
+    saw plain text only cannot be driven by so small a projector. Most sentences are joined from parts of
+    several, so that it has to read and cannot recite.
 
     Raises:
         UserError: the corpus is missing.
@@ -442,7 +443,7 @@ def train_llm(corpus_dir: Path, models_dir: Path, settings: LanguageSettings) ->
             num_hidden_layers=settings.layers,
             num_attention_heads=settings.heads,
             max_position_embeddings=2048,
-            tie_word_embeddings=True,
+            tie_word_embeddings=False,
             initializer_range=0.05,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -450,16 +451,20 @@ def train_llm(corpus_dir: Path, models_dir: Path, settings: LanguageSettings) ->
         )
     )
     embedding = model.get_input_embeddings()
+    # As large as what the layers add, so that hidden states keep saying which word they stand on.
+    nn.init.normal_(embedding.weight)
     letters = {c: i for i, c in enumerate(" " + string.ascii_lowercase)}
     letter_tokens = torch.tensor(tokenizer.convert_tokens_to_ids(["▁", *string.ascii_lowercase]))
     chat = tokenizer(CHAT)["input_ids"]
 
     def draw_text() -> str:
-        text = texts[rng.integers(len(texts))]
-        if rng.random() < 0.5:
-            words, other = text.split(), texts[rng.integers(len(texts))].split()
-            text = " ".join(words[: rng.integers(1, len(words))] + other[rng.integers(1, len(other)) :])
-        return text
+        words = texts[rng.integers(len(texts))].split()
+        for _ in range(rng.choice(4, p=settings.joined)):
+            other = texts[rng.integers(len(texts))].split()
+            here = rng.integers(1, len(words))
+            there = int(np.clip(here + rng.integers(-2, 3), 1, len(other) - 1))
+            words = words[:here] + other[there:]
+        return " ".join(words)
 
     def loss_at(step: int) -> Tensor:
         plain = rng.random() < settings.plain
