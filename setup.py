@@ -12,7 +12,7 @@ VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "sdumc/__init__.py").rea
 # build on a GPU machine; docs/installation.md says how to choose by hand.
 CORE = [
     "torch>=2.4,<2.14",
-    "transformers>=4.48,<6",
+    "transformers>=4.57,<6",
     "tokenizers>=0.20",
     "safetensors>=0.4",
     "sentencepiece>=0.2",
@@ -27,10 +27,12 @@ CORE = [
     "matplotlib>=3.8",
     "jinja2>=3.1",
     "jiwer>=3.0",
+    "tqdm>=4.60",
+    "webrtcvad-wheels>=2.0.14",  # voice activity; the original package needs a compiler
 ]
 EXTRAS = {
     "mini": ["espeakng-loader>=0.2.4"],  # stage 0 of egs/mini: speech synthesis
-    "mosei": ["h5py>=3.10"],  # stage 1 of egs/mosei: .csd files
+    "mosei": ["h5py>=3.10", "opencv-python-headless>=4.8,<5"],  # .csd files; face cascade (5 carries no model)
     "test": [
         "pytest>=8",
         "hypothesis>=6.100",

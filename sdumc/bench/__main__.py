@@ -11,11 +11,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from sdumc.bench import contrast, step
+from sdumc.bench import contrast, simulation, step
 from sdumc.bench.measure import machine
 from sdumc.cli import Parser, run
 
-PARTS = {"step": step.main, "contrast": contrast.main}
+PARTS = {"step": step.main, "contrast": contrast.main, "simulation": simulation.main}
 
 
 def get_parser() -> Parser:

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sdumc.model.network import COMPLETE, MISSING, SDUMC
     from sdumc.training import checkpoint as ckpt
     from sdumc.training import settings as st
-    from sdumc.training.data import drop_modalities, load_sets, model_inputs
+    from sdumc.training.data import drop_modalities, load_sets, model_inputs, set_normalisation
     from sdumc.training.distributed import (
         barrier,
         gather_objects,
@@ -67,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     torch.manual_seed(args.seed)  # the same weights on every rank
     model = SDUMC(st.model_config(args)).to(ranks.device)
+    if args.normalise_features:
+        set_normalisation(model, train)
     network = torch.compile(model, dynamic=True) if args.compile else model
     optimiser = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     weights = st.objective_weights(args)
@@ -189,6 +191,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if len(batch):
                 terms["loss"].backward()
             stopping = sum_gradients(model.parameters(), stop.raised, ranks)
+            if args.clip_grad:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
             optimiser.step()
             step, batches_done = step + 1, batches_done + 1
             for name, value in terms.items():

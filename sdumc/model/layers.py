@@ -17,6 +17,28 @@ def mlp(in_dim: int, widths: Sequence[int], dropout: float) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+class FrameProjection(nn.Linear):
+    """Linear map of frames that are first normalised with the train set's mean and deviation per dimension.
+
+    Hidden states of large models have a few dimensions hundreds of times as wide as the rest, and layers differ in
+    scale altogether. The normalisation is folded into the weights, so it costs nothing per frame. Mean 0 and inverse
+    deviation 1, as made here, leave a plain Linear.
+    """
+
+    mean: Tensor
+    inverse_deviation: Tensor
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__(in_dim, out_dim)
+        self.register_buffer("mean", torch.zeros(in_dim))
+        self.register_buffer("inverse_deviation", torch.ones(in_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, d)."""
+        weight = self.weight * self.inverse_deviation
+        return nn.functional.linear(x, weight, self.bias - weight @ self.mean)
+
+
 def frame_mask(lengths: Tensor, frames: int, mask_padding: bool = True) -> Tensor:
     """(B, frames) True at true frames of utterances with the given (B,) lengths.
 

@@ -15,7 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sdumc.model.layers import AttentivePooling, CrossAttention, Imagination, PerQueryLinear, frame_mask, mlp
+from sdumc.model.layers import (
+    AttentivePooling,
+    CrossAttention,
+    FrameProjection,
+    Imagination,
+    PerQueryLinear,
+    frame_mask,
+    mlp,
+)
 
 MODALITIES = ("audio", "text", "video")
 QUERIES = ("fused", "audio+text", "text+video", "audio+video", "audio", "text", "video")
@@ -83,7 +91,7 @@ class SDUMC(nn.Module):
         self.config = c = config
         dims = dict(zip(MODALITIES, (c.audio_dim, c.text_dim, c.video_dim), strict=True))
         self.available = tuple(m for m in MODALITIES if dims[m] > 0)
-        self.frame_projection = nn.ModuleDict({m: nn.Linear(dims[m], c.dim) for m in self.available})
+        self.frame_projection = nn.ModuleDict({m: FrameProjection(dims[m], c.dim) for m in self.available})
         self.pooling = nn.ModuleDict({m: AttentivePooling(c.dim, c.scale, c.attention_dropout) for m in self.available})
         self.utterance_mlp = nn.ModuleDict({m: mlp(c.dim, (c.dim, c.dim), c.dropout) for m in self.available})
         if c.imagination in ("both", "utterance"):
@@ -105,6 +113,25 @@ class SDUMC(nn.Module):
         self.output = nn.Linear(c.content_dim, 1)
         self.contrast_head = nn.Sequential(nn.Linear(c.content_dim, 64), nn.ReLU(), nn.Linear(64, 64))
         self.register_buffer("fusions", torch.tensor(_FUSIONS, dtype=torch.float32), persistent=False)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Start where the label can already be felt.
+
+        Raw weights w and beta near zero multiply everything twice, and torch's default shrinks each ReLU block to
+        about 0.4 of its input; together nothing but the last bias would learn for many epochs. So all modalities and
+        queries start with an equal share, and perceptrons keep the scale of what they are given (He et al., 2015).
+        """
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear) and ("mlp" in name or name.startswith(("imagine", "contrast"))):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, PerQueryLinear):
+                nn.init.normal_(module.weight, std=(2 / module.weight.shape[-1]) ** 0.5)
+                nn.init.zeros_(module.bias)
+        nn.init.constant_(self.modality_weight.bias, 1 / len(MODALITIES))
+        if self.config.fusion == "umca":
+            nn.init.constant_(self.query_weight.bias, 1 / len(QUERIES))
 
     def forward(
         self,

@@ -102,6 +102,8 @@ def import_released(
                 ours[f"{name}.{kind}"] = state[f"{theirs}.{kind}"]
     for m, i in _MODALITIES.items():
         ours[f"pooling.{m}.context"] = state[f"fra2utt_{i}.attention_context_vector"].squeeze(0)
+        ours[f"frame_projection.{m}.mean"] = torch.zeros(getattr(config, f"{m}_dim"))
+        ours[f"frame_projection.{m}.inverse_deviation"] = torch.ones(getattr(config, f"{m}_dim"))
     for kind in ("weight", "bias"):
         ours[f"query_mlp.0.{kind}"] = torch.stack([state[f"cross_{q}_query_mlp.0.{kind}"] for q in _QUERIES])
     return config, {k: v.float() for k, v in ours.items()}, sorted(PREFIX + k for k in left_out)

@@ -7,10 +7,12 @@ import argparse
 import torch
 from torch import Tensor
 
-from sdumc.data.dataset import Batch
+from sdumc.data.dataset import Batch, UtteranceDataset
 from sdumc.data.dump import Dump, load_dump
 from sdumc.errors import UserError
-from sdumc.model.network import MODALITIES
+from sdumc.model.network import MODALITIES, SDUMC
+
+_STATISTICS_UTTERANCES = 500
 
 
 def load_sets(args: argparse.Namespace) -> tuple[Dump, Dump, list[str]]:
@@ -47,6 +49,31 @@ def load_sets(args: argparse.Namespace) -> tuple[Dump, Dump, list[str]]:
             raise UserError(f"--{m}-dim {asked}, but {args.train_dir}/{m}.scp has {found}; leave the option out")
         setattr(args, f"{m}_dim", found)
     return train, valid, used
+
+
+def set_normalisation(model: SDUMC, train: Dump) -> None:
+    """Give each projection the mean and deviation of its features over the frames of train utterances.
+
+    Real text decides for both texts, as they share a projection. A few hundred utterances, evenly spaced, are enough.
+    """
+    for m in model.available:
+        dataset = UtteranceDataset(train, [m])
+        step = max(1, len(dataset) // _STATISTICS_UTTERANCES)
+        frames = total = square = 0.0
+        for i in range(0, len(dataset), step):
+            x = dataset[i].features[m]
+            if x is not None:
+                x = x.double()
+                frames, total, square = frames + len(x), total + x.sum(0), square + x.square().sum(0)
+        if not frames:
+            continue
+        mean = total / frames
+        deviation = (square / frames - mean.square()).clamp_min(0).sqrt()
+        # A dimension that hardly moves here may move in other recordings; it must not drown out the rest there.
+        floor = 0.1 * deviation.mean().clamp_min(1e-6)
+        projection = model.frame_projection[m]
+        projection.mean.copy_(mean)
+        projection.inverse_deviation.copy_(1 / deviation.clamp_min(float(floor)))
 
 
 def model_inputs(batch: Batch, missing_text: str = "simulated") -> tuple[dict[str, Tensor], dict[str, Tensor]]:

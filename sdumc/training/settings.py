@@ -70,6 +70,10 @@ def get_parser() -> Parser:
         help="chance that an utterance loses its audio, its video, or the missing flow's text, each on its own",
     )
 
+    g.add_argument(
+        "--normalise-features", type=_boolean, default=True, help="by the train set's mean and deviation per dimension"
+    )
+
     g = parser.add_argument_group("model")
     for m in ("audio", "text", "video"):
         g.add_argument(
@@ -108,6 +112,7 @@ def get_parser() -> Parser:
     g.add_argument("--epochs", type=_at_least(1, int), default=25)
     g.add_argument("--lr", type=_at_least(0), default=1e-4, help="Adam's step size after warm-up")
     g.add_argument("--weight-decay", type=_at_least(0), default=1e-5)
+    g.add_argument("--clip-grad", type=_at_least(0), default=1.0, help="largest norm of the gradient (0: any)")
     g.add_argument("--warmup-epochs", type=_at_least(0, int), default=5, help="epochs of linear warm-up")
     g.add_argument("--decay", type=_at_least(0), default=0.9, help="factor on the step size ...")
     g.add_argument("--decay-every", type=_at_least(1, int), default=10, help="... every so many epochs after warm-up")

@@ -1,0 +1,108 @@
+"""egs/mini end to end at reduced size: every stage, a second run, deleted outputs, repeatability."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from sdumc.data.dump import load_dump
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = {
+    "corpus": "num-train: 24\nnum-train-speakers: 3\nnum-valid: 6\nnum-valid-speakers: 1\nnum-test: 6\n"
+    "num-test-speakers: 2\nnoise-min: 0.01\nnoise-max: 0.02\nframe-size: 64\n",
+    "pretrain": "encoder-front-steps: 3\nencoder-steps: 4\nllm-steps: 4\nvision-steps: 4\n",
+    "projector": "k: 5\nhidden: 32\nsteps: 3\nbatch-size: 4\nwarmup-steps: 1\nvalid-interval: 3\nmax-new-tokens: 5\n",
+    "simulation": "layers: [1]\nbeam: 2\nmax-new-tokens: 6\n",
+    "train": "batch-size: 8\nepochs: 2\nlr: 0.001\ndim: 32\ncontent-dim: 16\n",
+}
+CONDITIONS = ("full", "missing", "asr", "none")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    """egs/mini in a repository of its own, with small settings."""
+    root = tmp_path_factory.mktemp("mini")
+    folder = root / "egs" / "mini"
+    made = ("corpus", "models", "data", "dump", "exp", ".done", "RESULTS.md", ".corpus.partial")
+    shutil.copytree(ROOT / "egs" / "mini", folder, symlinks=True, ignore=shutil.ignore_patterns(*made))
+    for name in ("sdumc", "utils"):
+        (root / name).symlink_to(ROOT / name)
+    (root / "egs" / "TEMPLATE").symlink_to(ROOT / "egs" / "TEMPLATE")
+    (root / "tools").mkdir()
+    if (ROOT / "tools" / "venv").exists():
+        (root / "tools" / "venv").symlink_to(ROOT / "tools" / "venv")
+    (root / "tools" / "setup_env.sh").write_text("#!/bin/sh\nexit 0\n")
+    (root / "tools" / "setup_env.sh").chmod(0o755)
+    for name, text in SMALL.items():
+        (folder / "conf" / f"{name}.yaml").write_text(text)
+    return folder
+
+
+def call(recipe: Path, *words: object) -> str:
+    done = subprocess.run(
+        ["./run.sh", "--ngpu", "0", "--nproc", "2", *map(str, words)],
+        cwd=recipe,
+        env=dict(os.environ, OMP_NUM_THREADS="1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def first_run(recipe) -> str:
+    return call(recipe)
+
+
+def test_every_stage_leaves_what_the_next_needs(recipe, first_run):
+    assert [line.split(":")[0] for line in first_run.splitlines() if line.startswith("stage ")] == [
+        f"stage {i}" for i in range(7)
+    ]
+    for name, count in (("train", 24), ("valid", 6), ("test", 6)):
+        dump = load_dump(recipe / "dump" / name)
+        assert len(dump.utterances) == count
+        assert set(dump.features) == {"audio", "text", "text_sim", "text_asr", "video"}
+        quality = json.loads((recipe / "dump" / name / "text_sim.quality.json").read_text())
+        assert quality["n"] == count and quality["wer"] is not None
+    exp = recipe / "exp" / "train_seed1"
+    for condition in CONDITIONS:
+        score = json.loads((exp / "decode_test" / condition / "score.json").read_text())
+        assert score["n"] == 6 and score["mae"] > 0
+    for name in ("config.yaml", "train.log", "metrics.jsonl", "checkpoint.pt", "model.valid-best.safetensors"):
+        assert (exp / name).exists()
+    text = (recipe / "RESULTS.md").read_text()
+    assert all(condition in text for condition in CONDITIONS)
+    assert (recipe / "exp" / "train" / "report.html").stat().st_size > 100_000
+
+
+def test_a_second_run_does_nothing_and_says_so(recipe, first_run):
+    output = call(recipe)
+    assert "skip" in output and "  run " not in output
+
+
+def test_a_deleted_output_is_made_again_and_so_is_what_depends_on_it(recipe, first_run):
+    before = (recipe / "exp/train_seed1/decode_test/full/predictions.tsv").read_bytes()
+    shutil.rmtree(recipe / "exp" / "train_seed1")
+    output = call(recipe, "--stage", 3)
+    ran = [line.split()[1] for line in output.splitlines() if line.startswith("  run ")]
+    assert ran[0] == "train" and {"decode", "score", "report"} & {r.rstrip(",") for r in ran} and "audio" not in ran
+    # The same seed on the same machine: the same numbers.
+    assert (recipe / "exp/train_seed1/decode_test/full/predictions.tsv").read_bytes() == before
+
+
+def test_features_from_elsewhere_start_at_stage_4(recipe, first_run, tmp_path):
+    for name in ("train", "valid", "test"):
+        shutil.copytree(recipe / "dump" / name, recipe / "elsewhere" / name)
+        for extra in ("audio.yaml", "audio.frames", "utt2spk"):
+            (recipe / "elsewhere" / name / extra).unlink()
+    words = ["--stage", 4, "--stop-stage", 5, "--dumpdir", "elsewhere", "--datadir", "nowhere", "--exp-tag", "other"]
+    call(recipe, *words, "--encoder", "", "--llm", "", "--conditions", "full none")
+    assert (recipe / "exp/other_seed1/decode_test/none/score.json").exists()
