@@ -21,12 +21,16 @@ _LOWER_IS_BETTER = ("mae",)
 
 def get_parser() -> Parser:
     parser = Parser(__doc__ or "")
-    parser.add_argument("--experiments", nargs="+", required=True, metavar="EXP", help="exp folders without _seed<N>")
-    parser.add_argument("--test-set", default="test", help="set whose scores are shown")
-    parser.add_argument("--conditions", nargs="+", default=["full", "missing", "none"])
-    parser.add_argument("--measure", default="mae", help="a key of score.json")
-    parser.add_argument("--title", default="Comparison")
-    parser.add_argument("--output", metavar="FILE.md", help="also write the table here")
+    group = parser.add_argument_group("what is compared")
+    group.add_argument("--experiments", nargs="+", required=True, metavar="EXP", help="exp folders without _seed<N>")
+    group.add_argument("--test-set", default="test", help="set whose scores are shown")
+    group.add_argument(
+        "--conditions", nargs="+", default=["full", "missing", "none"], metavar="NAME", help="a column each"
+    )
+    group.add_argument("--measure", default="mae", help="a key of score.json")
+    group = parser.add_argument_group("output")
+    group.add_argument("--title", default="Comparison", help="heading of the table")
+    group.add_argument("--output", metavar="FILE.md", help="also write the table here")
     return parser
 
 

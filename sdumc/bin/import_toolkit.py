@@ -22,7 +22,12 @@ def get_parser() -> Parser:
     group.add_argument("--pickle", required=True, metavar="FILE", help="unaligned_50.pkl or aligned_50.pkl")
     group.add_argument("--sha256", metavar="HEX", help="what the file's SHA-256 has to be; it is shown in any case")
     group.add_argument(
-        "--features", nargs="+", choices=("audio", "text", "video"), default=["audio", "text", "video"], metavar="NAME"
+        "--features",
+        nargs="+",
+        choices=("audio", "text", "video"),
+        default=["audio", "text", "video"],
+        metavar="NAME",
+        help="features to take from the pickle",
     )
     group.add_argument("--corpus-dir", metavar="DIR", help="raw distribution with the media of the same clips, if any")
     group.add_argument("--media", choices=("auto", "full", "segmented"), default="auto", help="as in prepare_mosei")

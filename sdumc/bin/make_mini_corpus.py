@@ -24,7 +24,7 @@ def get_parser() -> Parser:
     group.add_argument("--fps", type=float, default=25.0, help="video frames per second")
     group.add_argument("--frame-size", type=int, default=96, help="pixels, height and width, even")
     group = parser.add_argument_group("running")
-    group.add_argument("--seed", type=int, default=1)
+    group.add_argument("--seed", type=int, default=1, help="the same seed gives the same corpus")
     group.add_argument("--jobs", type=int, default=0, help="processes; 0 = one per CPU; the bytes do not depend on it")
     return parser
 

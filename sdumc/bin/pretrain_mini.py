@@ -20,13 +20,19 @@ def get_parser() -> Parser:
     group = parser.add_argument_group("input and output")
     group.add_argument("--corpus-dir", required=True, help="folder that make_mini_corpus wrote")
     group.add_argument("--models-dir", required=True, help="folder for the models")
-    group.add_argument("--what", nargs="+", choices=("encoder", "llm", "vision"), default=["encoder", "llm", "vision"])
+    group.add_argument(
+        "--what",
+        nargs="+",
+        choices=("encoder", "llm", "vision"),
+        default=["encoder", "llm", "vision"],
+        help="which models",
+    )
     group = parser.add_argument_group("training")
     group.add_argument("--encoder-front-steps", type=int, default=150, help="steps of the convolutions alone")
     group.add_argument("--encoder-steps", type=int, default=800, help="steps of the encoder")
     group.add_argument("--llm-steps", type=int, default=500, help="steps of the LLM")
     group.add_argument("--vision-steps", type=int, default=300, help="steps of the vision model")
-    group.add_argument("--seed", type=int, default=1)
+    group.add_argument("--seed", type=int, default=1, help="of weights and order")
     group = parser.add_argument_group("running")
     group.add_argument("--threads", type=int, default=1, help="CPU threads of each; another number changes last bits")
     group.add_argument("--jobs", type=int, default=0, help="models trained at the same time; 0: one per CPU")

@@ -109,9 +109,9 @@ def get_parser() -> Parser:
     g.add_argument("--temperature", type=_at_least(1e-6), default=2.0, help="of Rank-N-Contrast")
 
     g = parser.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=_at_least(1, int), default=25)
+    g.add_argument("--epochs", type=_at_least(1, int), default=25, help="times that every utterance is seen")
     g.add_argument("--lr", type=_at_least(0), default=1e-4, help="Adam's step size after warm-up")
-    g.add_argument("--weight-decay", type=_at_least(0), default=1e-5)
+    g.add_argument("--weight-decay", type=_at_least(0), default=1e-5, help="of Adam (L2)")
     g.add_argument("--clip-grad", type=_at_least(0), default=1.0, help="largest norm of the gradient (0: any)")
     g.add_argument("--warmup-epochs", type=_at_least(0, int), default=5, help="epochs of linear warm-up")
     g.add_argument("--decay", type=_at_least(0), default=0.9, help="factor on the step size ...")
@@ -119,10 +119,10 @@ def get_parser() -> Parser:
     g.add_argument("--average-best", type=_at_least(1, int), default=5, help="epochs in model.averaged, best on valid")
     g.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast of matrix products")
     g.add_argument("--compile", type=_boolean, default=False, help="torch.compile the network")
-    g.add_argument("--seed", type=_at_least(0, int), default=1)
+    g.add_argument("--seed", type=_at_least(0, int), default=1, help="of weights, order and dropout")
 
     g = parser.add_argument_group("running")
-    g.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    g.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     g.add_argument(
         "--save-every", type=_at_least(0, int), default=200, help="steps between checkpoints inside an epoch"
     )

@@ -92,6 +92,17 @@ def parser_of(command: str) -> argparse.ArgumentParser:
     return importlib.import_module(f"sdumc.bin.{command}").get_parser()
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_grouped_and_complete(command):
+    """Every option says what it is, and stands in a named group, save the four that all commands share."""
+    shared = {"--help", "--config", "--version", "--verbose"}
+    for group in parser_of(command)._action_groups:
+        for action in group._group_actions:
+            name = (action.option_strings or [action.dest])[-1]
+            assert action.help, f"{command}: {name} has no help"
+            assert group.title not in ("options", "positional arguments") or name in shared, f"{command}: {name}"
+
+
 def declared(script: Path) -> set[str]:
     """Options of a shell script, from the lines that utils/parse_options.sh reads."""
     lines = re.findall(r"^([a-z][a-z0-9_]*)=.*#: ", script.read_text(), flags=re.M)
