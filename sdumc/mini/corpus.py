@@ -53,8 +53,8 @@ class Settings:
     train_speakers: int = 20
     valid_speakers: int = 4
     test_speakers: int = 5
-    noise_min: float = 0.015
-    noise_max: float = 0.05
+    noise_min: float = 0.03
+    noise_max: float = 0.08
     fps: float = 25.0
     size: int = 96
 
