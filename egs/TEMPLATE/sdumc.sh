@@ -116,9 +116,18 @@ step() {
 export -f step
 
 # use_config FILE: sets `config`, the option for a command, and `settings`, the one for step; both empty without a file.
+# The settings are those of the file and of the files that its `base:` leads to.
 use_config() {
   config=() settings=()
-  if [[ -n $1 ]]; then config=(--config "$1") settings=(--settings "$1"); fi
+  if [[ -z $1 ]]; then return; fi
+  config=(--config "$1") settings=(--settings)
+  local file=$1 base depth
+  for ((depth = 0; depth < 8; depth++)); do
+    settings+=("${file}")
+    base=$(sed -n 's/^base: *//p' "${file}" 2>/dev/null) || true
+    if [[ -z ${base} ]]; then break; fi
+    file=$(dirname "${file}")/${base}
+  done
 }
 
 # over_set SET NAME STEP_OPTIONS... -- MODULE OPTIONS...: a command that runs in nj jobs over a set, and the joining of
