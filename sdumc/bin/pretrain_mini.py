@@ -6,10 +6,14 @@ saves them; each folder appears only when whole.
 
 from __future__ import annotations
 
-import multiprocessing
+import contextlib
+import ctypes
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 
 from sdumc.cli import Parser, run, setup_logging
 from sdumc.errors import UserError
@@ -72,12 +76,37 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         for what in args.what:
             _train(what, args)
         return None
-    # One thread and a process for each is quicker than one after the other with several threads.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        for future in [pool.submit(_train, what, args) for what in args.what]:
-            future.result()
-    return None
+    return _train_in_processes(args.what, list(sys.argv[1:] if argv is None else argv), jobs)
+
+
+def _die_with_parent() -> None:
+    """Also when this command is killed by SIGKILL, none of its processes may go on writing (Linux's prctl)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _train_in_processes(waiting: Sequence[str], argv: Sequence[str], jobs: int) -> int:
+    """Run this command once for each model, ``jobs`` at a time; stop at the first that fails and return its code.
+
+    One thread and a process for each is quicker than one after the other with several threads.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    waiting, running = list(waiting), []
+    command = [sys.executable, "-m", "sdumc.bin.pretrain_mini", *argv, "--jobs", "1", "--what"]
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                running.append(subprocess.Popen([*command, waiting.pop(0)], preexec_fn=_die_with_parent))
+            time.sleep(0.1)
+            for process in [p for p in running if p.poll() is not None]:
+                running.remove(process)
+                if process.returncode:
+                    return process.returncode if process.returncode > 0 else 128 - process.returncode
+    finally:
+        for process in running:
+            process.terminate()
+            process.wait()
+    return 0
 
 
 if __name__ == "__main__":
