@@ -65,14 +65,15 @@ class _ByteDropout(torch.autograd.Function):
     def forward(ctx, x: Tensor, threshold: int) -> Tensor:
         words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
         keep = (words.view(torch.uint8)[: x.numel()] >= threshold).view(x.shape)
-        factor = keep.to(x.dtype).mul_(256 / (256 - threshold))
-        ctx.save_for_backward(factor)
-        return x * factor
+        # One byte a place is kept for the way back, not the four of a factor.
+        ctx.save_for_backward(keep)
+        ctx.scale = 256 / (256 - threshold)
+        return x * keep.to(x.dtype).mul_(ctx.scale)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        (factor,) = ctx.saved_tensors
-        return gradient * factor, None
+        (keep,) = ctx.saved_tensors
+        return gradient * keep.to(gradient.dtype).mul_(ctx.scale), None
 
 
 class FrameDropout(nn.Module):
