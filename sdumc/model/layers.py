@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from sdumc.model.attention import attend
+
 
 def mlp(in_dim: int, widths: Sequence[int], dropout: float) -> nn.Sequential:
     """A perceptron of (Linear, ReLU, Dropout) blocks with the given widths."""
@@ -49,50 +51,6 @@ def frame_mask(lengths: Tensor, frames: int, mask_padding: bool = True) -> Tenso
     return torch.arange(frames, device=lengths.device).unsqueeze(0) < lengths.unsqueeze(1)
 
 
-def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
-    """Softmax over the last axis with zero weight where ``mask`` is False; a row with no frame gets finite weights.
-
-    The lowest finite number stands for -inf because a row of -inf alone would give NaN, also in the gradient. Such
-    rows belong to absent modalities, whose results the network multiplies by zero.
-    """
-    return torch.softmax(scores.masked_fill(~mask, torch.finfo(scores.dtype).min), dim=-1)
-
-
-class _ByteDropout(torch.autograd.Function):
-    """Dropout whose mask comes from random bytes: on a CPU drawing a float a place costs more than all else in it."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, threshold: int) -> Tensor:
-        words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
-        keep = (words.view(torch.uint8)[: x.numel()] >= threshold).view(x.shape)
-        # One byte a place is kept for the way back, not the four of a factor.
-        ctx.save_for_backward(keep)
-        ctx.scale = 256 / (256 - threshold)
-        return x * keep.to(x.dtype).mul_(ctx.scale)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        (keep,) = ctx.saved_tensors
-        return gradient * keep.to(gradient.dtype).mul_(ctx.scale), None
-
-
-class FrameDropout(nn.Module):
-    """Dropout for (B, T, d) frames: torch's own on a GPU; on a CPU the rate is rounded to a 256th, drawn in bytes."""
-
-    def __init__(self, p: float):
-        super().__init__()
-        self.p = p
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(...) -> (...)."""
-        threshold = round(256 * self.p)
-        if not self.training or not threshold:
-            return x
-        if x.device.type != "cpu" or threshold == 256 or torch.compiler.is_compiling():
-            return nn.functional.dropout(x, self.p)
-        return _ByteDropout.apply(x, threshold)
-
-
 class AttentivePooling(nn.Module):
     """Frames to one vector: a = softmax_t(s tanh(W x + b) . c), p = drop(sum_t a_t x_t) with x = drop(h)."""
 
@@ -102,15 +60,13 @@ class AttentivePooling(nn.Module):
         self.projection = nn.Linear(dim, dim)
         self.context = nn.Parameter(torch.empty(dim))
         nn.init.normal_(self.context, std=(2.0 / (dim + 1)) ** 0.5)  # Xavier for a (1, dim) matrix
-        self.frame_dropout = FrameDropout(dropout)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, h: Tensor, mask: Tensor) -> Tensor:
         """h (B, T, d), mask (B, T) -> (B, d)."""
-        x = self.frame_dropout(h)
-        scores = self.scale * torch.tanh(self.projection(x)).matmul(self.context)
-        weights = masked_softmax(scores, mask)
-        return self.dropout(torch.bmm(weights.unsqueeze(1), x).squeeze(1))
+        query = self.context.expand(h.shape[0], 1, -1)
+        rate = self.dropout.p if self.training else 0.0
+        return self.dropout(attend(h, mask, query, self.projection, self.scale, rate)[0].squeeze(1))
 
 
 class CrossAttention(nn.Module):
@@ -124,7 +80,6 @@ class CrossAttention(nn.Module):
         self.scale = scale
         self.key = nn.Linear(dim, dim)
         self.query = nn.Linear(dim, dim)
-        self.frame_dropout = FrameDropout(dropout)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, queries: Tensor, h: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,12 +95,9 @@ class CrossAttention(nn.Module):
         """
         rows, num_queries, dim = queries.shape
         size = h.shape[0]
-        x = self.frame_dropout(h)
-        key = torch.tanh(self.key(x))
         # (F * B, Q, d) -> (B, F * Q, d): all flows ask the same frames in one product.
         q = self.query(queries).view(-1, size, num_queries, dim).transpose(0, 1).reshape(size, -1, dim)
-        attention = masked_softmax(self.scale * torch.bmm(q, key.transpose(1, 2)), mask.unsqueeze(1))
-        values = torch.bmm(attention, x)
+        values, attention = attend(h, mask, q, self.key, self.scale, self.dropout.p if self.training else 0.0)
         return self.dropout(_rows_first(values, rows, num_queries)), _rows_first(attention, rows, num_queries)
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_network import plain_forward, released_weights
 
+from sdumc.model import attention
 from sdumc.model.network import COMPLETE, MISSING, SDUMC, ModelConfig
 from sdumc.model.released import import_released
 
@@ -190,3 +191,48 @@ def test_wrong_shapes_are_named():
     model, _ = imported()
     with pytest.raises(ValueError, match=r"audio: expected \(B, T, 12\)"):
         model({"audio": torch.randn(1, 2, 11)}, {"audio": torch.tensor([2])})
+
+
+def attention_inputs(seed=0, size=5, frames=7, dim=8, queries=3, dtype=torch.float64):
+    torch.manual_seed(seed)
+    h = torch.randn(size, frames, dim, dtype=dtype, requires_grad=True)
+    q = torch.randn(size, queries, dim, dtype=dtype, requires_grad=True)
+    mask = torch.arange(frames) < torch.tensor([7, 1, 0, 4, 6])[:size].unsqueeze(1)
+    return h, mask, q, torch.nn.Linear(dim, dim).to(dtype)
+
+
+@pytest.mark.parametrize("block", [1, 100, 2**20])
+def test_blocked_attention_is_the_plain_one_forward_and_backward(block, monkeypatch):
+    monkeypatch.setattr(attention, "_BLOCK", block)
+    h, mask, q, key = attention_inputs()
+    target = torch.randn(5, 3, 8, dtype=torch.float64)
+    results = []
+    for compiling in (True, False):  # what runs while compiling is the plain way
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda c=compiling: c)
+        values, weights = attention.attend(h, mask, q, key, 0.3, 0.0)
+        grads = torch.autograd.grad((values * target).sum(), [h, q, key.weight, key.bias])
+        results.append([values, weights, *grads])
+    for plain, blocked in zip(*results, strict=True):
+        torch.testing.assert_close(blocked, plain)
+
+
+def test_gradient_of_blocked_attention_under_dropout(monkeypatch):
+    h, mask, q, key = attention_inputs(size=3)
+
+    def values(h, q, weight, bias):
+        torch.manual_seed(1)  # the same frames dropped at every call
+        return attention._BlockedAttention.apply(h, mask, q, weight, bias, 0.3, 128)[0]
+
+    inputs = (h, q, key.weight.detach().requires_grad_(), key.bias.detach().requires_grad_())
+    assert torch.autograd.gradcheck(values, inputs)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 0.5, 1.0])
+def test_blocked_dropout_keeps_the_mean_and_the_rate(rate):
+    h = torch.ones(40, 30, 50)
+    noise = attention._random_bytes(h.shape)
+    dropped, factor = attention._drop(h, noise, round(256 * rate), slice(0, 40))
+    assert dropped.eq(0).float().mean().item() == pytest.approx(rate, abs=0.01)
+    if rate < 1:
+        assert dropped.mean().item() == pytest.approx(1, abs=0.02)
+    assert torch.equal(factor, dropped)
