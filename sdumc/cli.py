@@ -15,6 +15,7 @@ import configargparse
 import yaml
 
 from sdumc import __version__
+from sdumc.data.atomic import disk_full
 from sdumc.errors import EXIT_USAGE, EXIT_USER_ERROR, UserError
 
 log = logging.getLogger("sdumc")
@@ -155,6 +156,11 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
         code = main(None)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
+        code = EXIT_USER_ERROR
+    except OSError as e:
+        if (told := disk_full(e.filename or "output", e)) is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
         code = EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -8,7 +8,7 @@ stopped, the failed log's name and last lines are shown, and the exit code is th
 
   --gpu N             give each job N of this machine's GPUs by CUDA_VISIBLE_DEVICES; no effect where there is none
   --num-threads N     OMP_NUM_THREADS of each job; by default the cores divided by the jobs that run at once
-  --tasks-per-node N  processes that COMMAND itself starts (torchrun's ranks): they share the cores
+  --tasks-per-node N  processes that COMMAND itself starts (the ranks of ranks.py): they share the cores
   --max-jobs-run N    jobs at once; by default as many as the GPUs allow, or cores / threads
   --mem --time --num-nodes --partition ... are for slurm.py; they are accepted and not used here
 """

@@ -8,7 +8,7 @@
 A step is up to date when all its outputs exist and neither its commands nor its inputs have changed since it last
 succeeded. Inputs, optional inputs and settings are files, folders or quoted patterns ('dump/train/*.scp'), compared by
 size and time; all but the optional ones have to exist. RUNNER is what stands before a command (a job runner with its
-options and log, torchrun): it is no part of the comparison. Nor are the options named by --ignore (without their
+options and log, ranks.py): it is no part of the comparison. Nor are the options named by --ignore (without their
 dashes) with the word after each, for what does not change the result: `--ignore device` for `--device cuda`.
 
 The commands run one after the other until one fails. One whose work was cut short is expected to go on where it

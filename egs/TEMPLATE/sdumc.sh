@@ -291,14 +291,19 @@ if chosen 3; then
     over_sets
   done
   use_config "${video_config}"
+  any_video=
   for set in ${all_sets}; do
-    videos=${datadir}/${set}/video.scp
+    if [[ -f ${datadir}/${set}/video.scp ]]; then any_video=true; fi
+  done
+  for set in ${all_sets}; do
+    videos=${datadir}/${set}/video.scp inputs=()
+    if [[ -f ${videos} ]]; then inputs=(--inputs "${videos}"); fi
     if [[ -z ${vision_model} ]]; then
       left_out "video ${set}" "needs --vision-model"
-    elif [[ ! -f ${videos} ]]; then
+    elif [[ -z ${any_video} ]]; then
       left_out "video ${set}" "there is no ${videos}"
-    else
-      over_set "${set}" video --inputs "${videos}" --optional-inputs "${vision_model}" "${settings[@]}" \
+    else # a set without video beside others that have it is recorded as absent throughout
+      over_set "${set}" video "${inputs[@]}" --optional-inputs "${vision_model}" "${settings[@]}" \
         --outputs "${dumpdir}/${set}/video.scp" -- sdumc.bin.extract_video "${config[@]}" --model "${vision_model}"
     fi
   done
@@ -328,7 +333,7 @@ if chosen 4; then
     elif ((ranks == 1)); then
       runner+=(python3 -m)
     else
-      runner+=(python3 -m torch.distributed.run --standalone --nproc-per-node "${ranks}" -m)
+      runner+=(python3 -S -E utils/ranks.py "${ranks}" python3 -m)
     fi
     step "train ${exp}" --inputs "${inputs[@]}" --optional-inputs "${optional[@]}" "${settings[@]}" \
       --outputs "${exp}"/{config.yaml,model.valid-best.safetensors,model.averaged.safetensors} \

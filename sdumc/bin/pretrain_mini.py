@@ -6,8 +6,6 @@ saves them; each folder appears only when whole.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -17,6 +15,7 @@ from collections.abc import Sequence
 
 from sdumc.cli import Parser, run, setup_logging
 from sdumc.errors import UserError
+from sdumc.processes import die_with
 
 
 def get_parser() -> Parser:
@@ -79,12 +78,6 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     return _train_in_processes(args.what, list(sys.argv[1:] if argv is None else argv), jobs)
 
 
-def _die_with_parent() -> None:
-    """Also when this command is killed by SIGKILL, none of its processes may go on writing (Linux's prctl)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
 def _train_in_processes(waiting: Sequence[str], argv: Sequence[str], jobs: int) -> int:
     """Run this command once for each model, ``jobs`` at a time; stop at the first that fails and return its code.
 
@@ -96,7 +89,7 @@ def _train_in_processes(waiting: Sequence[str], argv: Sequence[str], jobs: int) 
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                running.append(subprocess.Popen([*command, waiting.pop(0)], preexec_fn=_die_with_parent))
+                running.append(subprocess.Popen([*command, waiting.pop(0)], preexec_fn=die_with))
             time.sleep(0.1)
             for process in [p for p in running if p.poll() is not None]:
                 running.remove(process)

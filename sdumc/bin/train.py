@@ -1,8 +1,9 @@
-"""Train SDUMC. One process per rank; start several with torchrun or srun. Reads top to bottom."""
+"""Train SDUMC. One process per rank; start several with utils/ranks.py, torchrun or srun. Reads top to bottom."""
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import logging
 import math
@@ -12,9 +13,11 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import IO
 
 from sdumc.cli import log, run, setup_logging
 from sdumc.errors import EXIT_REQUEUE, UserError
+from sdumc.processes import die_with, ignore_signals
 from sdumc.training.settings import get_parser
 
 _VALID_CONDITIONS = ("full", "missing")
@@ -22,6 +25,9 @@ _VALID_CONDITIONS = ("full", "missing")
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
+    stop = SignalFlag(signal.SIGTERM, signal.SIGUSR1)  # first of all: a signal while this starts must not end it
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's agent leaves its ranks behind when it is killed
+        die_with(os.getppid())
     # Seeds and thread counts come first, torch after them: cuBLAS reads this once.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
@@ -53,12 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--{name.replace('_', '-')} is not given")
 
     # --- ranks, data, model -------------------------------------------------------------------------------------------
-    stop = SignalFlag(signal.SIGTERM, signal.SIGUSR1)
     ranks = join(args.device)
     exp_dir = Path(args.exp_dir)
     setup_logging(args.verbose, f"[rank {ranks.rank}] " if ranks.size > 1 else "")
     if ranks.is_main:
         exp_dir.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(exp_dir)  # noqa: F841 (held until this process ends)
         log_to(exp_dir / "train.log")
     else:
         log.setLevel(logging.WARNING)
@@ -88,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=args.num_workers,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=init_worker,
         pin_memory=ranks.device.type == "cuda",
         generator=torch.Generator(),  # or the loader would draw from, and so move, the generator of dropout
     )
@@ -257,15 +263,42 @@ class SignalFlag:
         self.raised = False
         for number in signals:
             signal.signal(number, self._raise)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)  # utils/ranks.py holds SIGUSR1 back until now
 
     def _raise(self, number: int, frame) -> None:
         self.raised = True
 
 
-def ignore_signals(worker: int) -> None:
-    """Loader workers leave signals to their rank, which still needs them for the step it is in."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def init_worker(worker: int) -> None:
+    """Loader workers leave signals to their rank, which still needs them for the step it is in, and end with it."""
+    ignore_signals()
+    die_with()
+
+
+def lock_folder(exp_dir: Path, patience: float = 60.0) -> IO | None:
+    """Hold ``exp_dir`` for this run; the lock ends with the process, however that ends.
+
+    A run whose recipe was killed saves its state before it goes, so the next one waits a little.
+
+    Raises:
+        UserError: another training still works there after ``patience`` seconds.
+    """
+    f = open(exp_dir / ".lock", "a")  # noqa: SIM115 (held)
+    deadline, said = time.monotonic() + patience, False
+    while True:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return f
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                f.close()
+                raise UserError(f"{exp_dir}: another training works in this folder; wait for it or stop it") from None
+            if not said:
+                log.info("%s: another training works here; waiting for it to end", exp_dir)
+                said = True
+            time.sleep(0.2)
+        except OSError:  # a file system without locks
+            return f
 
 
 def log_to(path: Path) -> None:

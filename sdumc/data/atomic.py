@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import tempfile
@@ -10,16 +11,36 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from sdumc.errors import UserError
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def disk_full(path: str | os.PathLike, error: OSError) -> UserError | None:
+    """What to tell a user whose disk is full; None if ``error`` is another one."""
+    if error.errno not in _DISK_FULL:
+        return None
+    return UserError(
+        f"{path}: could not be written ({error.strerror}); what was whole on disk before is kept. Free space and run "
+        "the same command again"
+    )
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     """Open a temporary file beside ``path``; rename it to ``path`` on success, remove it on any failure.
 
     The data is flushed to disk before the rename, so that a crash leaves either the old or the new file.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written to.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as e:
+        raise disk_full(path, e) or UserError(f"{path}: cannot be written ({e.strerror})") from None
     try:
         os.fchmod(fd, 0o666 & ~_umask())
         with os.fdopen(fd, mode, encoding=None if "b" in mode else "utf-8") as f:
@@ -27,9 +48,11 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as e:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        if isinstance(e, OSError) and (told := disk_full(path, e)):
+            raise told from None
         raise
 
 

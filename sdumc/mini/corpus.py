@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import multiprocessing
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from sdumc.data import media
 from sdumc.data.atomic import write_json, write_text
 from sdumc.errors import UserError
 from sdumc.mini import face, sentences, speech
+from sdumc.processes import die_with
 
 SETS = ("train", "valid", "test")
 TABLE = "corpus.tsv"
@@ -240,7 +242,7 @@ def make_corpus(settings: Settings, folder: str | Path, jobs: int) -> list[Clip]
     work = [(speaker_clips, settings, str(partial)) for speaker_clips in by_speaker.values()]
     # A fresh process for each speaker (maxtasksperchild): espeak-ng's sound depends on what it said before.
     context = multiprocessing.get_context("fork")
-    with context.Pool(max(1, min(jobs, len(work))), maxtasksperchild=1) as pool:
+    with context.Pool(max(1, min(jobs, len(work))), die_with, (os.getpid(),), maxtasksperchild=1) as pool:
         for failure in pool.imap_unordered(_make_speaker, work, chunksize=1):
             if failure:
                 raise UserError("{}: {}".format(*failure))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import pickle
 from pathlib import Path
 from typing import Any
@@ -65,11 +66,10 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     Raises:
         UserError: the disk is full or not writable; the previous checkpoint is untouched.
     """
-    try:
-        with atomic_write(path, "wb") as f:
-            torch.save(state, f)
-    except (OSError, RuntimeError) as e:
-        raise UserError(f"{path}: could not be saved ({e}); the previous checkpoint is kept. Free space, go on") from e
+    content = io.BytesIO()
+    torch.save(state, content)  # not to the file: when a write fails, torch's own writer reports something else
+    with atomic_write(path, "wb") as f:
+        f.write(content.getbuffer())
 
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:
