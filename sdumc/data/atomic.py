@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import tempfile
@@ -38,22 +39,47 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        fd, temporary = _open_temporary(path)
     except OSError as e:
         raise disk_full(path, e) or UserError(f"{path}: cannot be written ({e.strerror})") from None
-    try:
-        os.fchmod(fd, 0o666 & ~_umask())
-        with os.fdopen(fd, mode, encoding=None if "b" in mode else "utf-8") as f:
+    # Renamed or removed before it is closed, as closing ends the lock on its name.
+    with contextlib.closing(os.fdopen(fd, mode, encoding=None if "b" in mode else "utf-8")) as f:
+        try:
             yield f
             f.flush()
             os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException as e:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        if isinstance(e, OSError) and (told := disk_full(path, e)):
-            raise told from None
-        raise
+            os.replace(temporary, path)
+        except BaseException as e:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            # Closing would try to write what is left in the buffer, and fail in the same way.
+            with contextlib.suppress(OSError):
+                f.close()
+            if isinstance(e, OSError) and (told := disk_full(path, e)):
+                raise told from None
+            raise
+
+
+def _open_temporary(path: Path) -> tuple[int, str]:
+    """Descriptor and name of a file beside ``path`` that no one else writes.
+
+    It has always the same name unless that is in use, so that what killed runs leave behind is written over by the
+    next one and does not pile up.
+    """
+    usual = path.with_name(f".{path.name}.tmp")
+    with contextlib.suppress(OSError):
+        fd = os.open(usual, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.stat(usual).st_ino == os.fstat(fd).st_ino:  # else it has got its final name in the meantime
+                os.ftruncate(fd, 0)
+                return fd, str(usual)
+        except OSError:  # in use, or a file system without locks
+            pass
+        os.close(fd)
+    fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.fchmod(fd, 0o666 & ~_umask())
+    return fd, name
 
 
 def _umask() -> int:
