@@ -151,11 +151,12 @@ over_set() {
   if ((${#noted[@]})); then noted+=(--next); fi
   noted+=("${force_option[@]}" --name "${name} ${set}" --state-dir "${state}" "${options[@]}"
     --inputs "${data}/wav.scp" "${data}/utt2spk" --optional-inputs "${data}/segments"
-    --stale "${dump}/ark/${name}.*" --ignore device shard num-jobs
+    --stale "${dump}/ark/${name}.*" --ignore device shard num-jobs max-drop
     -- ${decode_cmd} "${gpu_option[@]}" "JOB=1:${nj}" "${dumpdir}/log/${name}.JOB.log" --
     python3 -m "$@" --data-dir "${data}" --dump-dir "${dump}" --shard "JOB/${nj}" --device "${device}"
     --then ${train_cmd} "${dumpdir}/log/${name}.join.log" --
-    python3 -m sdumc.bin.finish_dump --data-dir "${data}" --dump-dir "${dump}" --name "${name}" --num-jobs "${nj}")
+    python3 -m sdumc.bin.finish_dump --data-dir "${data}" --dump-dir "${dump}" --name "${name}" --num-jobs "${nj}"
+    --max-drop "${max_drop}")
 }
 over_sets() {
   if ((${#noted[@]})); then python3 -S -E utils/step.py "${noted[@]}"; fi

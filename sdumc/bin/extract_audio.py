@@ -13,25 +13,23 @@ def get_parser() -> Parser:
         "Write the frames of one hidden layer of a speech encoder (WavLM, wav2vec 2.0, HuBERT, Whisper) for a shard of "
         "a data directory;\n`sdumc.bin.finish_dump --name audio` then joins the shards."
     )
-    add_job_options(parser)
+    add_job_options(parser, "audio")
     group = parser.add_argument_group("model")
     group.add_argument("--model", required=True, metavar="DIR", help="speech encoder: a transformers folder")
     group.add_argument("--layer", type=int, default=-5, help="as in hidden_states[layer]; -1 is the encoder's output")
     group.add_argument(
         "--normalise", choices=("yes", "no"), default="yes", help="clips to zero mean and unit variance first"
     )
-    group.add_argument("--name", default="audio", help="name of the feature")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     setup_logging(args.verbose)
-    from sdumc.data.ark import ShardWriter
     from sdumc.features.audio import extract_audio
     from sdumc.simulation.checkpoints import DTYPES, fingerprint, pick_device
     from sdumc.simulation.encoder import SpeechEncoder
-    from sdumc.simulation.jobs import data_hash, durations, job_number, load_job, make_batches
+    from sdumc.simulation.jobs import data_hash, durations, load_job, make_batches, open_shard
 
     data, utterances = load_job(args)
     device = pick_device(args.device)
@@ -47,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "data_hash": data_hash(data),
     }
     batches = make_batches(durations(data, utterances), args.batch_size, args.batch_seconds)
-    with ShardWriter(args.dump_dir, args.name, job_number(args.shard), settings, utterances) as writer:
+    with open_shard(args, settings, utterances) as writer:
         extract_audio(data, batches, encoder, writer, args.bad_media)
 
 

@@ -15,13 +15,12 @@ def get_parser() -> Parser:
         "directory;\n`sdumc.bin.finish_dump --name text` then joins the shards. By default everything but the words is "
         "as in the simulated text:\nthe same sound and prompt stand before them."
     )
-    add_job_options(parser)
+    add_job_options(parser, "text")
     group = parser.add_argument_group("models")
     group.add_argument("--llm", required=True, metavar="DIR", help="causal LLM: a transformers folder")
     add_reader_options(group, required=False)
     group = parser.add_argument_group("text")
     group.add_argument("--text", metavar="FILE", help="Kaldi text file; default DATA_DIR/text")
-    group.add_argument("--name", default="text", help="name of the feature: text, or text_asr")
     group.add_argument(
         "--context",
         choices=("audio+prompt", "prompt", "none"),
@@ -38,10 +37,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup_logging(args.verbose)
     from pathlib import Path
 
-    from sdumc.data.ark import ShardWriter
     from sdumc.data.kaldi_dir import read_table
     from sdumc.features.text import extract_text
-    from sdumc.simulation.jobs import data_hash, durations, job_number, load_job, make_batches
+    from sdumc.simulation.jobs import data_hash, durations, load_job, make_batches, open_shard
     from sdumc.simulation.options import load_llm, load_reader
 
     data, utterances = load_job(args)
@@ -67,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         lengths = {u: float(len(texts.get(u, ""))) / 15 for u in utterances}  # as long as it takes to say them
     batches = make_batches(lengths, args.batch_size, args.batch_seconds)
-    with ShardWriter(args.dump_dir, args.name, job_number(args.shard), settings, utterances) as writer:
+    with open_shard(args, settings, utterances) as writer:
         extract_text(
             data, texts, batches, llm, writer, args.context, args.first_state == "keep", reader, args.bad_media
         )

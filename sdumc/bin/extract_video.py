@@ -14,12 +14,11 @@ def get_parser() -> Parser:
         "directory;\n`sdumc.bin.finish_dump --name video` then joins the shards. Clips without video or without a face "
         "are listed as absent."
     )
-    add_job_options(parser)
+    add_job_options(parser, "video")
     group = parser.add_argument_group("model")
     group.add_argument("--model", required=True, metavar="DIR", help="vision model: a transformers folder")
     group.add_argument("--pooling", choices=("pooler", "cls", "mean"), default="cls", help="what of its output is kept")
     group.add_argument("--picture-batch", type=int, default=64, metavar="N", help="pictures in one pass of the model")
-    group.add_argument("--name", default="video", help="name of the feature")
     group = parser.add_argument_group("pictures")
     group.add_argument("--fps", type=float, default=5.0, help="pictures per second, chosen by time stamp")
     group.add_argument(
@@ -35,12 +34,11 @@ def get_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     setup_logging(args.verbose)
-    from sdumc.data.ark import ShardWriter
     from sdumc.errors import UserError
     from sdumc.features.faces import FaceDetector
     from sdumc.features.video import VisionExtractor, extract_video
     from sdumc.simulation.checkpoints import DTYPES, fingerprint, pick_device
-    from sdumc.simulation.jobs import data_hash, job_number, load_job
+    from sdumc.simulation.jobs import data_hash, load_job, open_shard
 
     if args.fps <= 0 or args.picture_batch < 1 or args.face_margin <= 0:
         raise UserError("--fps, --picture-batch and --face-margin must be positive")
@@ -53,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "model_hash": fingerprint(extractor.folder),
         "pooling": args.pooling,
         "frame_rate": args.fps,
+        "dim": extractor.dim,  # known also where no clip has a face
         "detector": args.detector,
         "face_margin": args.face_margin,
         "min_face": args.min_face,
@@ -60,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "data_hash": data_hash(data),
     }
     detector = FaceDetector() if args.detector == "opencv" else None
-    with ShardWriter(args.dump_dir, args.name, job_number(args.shard), settings, utterances) as writer:
+    with open_shard(args, settings, utterances) as writer:
         extract_video(
             data,
             utterances,

@@ -14,6 +14,7 @@ from sdumc.errors import UserError
 
 log = logging.getLogger("sdumc")
 
+BAD_MEDIA = "bad_media"  # the note of an utterance whose media could not be read: why
 TEXT_FILES = {"asr_hyp": "text_asr", "text_sim": "text_sim"}  # feature -> its transcripts in the data directory
 
 
@@ -28,6 +29,13 @@ def get_parser() -> Parser:
     group.add_argument("--dump-dir", required=True, metavar="DIR", help="where the shards are")
     group.add_argument("--name", required=True, help="feature: audio, text, text_sim, text_asr, video; asr_hyp for ASR")
     group.add_argument("--num-jobs", type=int, default=1, metavar="N", help="how many shards there must be")
+    group.add_argument(
+        "--max-drop",
+        type=float,
+        default=0.01,
+        metavar="X",
+        help="largest share of utterances (0-1) whose media could not be read (--bad-media absent)",
+    )
     return parser
 
 
@@ -37,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from sdumc.data.ark import merge_shards
     from sdumc.data.kaldi_dir import load_kaldi_dir
 
+    if not 0 <= args.max_drop <= 1:
+        raise UserError(f"--max-drop {args.max_drop}: a share between 0 and 1")
     data_dir, dump_dir = Path(args.data_dir), Path(args.dump_dir)
     data = load_kaldi_dir(data_dir)
     meta = _meta(dump_dir / "ark" / f"{args.name}.1.json")
@@ -46,10 +56,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("utt2label", "utt2spk"):  # before the index: whoever sees the index finds them too
         if (data_dir / name).is_file():
             _copy(data_dir / name, dump_dir / name)
-    merged = merge_shards(dump_dir, args.name, args.num_jobs, meta, data.utterances)
+    merged = merge_shards(
+        dump_dir, args.name, args.num_jobs, meta, data.utterances, lambda m: _check_media(args.name, m, args.max_drop)
+    )
     if args.name in TEXT_FILES:
         _finish_transcripts(args.name, data, dump_dir, merged)
-    if merged.frames:
+    if merged.absent and not merged.frames:
+        log.warning("%s: absent in all %d utterances", dump_dir / f"{args.name}.scp", len(merged.absent))
+    elif merged.frames:
         log.info(
             "%s: %d utterances, %d frames, %d dimensions, %d absent",
             dump_dir / f"{args.name}.scp",
@@ -58,6 +72,22 @@ def main(argv: Sequence[str] | None = None) -> None:
             merged.dim,
             len(merged.absent),
         )
+
+
+def _check_media(name: str, merged, max_drop: float) -> None:
+    """Raise a UserError when too many utterances lack the feature for their media, not for what is in them."""
+    bad = [u for u, notes in merged.notes.items() if BAD_MEDIA in notes]
+    if not bad:
+        return
+    count = len(merged.frames.keys() | merged.absent.keys() | merged.notes.keys())
+    first = "; ".join(f"{u}: {merged.notes[u][BAD_MEDIA]}" for u in bad[:3])
+    if len(bad) > max_drop * count:
+        raise UserError(
+            f"{name}: the media of {len(bad)} of {count} utterances ({100 * len(bad) / count:.1f}%) could not be read, "
+            f"more than the {100 * max_drop:g}% allowed. The first: {first}. Mend them and run the stage again with "
+            "--force, or allow more with --max-drop"
+        )
+    log.warning("%s: the media of %d of %d utterances could not be read, the first: %s", name, len(bad), count, first)
 
 
 def _meta(manifest: Path) -> dict:

@@ -13,24 +13,22 @@ def get_parser() -> Parser:
         "Transcribe a shard of a data directory with a CTC model (greedy) or Whisper (greedy, 30 s windows), chosen by "
         "the folder's config.json;\n`sdumc.bin.finish_dump --name asr_hyp` then writes DATA_DIR/text_asr."
     )
-    add_job_options(parser)
+    add_job_options(parser, "asr_hyp")
     group = parser.add_argument_group("model")
     group.add_argument("--model", required=True, metavar="DIR", help="recogniser: a transformers folder")
     group.add_argument("--language", default="en", help="of the speech, for multilingual Whisper")
     group.add_argument(
         "--max-new-tokens", type=int, default=200, metavar="N", help="Whisper's longest answer per window"
     )
-    group.add_argument("--name", default="asr_hyp", help="name of the shards")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     setup_logging(args.verbose)
-    from sdumc.data.ark import ShardWriter
     from sdumc.simulation.asr import load_recogniser, recognise_shard
     from sdumc.simulation.checkpoints import DTYPES, fingerprint, pick_device
-    from sdumc.simulation.jobs import data_hash, durations, job_number, load_job, make_batches
+    from sdumc.simulation.jobs import data_hash, durations, load_job, make_batches, open_shard
 
     data, utterances = load_job(args)
     recogniser = load_recogniser(
@@ -47,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "data_hash": data_hash(data),
     }
     batches = make_batches(durations(data, utterances), args.batch_size, args.batch_seconds)
-    with ShardWriter(args.dump_dir, args.name, job_number(args.shard), settings, utterances) as writer:
+    with open_shard(args, settings, utterances) as writer:
         recognise_shard(data, batches, recogniser, writer, args.bad_media)
 
 

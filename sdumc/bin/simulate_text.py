@@ -16,7 +16,7 @@ def get_parser() -> Parser:
         "search,\nand keep the hidden states of what it wrote; `sdumc.bin.finish_dump --name text_sim` then joins the "
         "shards.\nRefusals, endless repeats and empty answers are found, counted and replaced: see the documentation."
     )
-    add_job_options(parser)
+    add_job_options(parser, "text_sim")
     group = parser.add_argument_group("models")
     add_reader_options(group, required=True)
     group.add_argument("--llm", required=True, metavar="DIR", help="causal LLM: a transformers folder")
@@ -31,17 +31,15 @@ def get_parser() -> Parser:
         metavar="FILE",
         help="transcripts read in place of a refusal or an empty answer; default DATA_DIR/text_asr if there is one",
     )
-    group.add_argument("--name", default="text_sim", help="name of the feature")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     setup_logging(args.verbose)
-    from sdumc.data.ark import ShardWriter
     from sdumc.data.kaldi_dir import read_table
     from sdumc.errors import UserError
-    from sdumc.simulation.jobs import data_hash, durations, job_number, load_job, make_batches
+    from sdumc.simulation.jobs import data_hash, durations, load_job, make_batches, open_shard
     from sdumc.simulation.options import load_reader
     from sdumc.simulation.simulate import Search, simulate_shard
 
@@ -62,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     search = Search(args.beam, args.max_new_tokens, args.length_penalty)
     batches = make_batches(durations(data, utterances), args.batch_size, args.batch_seconds)
-    with ShardWriter(args.dump_dir, args.name, job_number(args.shard), settings, utterances) as writer:
+    with open_shard(args, settings, utterances) as writer:
         simulate_shard(data, batches, reader, writer, asr_texts, search, args.first_state == "keep", args.bad_media)
 
 

@@ -180,7 +180,8 @@ def leave_out(folder: Path, target: Path, gone: Mapping[str, str]) -> int:
         if file.suffix == ".yaml":
             write_text(target / file.name, file.read_text(encoding="utf-8"))
     for name in sorted(tables, key=lambda name: name.endswith(".scp")):  # an index is the sign that all else is there
-        if tables[name]:
+        # The index of a feature that all others lack is empty.
+        if tables[name] or (name.endswith(".scp") and tables.get(f"{name[:-4]}.absent")):
             write_table(target / name, tables[name])
         else:
             (target / name).unlink(missing_ok=True)

@@ -227,6 +227,7 @@ def write_feature(
     utterances = sorted(part.fold.label)
     counts = Trimmed()
     settings = {"extractor": "imported", "file": path.name, "sha256": digest, "array": theirs, "non_finite": 0}
+    settings["dim"] = array.shape[2]
     with ShardWriter(dump_dir, feature, 1, settings, utterances) as writer:
         for number, utt in enumerate(utterances, start=1):
             i = rows[utt]
@@ -240,7 +241,7 @@ def write_feature(
             if number % _COMMIT_EVERY == 0:
                 writer.commit()
     merged = merge_shards(dump_dir, feature, 1, {**settings, "imported": True}, utterances)
-    progress(f"{dump_dir / feature}.scp: {len(merged.frames)} utterances, {merged.dim} dimensions")
+    progress(f"{dump_dir / feature}.scp: {len(merged.frames)} utterances, {array.shape[2]} dimensions")
     lines = counts.lines(feature)
     if lengths is None:
         lines.append(f"{feature}: the file states no lengths; zero frames at the end were taken for padding")

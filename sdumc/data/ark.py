@@ -15,9 +15,10 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -156,11 +157,41 @@ def load_matrix(rxspecifier: str) -> np.ndarray:
     return np.array(kaldiio.load_mat(f"{path}:{offset}"), dtype=np.float32)
 
 
+def read_float_matrix(fd: int, offset: int, rows: np.ndarray) -> bool:
+    """Fill ``rows`` with the float32 matrix of exactly its shape at ``offset``: one system call, one copy.
+
+    Args:
+        fd: an open archive; its file position is neither used nor moved.
+        offset: of the ``\\0B``.
+        rows: float32 (T, D), contiguous.
+
+    Returns:
+        False if something else is there, or not all of it could be read: ``rows`` is undefined then, and
+        :func:`load_matrix` reads it or says what is wrong.
+    """
+    expected = _MATRIX.pack(b"\0B", b"FM ", 4, rows.shape[0], 4, rows.shape[1])
+    header = bytearray(len(expected))
+    try:
+        count = os.preadv(fd, [header, rows], offset)
+    except OSError:
+        return False
+    return header == expected and count == len(expected) + rows.nbytes
+
+
+def all_finite(matrix: np.ndarray) -> bool:
+    """Whether no value of a float32 array is NaN or infinite."""
+    # A sum is finite only if all values are, and takes a third of the time of asking each; it may overflow, though.
+    return math.isfinite(np.einsum("i->", matrix.reshape(-1))) or bool(np.isfinite(matrix).all())
+
+
 def _pread_into(fd: int, matrix: np.ndarray, offset: int, rxspecifier: str) -> None:
     view = memoryview(matrix.reshape(-1).view(np.uint8))
     done = 0
     while done < len(view):  # a single call moves at most 2 GiB
-        count = os.preadv(fd, [view[done:]], offset + done)
+        try:
+            count = os.preadv(fd, [view[done:]], offset + done)
+        except OSError as e:
+            raise UserError(f"{rxspecifier}: reading failed ({e.strerror}); check the disk, or copy it again") from None
         if count == 0:
             raise UserError(f"{rxspecifier}: the archive became shorter while it was read; make it again")
         done += count
@@ -519,21 +550,28 @@ class Merged:
 
 
 def merge_shards(
-    directory: str | os.PathLike, name: str, num_jobs: int, meta: Mapping[str, Any], expected: Iterable[str]
+    directory: str | os.PathLike,
+    name: str,
+    num_jobs: int,
+    meta: Mapping[str, Any],
+    expected: Iterable[str],
+    check: Callable[[Merged], None] | None = None,
 ) -> Merged:
     """Join the finished shards 1 to ``num_jobs`` of a feature under one index.
 
     Writes, each atomically, ``<name>.frames``, ``<name>.yaml`` (``meta``, the dimension and the settings hash),
-    ``<name>.absent`` (utt and reason, only when there are any), and, last, ``<name>.scp``. A feature without a single
-    matrix (only notes, or absent everywhere) gets no index. Shards of higher numbers, left by a run with more jobs,
-    are removed.
+    ``<name>.absent`` (utt and reason, only when there are any), and, last, ``<name>.scp``, which is empty when every
+    utterance is absent. Shards that hold notes only get no index. Shards of higher numbers, left by a run with more
+    jobs, are removed.
 
     Args:
         directory: ``dump/<set>``; archive paths in the index begin with it as given here.
         name: the feature's name.
         num_jobs: how many shards there are.
-        meta: what to put into the yaml: extractor, model, layers, frame rate in Hz, ...
+        meta: what to put into the yaml: extractor, model, layers, frame rate in Hz, ...; with ``dim``, also a feature
+            that is absent everywhere has a known dimension.
         expected: every utterance of the set.
+        check: called with what was found before anything is written; what it raises stops the joining.
 
     Raises:
         UserError: a shard is not finished or was made with other settings, an utterance is missing, is there twice, or
@@ -556,17 +594,21 @@ def merge_shards(
         manifests.append(manifest)
     merged, scp = _join(directory, name, manifests)
     _check_expected(directory, name, merged, set(expected))
+    if check:
+        check(merged)
 
     paths = {suffix: directory / f"{name}.{suffix}" for suffix in ("scp", "frames", "absent", "yaml")}
     paths["scp"].unlink(missing_ok=True)  # until all is in place, there is no index
+    indexed = bool(scp or merged.absent)
     for suffix in ("frames", "absent", "yaml"):
-        if not scp or (suffix == "absent" and not merged.absent):
+        if not indexed or (suffix == "absent" and not merged.absent):
             paths[suffix].unlink(missing_ok=True)
-    if scp:
+    if indexed:
         write_table(paths["frames"], merged.frames)
         if merged.absent:
             write_table(paths["absent"], merged.absent)
-        described = {**meta, "dim": merged.dim, "settings_hash": manifests[0]["settings_hash"]}
+        dim = {} if merged.dim is None else {"dim": merged.dim}
+        described = {**meta, **dim, "settings_hash": manifests[0]["settings_hash"]}
         described = json.loads(json.dumps(described, default=str))
         write_text(paths["yaml"], yaml.safe_dump(described, sort_keys=False, allow_unicode=True))
         write_table(paths["scp"], scp)

@@ -24,7 +24,8 @@ FEATURES = ("audio", "text", "text_sim", "text_asr", "video")
 class Feature:
     """One feature of a set: where each utterance's matrix (T, dim) is, how long it is, and who has none.
 
-    ``meta`` is the content of ``<name>.yaml``, empty when there is no such file.
+    ``meta`` is the content of ``<name>.yaml``, empty when there is no such file. Where the feature is absent in all
+    utterances of the set, ``entries`` is empty, and ``dim`` what the yaml states, or 0.
     """
 
     name: str
@@ -118,9 +119,12 @@ def _some(ids: Sequence[str]) -> str:
 def _load_feature(path: Path, name: str) -> Feature:
     scp = path / f"{name}.scp"
     table = read_table(scp)
-    if not table:
-        raise UserError(f"{scp}: empty; remove it, or make it again")
     absent = _optional_table(path / f"{name}.absent")
+    if not table:
+        if not absent:
+            raise UserError(f"{scp}: empty; remove it, or make it again")
+        meta = _meta(path / f"{name}.yaml", None)
+        return Feature(name=name, dim=int(meta.get("dim") or 0), absent=absent, meta=meta)
     if both := sorted(absent.keys() & table.keys()):
         raise UserError(f"{path / f'{name}.absent'}: utterance {both[0]!r}: is in {scp} too; remove one of the two")
     resolved: dict[str, str] = {}  # archive as written -> as found
@@ -194,12 +198,12 @@ def _frames(path: Path, entries: Mapping[str, str], scp: Path, dim: int) -> dict
     return {utt: int(value) for utt, value in table.items()}
 
 
-def _meta(path: Path, dim: int) -> dict[str, Any]:
+def _meta(path: Path, dim: int | None) -> dict[str, Any]:
     if not path.exists():
         return {}
     from sdumc.cli import read_yaml
 
     meta = read_yaml(path)
-    if meta.get("dim", dim) != dim:
+    if dim is not None and meta.get("dim", dim) != dim:
         raise UserError(f"{path}: states dimension {meta['dim']}, but the matrices have {dim}; make the feature again")
     return meta

@@ -26,7 +26,7 @@ def extract_audio(
         features = dict(zip(utts, encoded, strict=True))
         for utt in batch:
             if utt in reasons:
-                writer.absent(utt, reasons[utt])
+                writer.absent(utt, reasons[utt], bad_media=reasons[utt])
             else:
                 writer.write(utt, features[utt].float().cpu().numpy())
         writer.commit()

@@ -88,6 +88,6 @@ def extract_text(
             return [found[u] for u in part]
 
         for utt, states in zip(batch, halving(batch, work), strict=True):
-            writer.write(utt, states.cpu().numpy())
+            writer.write(utt, states.cpu().numpy(), **({"bad_media": reasons[utt]} if utt in reasons else {}))
         writer.commit()
         progress.step(len(batch))

@@ -66,6 +66,7 @@ class VisionExtractor:
             pooling,
             batch,
         )
+        self.dim: int = self.model.config.hidden_size
         self.has_cls = any("cls_token" in n or "class_embedding" in n for n, _ in self.model.named_parameters())
         if pooling == "cls" and not self.has_cls:
             raise UserError(f"{folder}: a {kind} model has no class token; use --pooling mean or pooler")
@@ -75,7 +76,7 @@ class VisionExtractor:
         pictures, parts = iter(pictures), []
         while chunk := list(islice(pictures, self.batch)):
             parts += halving(chunk, self._vectors, lambda p: f"a picture of {p.shape[1]}x{p.shape[0]}")
-        return np.stack(parts) if parts else np.zeros((0, self.model.config.hidden_size), np.float32)
+        return np.stack(parts) if parts else np.zeros((0, self.dim), np.float32)
 
     @torch.no_grad()
     def _vectors(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -139,7 +140,8 @@ def extract_video(
         try:
             return locate_face(span, fps, detector, min_seen)
         except UserError as e:
-            return None, _unless_absent(e, bad_media), {}
+            reason = _unless_absent(e, bad_media)
+            return None, reason, {"bad_media": reason}
 
     for (utt,), (boxes, reason, notes) in ahead(todo, locate):
         features = None
@@ -147,7 +149,7 @@ def extract_video(
             try:
                 features = extractor(cut_pictures(data.video_source(utt), fps, boxes, margin))
             except UserError as e:
-                reason = _unless_absent(e, bad_media)
+                reason = notes["bad_media"] = _unless_absent(e, bad_media)
         if features is None:
             log.warning("%s: video taken as absent: %s", utt, reason)
             writer.absent(utt, reason, **notes)

@@ -67,6 +67,18 @@ class Condition:
     def title(self) -> str:
         return f"{self.name}: {CONDITION_NAMES[self.name]}" if self.name in CONDITION_NAMES else self.name
 
+    @property
+    def simulated(self) -> bool:
+        """Whether simulated text was there for ``missing``; a set without any was scored as under ``none``."""
+        return all("text_sim" in str(i.get("features", "text_sim")) for i in self.internals)
+
+    @property
+    def meaning(self) -> str:
+        """What the condition gave in place of a text, or left out, in two words; empty for those of others."""
+        if self.name == "missing" and not self.simulated:
+            return "no text (none was simulated)"
+        return CONDITION_NAMES.get(self.name, "")
+
 
 @dataclass
 class Media:
@@ -277,7 +289,8 @@ def _read_internals(path: Path, ids: list[str]) -> dict[str, np.ndarray]:
     if "ids" not in arrays or sorted(arrays["ids"].tolist()) != ids:
         raise UserError(f"{path}: not about the utterances of {path.with_name('predictions.tsv')}; {advice}")
     order = np.argsort(arrays.pop("ids"))
-    return {key: value[order] for key, value in arrays.items() if value.ndim and len(value) == len(order)}
+    features = {"features": arrays.pop("features")} if "features" in arrays else {}
+    return features | {key: value[order] for key, value in arrays.items() if value.ndim and len(value) == len(order)}
 
 
 def read_status(path: Path) -> dict[str, str]:

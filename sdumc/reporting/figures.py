@@ -387,7 +387,7 @@ def _similarity(test_set: TestSet, runs: Sequence[Run]) -> Figure | None:
         # One scale for both, from the bulk of the values: they are what the eye compares.
         low = min(float(np.percentile(m, 2)) for m in matrices.values())
         for name, matrix in matrices.items():
-            title = f"{what}, {'real' if name == 'full' else 'simulated'} text"
+            title = f"{what}, {test_set.shown[name].meaning}"
             panels.append(
                 Panel(
                     partial(_draw_matrix, matrix=matrix, labels=labels, low=low, title=title),

@@ -142,7 +142,7 @@ def _tiles(test_set: TestSet) -> list[tuple[str, str, str]]:
     tiles = []
     for name, condition in test_set.shown.items():
         mae = spread([s["mae"] for s in condition.scores])
-        tiles.append((name, CONDITION_NAMES.get(name, ""), format_value("mae", *mae)))
+        tiles.append((name, condition.meaning, format_value("mae", *mae)))
     return tiles
 
 

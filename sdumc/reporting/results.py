@@ -66,6 +66,9 @@ def _set_part(summary: Summary, part: SetSummary) -> list[str]:
 
 def recovered_sentence(part: SetSummary) -> str:
     """How much of what text is worth the simulated text is worth, in words."""
+    missing = part.test_set.conditions.get("missing")
+    if missing and not missing.simulated:
+        return f"No text was simulated for {part.test_set.name}: missing is the same as none."
     mean, deviation = part.recovered
     if math.isnan(mean):
         return "Share of the gap between none and full that missing recovers: undefined here."

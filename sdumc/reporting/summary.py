@@ -120,6 +120,8 @@ def summarise(
     for name in names:
         if (dump_root / name / "utt2label").is_file():
             dumps[name] = load_dump(dump_root / name)
+            features = dumps[name].features.items()
+            dumps[name].features = {n: f for n, f in features if f.dim}  # 0: absent throughout, of unknown dimension
     for test_set in test_sets:
         if test_set.name in dumps and dumps[test_set.name].utterances != test_set.utterances:
             raise UserError(
@@ -136,7 +138,7 @@ def summarise(
     shared, own = _settings(runs)
     quality = _quality(names, dump_root)
     if not quality:
-        notes.append(f"No {dump_root}/<set>/text_sim.quality.json: run stage 2 to have the text's quality here.")
+        notes.append(f"No text was simulated or recognised for {dump_root} (stage 2): there is no quality to state.")
     return Summary(
         title=title,
         runs=runs,
@@ -260,6 +262,8 @@ def _findings(summary: SetSummary) -> list[tuple[bool, str]]:
     mae = {(r.kind, r.condition): r.values["mae"][0] for r in summary.rows}
     found = []
     order = [c for c in ("full", "missing", "none") if ("model", c) in mae]
+    if "missing" in order and "none" in order and not summary.test_set.conditions["missing"].simulated:
+        order.remove("missing")  # the same as none
     if len(order) > 1:
         values = [mae["model", c] for c in order]
         holds = all(a < b for a, b in itertools.pairwise(values))

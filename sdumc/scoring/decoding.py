@@ -15,7 +15,7 @@ from sdumc.data.dataset import Batch, UtteranceDataset, collate
 from sdumc.data.dump import Dump, load_dump
 from sdumc.data.sampler import GlobalBatchSampler
 from sdumc.errors import UserError
-from sdumc.model.network import COMPLETE, MISSING, SDUMC
+from sdumc.model.network import COMPLETE, MISSING, MODALITIES, SDUMC
 
 # Decoding holds no gradients, so a batch may be larger than in training; these frames are some 200 MB of features.
 _BATCH_FRAMES = 50_000
@@ -55,29 +55,36 @@ CONDITIONS = {
 MAIN_CONDITIONS = ("full", "missing", "asr", "none")
 
 
-def inputs_for(condition: str, dump: Dump) -> dict[str, str]:
+def inputs_for(condition: str, dump: Dump, available: Iterable[str] = MODALITIES) -> dict[str, str]:
     """Dump features to read under a condition, by network input name.
 
-    ``missing`` without simulated text in the dump means the same as ``none``.
+    ``missing`` without simulated text in the dump means the same as ``none``. A feature that all utterances of the
+    dump lack is left out, and so is a modality that is not among the model's ``available`` ones.
 
     Raises:
         UserError: the dump lacks a feature that the condition is about, or has none of its modalities.
     """
     wanted = CONDITIONS[condition].inputs
-    found = {name: feature for name, feature in wanted.items() if feature in dump.features}
+    there = {name for name, feature in dump.features.items() if feature.entries}  # not those absent throughout
+    found = {name: feature for name, feature in wanted.items() if feature in there}
     if "text" in wanted and "text" not in found:
         raise UserError(
             f"{dump.path / (wanted['text'] + '.scp')}: missing, but condition {condition} needs it; run stage 3, or "
             "decode another condition"
         )
+    found = {name: feature for name, feature in found.items() if name.removesuffix("_sim") in set(available)}
     if not found:
-        raise UserError(f"{dump.path}: has none of {', '.join(wanted.values())}, which condition {condition} needs")
+        needed = ", ".join(wanted.values())
+        raise UserError(f"{dump.path}: condition {condition} needs one of {needed}; the dump or the model has none")
     return found
 
 
 @dataclass
 class Decoded:
-    """What a model says of N utterances in the order of ``ids``; see the network for the arrays beside predictions."""
+    """What a model says of N utterances in the order of ``ids``; see the network for the arrays beside predictions.
+
+    ``features`` are those of the dump that it was given.
+    """
 
     ids: list[str]
     prediction: np.ndarray  # (N,)
@@ -86,6 +93,7 @@ class Decoded:
     text_feature: np.ndarray  # (N, d)
     modality_weights: np.ndarray  # (N, 3)
     query_weights: np.ndarray | None  # (N, 7)
+    features: tuple[str, ...] = ()
 
 
 def run_batch(model: SDUMC, batch: Batch, inputs: dict[str, str], flow: str, **options):
@@ -113,7 +121,7 @@ def decode(
     Raises:
         UserError: see :func:`inputs_for` and :class:`sdumc.data.dataset.UtteranceDataset`.
     """
-    inputs, flow = inputs_for(condition, dump), CONDITIONS[condition].flow
+    inputs, flow = inputs_for(condition, dump, model.available), CONDITIONS[condition].flow
     dataset = UtteranceDataset(dump, sorted(inputs.values()))
     rank, ranks = share
     sampler = GlobalBatchSampler(
@@ -150,6 +158,7 @@ def decode(
         text_feature=arrays.get("text_feature", empty),
         modality_weights=arrays.get("modality_weights", empty),
         query_weights=arrays.get("query_weights"),
+        features=tuple(sorted(inputs.values())),
     )
 
 
@@ -161,7 +170,7 @@ def write_decoded(decoded: Decoded, output_dir: Path) -> None:
         if getattr(decoded, name) is not None
     }
     with atomic_write(output_dir / "internals.npz", "wb") as f:
-        np.savez(f, ids=np.array(decoded.ids), **arrays)
+        np.savez(f, ids=np.array(decoded.ids), features=np.array(" ".join(decoded.features)), **arrays)
     with atomic_write(output_dir / "predictions.tsv") as f:
         f.write("utt_id\tprediction\tlabel\n")
         for utt, p, y in zip(decoded.ids, decoded.prediction, decoded.label, strict=True):

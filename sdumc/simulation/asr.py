@@ -212,7 +212,7 @@ def recognise_shard(
         found = dict(zip(utts, texts, strict=True))
         for utt in batch:
             if utt in reasons:
-                writer.note(utt, hyp="", status="empty", fallback="absent", reason=reasons[utt])
+                writer.note(utt, hyp="", status="empty", fallback="absent", bad_media=reasons[utt])
             else:
                 status, _ = judge(found[utt], found[utt].split())
                 writer.note(utt, hyp=found[utt], status="empty" if status == "empty" else "ok")

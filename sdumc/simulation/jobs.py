@@ -7,14 +7,15 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from sdumc.cli import Parser
+from sdumc.data.ark import ShardWriter
 from sdumc.data.kaldi_dir import KaldiDir, load_kaldi_dir, shard
 from sdumc.errors import UserError
 
@@ -23,11 +24,12 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def add_job_options(parser: Parser, batch_size: int = 16) -> None:
-    """Options of a command that works on one shard of a data directory."""
+def add_job_options(parser: Parser, name: str, batch_size: int = 16) -> None:
+    """Options of a command that writes one shard of a feature, called ``name`` unless the user says otherwise."""
     group = parser.add_argument_group("data and job")
     group.add_argument("--data-dir", required=True, metavar="DIR", help="Kaldi data directory, e.g. data/train")
     group.add_argument("--dump-dir", required=True, metavar="DIR", help="where the shard goes, e.g. dump/train")
+    group.add_argument("--name", default=name, help="name of the feature; `finish_dump --name` takes it too")
     group.add_argument("--shard", default="1/1", metavar="JOB/JOBS", help="which part of the utterances, from 1")
     group.add_argument(
         "--bad-media",
@@ -50,17 +52,18 @@ def add_compute_options(parser: Parser) -> None:
     group.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="number format of the models")
 
 
-def job_number(text: str) -> int:
-    """The JOB of ``JOB/JOBS``, which :func:`shard` has checked."""
-    return int(text.split("/")[0])
-
-
 def load_job(args: argparse.Namespace) -> tuple[KaldiDir, list[str]]:
     """The data directory of a job and the utterances of its shard."""
     if args.batch_size < 1 or args.batch_seconds <= 0:
         raise UserError("--batch-size and --batch-seconds must be positive")
     data = load_kaldi_dir(args.data_dir)
     return data, shard(data.utterances, args.shard)
+
+
+def open_shard(args: argparse.Namespace, settings: Mapping[str, Any], utterances: Sequence[str]) -> ShardWriter:
+    """The writer of a job's shard; what an earlier run left is continued if settings and utterances are the same."""
+    job = int(args.shard.split("/")[0])
+    return ShardWriter(args.dump_dir, args.name, job, settings, utterances)
 
 
 def data_hash(data: KaldiDir, *files: str | os.PathLike) -> str:

@@ -139,7 +139,8 @@ def simulate_shard(
         results = dict(zip(utts, halving(utts, work) if utts else [], strict=True))
         for utt in batch:
             if utt in reasons:
-                writer.absent(utt, reasons[utt], hyp="", raw="", status="empty", fallback="absent")
+                told = {"hyp": "", "raw": "", "status": "empty", "fallback": "absent", "bad_media": reasons[utt]}
+                writer.absent(utt, reasons[utt], **told)
                 continue
             r = results[utt]
             writer.write(utt, r.states.cpu().numpy(), hyp=r.text, raw=r.raw, status=r.status, fallback=r.fallback)

@@ -122,7 +122,11 @@ def test_toolkit(recipe, tmp_path):
     assert "keep   audio (imported)" in output and "none   text_sim: needs --encoder and --llm" in output
     found = scores(recipe / "exp/toolkit/train_seed1/decode_test")
     assert set(found) == {"full", "missing", "none"} and found["missing"]["mae"] == found["none"]["mae"]
-    assert (recipe / "RESULTS.toolkit.md").exists()
+    results = (recipe / "RESULTS.toolkit.md").read_text()
+    assert "missing: no text (none was simulated)" in results and "missing is the same as none" in results
+    assert "imulated text" not in results and "MAE full < none" in results
+    page = (recipe / "exp/toolkit/train/report.html").read_text()
+    assert "no text (none was simulated)" in page and "imulated text" not in page
 
 
 @pytest.mark.slow
@@ -130,7 +134,7 @@ def test_toolkit_with_media(recipe, models, tmp_path):
     corpus = mini.make_raw(tmp_path / "corpus", segmented=True)
     pickle = mini.make_pickle(tmp_path / "aligned_50.pkl", aligned=True)
     words = ["--source", "toolkit", "--pickle", pickle, "--corpus-dir", corpus, *small(models), "--asr-model="]
-    output = call(recipe, *words, "--projector", models / "model.pt", "--stop-stage", 3)
+    output = call(recipe, *words, "--projector", models / "model.pt", "--stop-stage", 6)
     assert "keep   audio train (imported)" in output and "keep   video train (imported)" in output
     train = load_dump(recipe / "dump/toolkit/train")
     dims = {name: feature.dim for name, feature in train.features.items()}

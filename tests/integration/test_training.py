@@ -167,3 +167,28 @@ def test_missing_without_simulated_text_means_none(undisturbed, tmp_path):
     assert a == b
     done = call("decode", *args, "--condition", "full")
     assert done.returncode == 1 and "text.scp" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("without", ["train", "valid", "test"])
+def test_a_modality_that_a_whole_set_lacks(tmp_path, without):
+    """No face in a single clip of one set: training, decoding and the report go on."""
+    for seed, name in enumerate(("train", "valid", "test")):
+        make_dump(tmp_path / "dump" / name, 12, seed, absent={"video": set(range(12))} if name == without else None)
+    exp = tmp_path / "exp/small_seed1"
+    done = call(*train_args(tmp_path / "dump", exp, "--epochs", "1"))
+    assert done.returncode == 0, done.stderr
+    assert ("video-dim: 0" in (exp / "config.yaml").read_text()) == (without == "train")
+    scored = ["--data-dir", tmp_path / "dump/test", "--output-dir", exp / "decode_test"]
+    done = call("decode", "--exp-dir", exp, *scored, "--condition", "full", "missing", "none", "audio")
+    assert done.returncode == 0, done.stderr
+    for condition in ("full", "missing", "none", "audio"):
+        folder = exp / "decode_test" / condition
+        done = call("score", "--predictions", folder / "predictions.tsv", "--output", folder / "score.json")
+        assert done.returncode == 0, done.stderr
+    same = [(exp / "decode_test" / c / "predictions.tsv").read_text() for c in ("none", "audio")]
+    assert (same[0] == same[1]) == (without != "valid")  # no video: nothing left but the sound
+    done = call("decode", "--exp-dir", exp, *scored, "--condition", "video")
+    assert done.returncode == (0 if without == "valid" else 1) and "Traceback" not in done.stderr
+    words = ["--data-root", tmp_path / "data", "--dump-root", tmp_path / "dump", "--output-dir", tmp_path / "report"]
+    done = call("report", "--exp-dirs", exp, *words, "--results", tmp_path / "RESULTS.md", "--test-sets", "test")
+    assert done.returncode == 0, done.stderr

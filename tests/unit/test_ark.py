@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from sdumc.data.ark import ShardWriter, load_matrix, matrix_shape, merge_shards, settings_hash, split_rxspecifier
+from sdumc.data.dump import load_dump
 from sdumc.data.kaldi_dir import read_table
 from sdumc.errors import UserError
 
@@ -363,6 +364,22 @@ def test_merge_writes_absences_notes_and_meta(tmp_path):
         f"model: m\nrate: 25.0\ndim: 3\nsettings_hash: {settings_hash(SETTINGS)}\n"
     )
     assert not (tmp_path / "ark" / "text_sim.3.ark").exists()
+
+
+def test_absent_everywhere_is_an_empty_index(tmp_path):
+    with ShardWriter(tmp_path, "video", 1, SETTINGS) as writer:
+        writer.absent("a", "no face")
+        writer.absent("b", "no face")
+    merged = merge_shards(tmp_path, "video", 1, {"dim": 7}, ["a", "b"])
+    assert merged.dim is None and not merged.frames
+    assert read_table(tmp_path / "video.scp") == read_table(tmp_path / "video.frames") == {}
+    feature = load_dump(tmp_path).features["video"]
+    assert (feature.dim, feature.entries, feature.absent) == (7, {}, {"a": "no face", "b": "no face"})
+    (tmp_path / "video.yaml").unlink()
+    assert load_dump(tmp_path).features["video"].dim == 0
+    (tmp_path / "video.absent").unlink()
+    with pytest.raises(UserError, match=r"video\.scp: empty"):
+        load_dump(tmp_path)
 
 
 def test_shards_of_notes_leave_no_index(tmp_path):

@@ -10,9 +10,10 @@ import pytest
 import tiny_models
 import torch
 import yaml
+from test_features import make_clip, video_data_dir
 
-from sdumc.bin import extract_audio, extract_text, finish_dump, recognize, simulate_text, train_projector
-from sdumc.data.ark import ShardWriter
+from sdumc.bin import extract_audio, extract_text, extract_video, finish_dump, recognize, simulate_text, train_projector
+from sdumc.data.ark import ShardWriter, load_matrix
 from sdumc.data.dump import load_dump
 from sdumc.errors import UserError
 from sdumc.simulation import jobs, simulate
@@ -227,6 +228,51 @@ def test_out_of_memory_halves_the_batch(caplog):
         jobs.halving(["u1"], never)
 
 
+@pytest.mark.parametrize("name", ["audio", "recognize", "simulate", "text", "video"])
+def test_every_command_goes_on_when_the_gpu_s_memory_is_too_small(work, tmp_path, monkeypatch, capsys, name):
+    """Two at once are too many: each command says so, halves the batch, and writes what it would have written."""
+    from sdumc.features.video import VisionExtractor
+    from sdumc.simulation.asr import CtcRecogniser
+    from sdumc.simulation.encoder import SpeechEncoder
+    from sdumc.simulation.speech_llm import SpeechLLM
+
+    target, method, command, arguments = {
+        "audio": (SpeechEncoder, "__call__", extract_audio, ["--model", str(work / "encoder"), "--layer", "1"]),
+        "recognize": (CtcRecogniser, "__call__", recognize, ["--model", str(work / "ctc")]),
+        "simulate": (SpeechLLM, "transcribe", simulate_text, simulation(work, tmp_path)[8:]),
+        "text": (SpeechLLM, "encode", extract_text, simulation(work, tmp_path)[8:-2]),
+        "video": (VisionExtractor, "_vectors", extract_video, ["--fps", "5"]),
+    }[name]
+    if name == "video":
+        clips = {f"s0-{i}": make_clip(tmp_path / f"{i}.mp4", 1.0, i) for i in range(2)}
+        data = video_data_dir(tmp_path / "data", clips)
+        arguments += ["--model", str(tiny_models.vit(tmp_path / "vit"))]
+    else:
+        data = work / "data"
+    original, sizes = getattr(target, method), []
+
+    def small(self, items, *rest, **options):
+        sizes.append(len(items))
+        if len(items) > 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return original(self, items, *rest, **options)
+
+    base = ["--data-dir", str(data), "--device", "cpu", "--batch-size", "3", *arguments]
+    command.main([*base, "--dump-dir", str(tmp_path / "whole")])
+    monkeypatch.setattr(target, method, small)
+    command.main([*base, "--dump-dir", str(tmp_path / "halved")])
+    assert max(sizes) > 1 and sizes.count(1) >= 9 - 7 * (name == "video")
+    said = capsys.readouterr().err
+    assert "out of GPU memory with" in said and "going on with batches of" in said
+    (manifest,) = (tmp_path / "halved" / "ark").glob("*.1.json")
+    halved, whole = (json.loads((tmp_path / d / "ark" / manifest.name).read_text()) for d in ("halved", "whole"))
+    assert halved["frames"] == whole["frames"] and halved["notes"] == whole["notes"]
+    for utt in whole["scp"]:
+        ark = f"ark/{manifest.name.removesuffix('.json')}.ark"
+        a, b = (load_matrix(f"{tmp_path / d / ark}:{m['scp'][utt]}") for d, m in (("whole", whole), ("halved", halved)))
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
 def test_batches_are_fixed_and_bounded():
     seconds = {f"u{i}": float(i % 7 + 1) for i in range(40)}
     batches = jobs.make_batches(seconds, 8, 20)
@@ -250,7 +296,11 @@ def test_unreadable_media(work, tmp_path):
     with pytest.raises(UserError, match=r"bad\.wav"):
         extract_audio.main([*arguments, "--dump-dir", str(tmp_path / "a")])
     extract_audio.main([*arguments, "--dump-dir", str(tmp_path / "b"), "--bad-media", "absent"])
-    finish_dump.main(["--data-dir", str(data), "--dump-dir", str(tmp_path / "b"), "--name", "audio"])
+    join = ["--data-dir", str(data), "--dump-dir", str(tmp_path / "b"), "--name", "audio"]
+    with pytest.raises(UserError, match=rf"1 of 9 utterances \(11\.1%\) could not be read.*{utt}.*--max-drop"):
+        finish_dump.main(join)
+    assert not (tmp_path / "b" / "audio.scp").exists()
+    finish_dump.main([*join, "--max-drop", "0.2"])
     assert (tmp_path / "b" / "audio.absent").read_text().startswith(f"{utt} ")
     assert set(load_dump(tmp_path / "b").features["audio"].absent) == {utt}
 

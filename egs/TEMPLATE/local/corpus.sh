@@ -8,5 +8,6 @@ set -euo pipefail
 
 # For example:
 #   step "corpus" --settings conf/corpus.yaml --outputs corpus/corpus.tsv \
-#     -- ${train_cmd} exp/log/corpus.log -- python3 local/make_corpus.py --config conf/corpus.yaml --output-dir corpus
+#     -- ${train_cmd} "${expdir}/log/corpus.log" -- \
+#     python3 local/make_corpus.py --config conf/corpus.yaml --output-dir corpus
 echo "local/corpus.sh: nothing to do in this recipe"

@@ -6,6 +6,6 @@ set -euo pipefail
 
 # For example:
 #   step "data" --inputs corpus/labels.csv --outputs "${datadir}"/{train,valid,test}/wav.scp \
-#     -- ${train_cmd} exp/log/data.log -- python3 local/make_data.py --corpus-dir corpus --data-dir "${datadir}"
+#     -- ${train_cmd} "${expdir}/log/data.log" -- python3 local/make_data.py --corpus-dir corpus --data-dir "${datadir}"
 echo "local/data.sh: error: write this script for your corpus; docs/stages.md says what it has to make" >&2
 exit 1

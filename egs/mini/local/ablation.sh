@@ -11,6 +11,14 @@ if [[ ${1-} == --seeds ]]; then
   seeds=$2
   shift 2
 fi
+expdir=exp # where run.sh is told to put its experiments
+words=("$@")
+for i in "${!words[@]}"; do
+  case ${words[i]} in
+    --expdir) expdir=${words[i + 1]-} ;;
+    --expdir=*) expdir=${words[i]#*=} ;;
+  esac
+done
 . ./path.sh
 
 experiments=()
@@ -19,6 +27,6 @@ for config in conf/train.yaml conf/ablation/*.yaml; do
   echo "== ${tag}"
   ./run.sh "$@" --stage 4 --stop-stage 5 --train-config "${config}" --exp-tag "${tag}" --seeds "${seeds}" \
     --conditions "full missing none"
-  experiments+=("exp/${tag}")
+  experiments+=("${expdir}/${tag}")
 done
 python3 -m sdumc.bin.compare --experiments "${experiments[@]}" --title "Ablations on egs/mini" --output ABLATION.md

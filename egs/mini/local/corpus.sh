@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Stage 0: make the synthetic corpus, and train the models that other recipes get ready-made. sdumc.sh runs this in the
-# recipe's folder and exports `step` and train_cmd. For another size, as in tests, name other settings:
+# recipe's folder and exports `step`, train_cmd and expdir. For another size, as in tests, name other settings:
 #   corpus_config=conf/corpus_small.yaml pretrain_config=conf/pretrain_small.yaml ./run.sh
 # shellcheck disable=SC2154,SC2086  # train_cmd comes from sdumc.sh and is split into words
 set -euo pipefail
@@ -9,10 +9,10 @@ corpus_config=${corpus_config:-conf/corpus.yaml}
 pretrain_config=${pretrain_config:-conf/pretrain.yaml}
 
 step "corpus" --settings "${corpus_config}" --outputs corpus/{corpus.tsv,speakers.json,clips} \
-  -- ${train_cmd} exp/log/corpus.log -- \
+  -- ${train_cmd} "${expdir}/log/corpus.log" -- \
   python3 -m sdumc.bin.make_mini_corpus --config "${corpus_config}" --output-dir corpus
 
 step "pretrained models" --inputs corpus/corpus.tsv corpus/speakers.json --settings "${pretrain_config}" \
   --outputs models/{encoder,ctc,llm,vision}/{config.json,model.safetensors} \
-  -- ${train_cmd} exp/log/pretrain.log -- \
+  -- ${train_cmd} "${expdir}/log/pretrain.log" -- \
   python3 -m sdumc.bin.pretrain_mini --config "${pretrain_config}" --corpus-dir corpus --models-dir models

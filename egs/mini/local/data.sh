@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Stage 1: the corpus's table as Kaldi data directories. sdumc.sh runs this and exports `step`, train_cmd and datadir.
+# Stage 1: the corpus's table as Kaldi data directories. sdumc.sh runs this and exports `step`, train_cmd, datadir
+# and expdir.
 # shellcheck disable=SC2154,SC2086  # train_cmd comes from sdumc.sh and is split into words
 set -euo pipefail
 
 step "data" --inputs corpus/corpus.tsv \
   --outputs "${datadir}"/{train,valid,test}/{wav.scp,video.scp,text,utt2spk,spk2utt,utt2label,utt2dur} \
-  -- ${train_cmd} exp/log/data.log -- \
+  -- ${train_cmd} "${expdir}/log/data.log" -- \
   python3 -m sdumc.bin.make_mini_data --corpus-dir corpus --data-dir "${datadir}"
