@@ -397,7 +397,7 @@ if chosen 6; then
     exps+=("${exp}")
     for set in ${test_sets}; do
       inputs+=("${exp}/decode_${set}/*/predictions.tsv")
-      optional+=("${exp}/decode_${set}"/*/{score.json,internals.npz})
+      optional+=("${exp}/decode_${set}"/*/{score.json,internals.npz,attention.npz})
     done
     optional+=("${exp}/metrics.jsonl")
   done

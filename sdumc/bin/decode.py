@@ -26,7 +26,8 @@ def get_parser() -> Parser:
         "--output-dir",
         required=True,
         metavar="DIR",
-        help="gets predictions.tsv and internals.npz; with several conditions, DIR/<condition>/ does",
+        help="gets predictions.tsv and, for the report, internals.npz and attention.npz (of the worst and some other "
+        "utterances); with several conditions, DIR/<condition>/ does",
     )
     g.add_argument(
         "--checkpoint", choices=("valid-best", "averaged"), default="valid-best", help="both were chosen on valid"
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup_logging(args.verbose)
     import torch
 
+    from sdumc.scoring.attention import attend, worth_keeping
+    from sdumc.scoring.attention_file import write_attention
     from sdumc.scoring.decoding import CONDITIONS, decode, inputs_for, load_for, write_decoded
     from sdumc.training.experiment import load_model
 
@@ -67,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         decoded = decode(model, dump, condition, device, batch_size=args.batch_size, num_workers=args.num_workers)
         folder = Path(args.output_dir) / (condition if len(args.condition) > 1 else "")
+        write_attention(attend(model, dump, condition, worth_keeping(decoded), device), folder)
         write_decoded(decoded, folder)
         log.info("%s: %d utterances (%s) -> %s", condition, len(decoded.ids), CONDITIONS[condition].meaning, folder)
 

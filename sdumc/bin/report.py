@@ -14,7 +14,8 @@ log = logging.getLogger(__name__)
 def get_parser() -> Parser:
     parser = Parser(
         "Report on runs that differ in their seed: RESULTS.md with mean and spread, baselines and checks; figures in\n"
-        "OUTPUT_DIR/images; and OUTPUT_DIR/report.html, one page that needs no server.\n"
+        "OUTPUT_DIR/images and, with the mean curves, in OUTPUT_DIR/tensorboard; and OUTPUT_DIR/report.html, one page\n"
+        "that needs no server.\n"
         "The same inputs give the same files."
     )
     group = parser.add_argument_group("what to report on")
@@ -28,7 +29,9 @@ def get_parser() -> Parser:
     group.add_argument("--dump-root", default="dump", metavar="DIR", help="folder of the dump directories")
     group = parser.add_argument_group("outputs")
     group.add_argument("--results", metavar="FILE", help="RESULTS.md to write; OUTPUT_DIR/RESULTS.md by default")
-    group.add_argument("--output-dir", required=True, metavar="DIR", help="folder for images/ and report.html")
+    group.add_argument(
+        "--output-dir", required=True, metavar="DIR", help="folder for images/, tensorboard/ and report.html"
+    )
     return parser
 
 
@@ -36,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     setup_logging(args.verbose)
     from sdumc.data.atomic import write_text
+    from sdumc.reporting.attention import attention_figure
+    from sdumc.reporting.board import write_board
     from sdumc.reporting.collect import collect_runs, collect_set, used_set
     from sdumc.reporting.figures import set_figures, training_figures, write_figures
     from sdumc.reporting.page import page_html
@@ -51,9 +56,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     summary = summarise(title, runs, sets, train_set, valid_set, data_root, dump_root)
 
     training = training_figures(runs, valid_set)
-    by_set = {s.name: set_figures(s, runs) for s in sets}
-    for path in write_figures([*training, *(f for figures in by_set.values() for f in figures)], output_dir / "images"):
+    by_set = {s.name: [*set_figures(s, runs), *filter(None, [attention_figure(s, runs)])] for s in sets}
+    everything = [*training, *(f for figures in by_set.values() for f in figures)]
+    images = write_figures(everything, output_dir / "images")
+    for path in images:
         log.info("wrote %s", path)
+    log.info("wrote %s", write_board(runs, images, output_dir / "tensorboard"))
     page = output_dir / "report.html"
     write_text(page, page_html(summary, training, by_set))
     log.info("wrote %s", page)

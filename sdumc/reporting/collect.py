@@ -18,6 +18,8 @@ import numpy as np
 from sdumc.cli import read_yaml
 from sdumc.data.kaldi_dir import read_table
 from sdumc.errors import UserError
+from sdumc.reporting.tokens import Tokeniser
+from sdumc.scoring.attention_file import read_attention
 from sdumc.scoring.metrics import MEASURES, read_predictions, score
 
 # In the order of tables and legends; conditions that others add follow in alphabetical order.
@@ -58,14 +60,12 @@ class Condition:
     predictions: np.ndarray  # (R, N)
     scores: list[dict]  # R score.json, with NaN for null
     internals: list[dict[str, np.ndarray]]  # R times internals.npz, rows in the order of the utterances
+    # R times attention.npz: utterance -> modality -> (7, T); empty where decoding kept none
+    attention: list[dict[str, dict[str, np.ndarray]]] = field(default_factory=list)
 
     @property
     def is_main(self) -> bool:
         return self.name in MAIN_CONDITIONS
-
-    @property
-    def title(self) -> str:
-        return f"{self.name}: {CONDITION_NAMES[self.name]}" if self.name in CONDITION_NAMES else self.name
 
     @property
     def simulated(self) -> bool:
@@ -78,6 +78,10 @@ class Condition:
         if self.name == "missing" and not self.simulated:
             return "no text (none was simulated)"
         return CONDITION_NAMES.get(self.name, "")
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}: {self.meaning}" if self.meaning else self.name
 
 
 @dataclass
@@ -104,6 +108,8 @@ class TestSet:
     texts: dict[str, dict[str, str]] = field(default_factory=dict)  # text, text_sim, text_asr -> utterance -> words
     status: dict[str, str] = field(default_factory=dict)  # what became of the simulated text: ok, empty, refusal ...
     media: dict[str, Media] = field(default_factory=dict)
+    frame_rates: dict[str, float] = field(default_factory=dict)  # Hz by feature
+    tokenisers: dict[str, Tokeniser] = field(default_factory=dict)  # by text feature
 
     @property
     def shown(self) -> dict[str, Condition]:
@@ -209,7 +215,7 @@ def collect_set(runs: Sequence[Run], name: str, data_root: Path, dump_root: Path
     reference = None
     conditions = {}
     for condition in names:
-        predictions, scores, internals = [], [], []
+        predictions, scores, internals, attention = [], [], [], []
         for run in runs:
             folder = run.path / f"decode_{name}" / condition
             if condition not in found[run.path]:
@@ -228,7 +234,8 @@ def collect_set(runs: Sequence[Run], name: str, data_root: Path, dump_root: Path
             predictions.append(table.predictions)
             scores.append(_read_score(folder, table))
             internals.append(_read_internals(folder / "internals.npz", table.ids))
-        conditions[condition] = Condition(condition, np.stack(predictions), scores, internals)
+            attention.append(read_attention(folder))
+        conditions[condition] = Condition(condition, np.stack(predictions), scores, internals, attention)
     assert reference is not None
 
     data_dir, dump_dir = data_root / name, dump_root / name
@@ -242,6 +249,14 @@ def collect_set(runs: Sequence[Run], name: str, data_root: Path, dump_root: Path
             result.texts[kind] = read_table(data_dir / kind, allow_empty=True)
     if (dump_dir / "text_sim.status.tsv").is_file():
         result.status = read_status(dump_dir / "text_sim.status.tsv")
+    for feature in ("audio", "video", "text", "text_sim", "text_asr"):
+        meta = read_yaml(path) if (path := dump_dir / f"{feature}.yaml").is_file() else {}
+        if not feature.startswith("text"):
+            rate = meta.get("frame_rate")
+            if isinstance(rate, (int, float)) and rate > 0:
+                result.frame_rates[feature] = float(rate)
+        elif meta.get("model"):
+            result.tokenisers[feature] = Tokeniser(str(meta["model"]), dump_root.absolute().parent)
     result.media = media_links(data_dir, result.utterances, output_dir)
     return result
 

@@ -82,6 +82,7 @@ class Figure:
     caption: str
     panels: list[Panel]
     columns: int = field(default=2)
+    on_page: bool = True  # False: the page shows the same in another way
 
 
 @contextmanager
@@ -226,7 +227,7 @@ def _curve(run: Run, *keys: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array(epochs), np.array(values, dtype=float)
 
 
-def _mean_curve(runs: Sequence[Run], *keys: str) -> tuple[np.ndarray, np.ndarray]:
+def mean_curve(runs: Sequence[Run], *keys: str) -> tuple[np.ndarray, np.ndarray]:
     """Mean over the runs at the epochs that all of them reached."""
     curves = [dict(zip(*(a.tolist() for a in _curve(run, *keys)), strict=True)) for run in runs]
     epochs = sorted(set.intersection(*(set(c) for c in curves)))
@@ -249,7 +250,7 @@ def _draw_valid(ax: Axes, theme: Theme, runs: Sequence[Run], valid_set: str) -> 
             if best in epochs:
                 at = values[list(epochs).index(best)]
                 ax.plot([best], [at], "o", markersize=5, markerfacecolor="none", markeredgecolor=colour)
-        epochs, values = _mean_curve(runs, "valid", name, "mae")
+        epochs, values = mean_curve(runs, "valid", name, "mae")
         ax.plot(epochs, values, color=colour, linestyle=LINES.get(name, "-"), label=name)
     ax.set_title(f"MAE on {valid_set}")
     ax.set_ylabel("mean absolute error")
@@ -261,7 +262,7 @@ def _draw_valid(ax: Axes, theme: Theme, runs: Sequence[Run], valid_set: str) -> 
 def _draw_loss(ax: Axes, theme: Theme, runs: Sequence[Run]) -> None:
     for run in runs:
         ax.plot(*_curve(run, "train", "loss"), color=theme.ink, linewidth=0.7, alpha=0.55)
-    ax.plot(*_mean_curve(runs, "train", "loss"), color=theme.ink)
+    ax.plot(*mean_curve(runs, "train", "loss"), color=theme.ink)
     ax.set_title("Training loss")
     ax.set_ylabel("weighted sum of the terms")
     _epoch_axis(ax)
@@ -271,7 +272,7 @@ def _draw_terms(ax: Axes, theme: Theme, runs: Sequence[Run], terms: Sequence[str
     styles = ("-", "--", "-.", ":")
     colours = [*theme.conditions.values(), *theme.others]
     for i, term in enumerate(terms):
-        epochs, values = _mean_curve(runs, "train", term)
+        epochs, values = mean_curve(runs, "train", term)
         if len(values) and np.any(values > 0):
             ax.plot(
                 epochs, values, label=term.replace("_", " "), color=colours[i % len(colours)], linestyle=styles[i % 4]

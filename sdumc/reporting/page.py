@@ -11,10 +11,19 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from sdumc.reporting.collect import CONDITION_NAMES, Media, TestSet
+from sdumc.reporting.attention import (
+    SHORT_QUERIES,
+    HeatMap,
+    Scale,
+    attention_of,
+    heat_maps,
+    modality_scales,
+)
+from sdumc.reporting.collect import CONDITION_NAMES, Condition, Media, Run, TestSet
 from sdumc.reporting.figures import DARK, LIGHT, Figure, render, speaker_errors
 from sdumc.reporting.results import recovered_sentence
 from sdumc.reporting.summary import MEASURE_NAMES, Summary, format_value, spread
+from sdumc.scoring.attention_file import drawn_at_random
 
 WORST = 9  # utterances shown per condition
 WORST_CONDITIONS = ("missing", "full")
@@ -22,17 +31,28 @@ SPEAKER_ROWS = 60
 
 
 @dataclass
-class Worst:
-    """One utterance of the list of the largest errors."""
+class Card:
+    """One utterance that is shown with its media, texts, predictions and attention."""
 
     utterance: str
     speaker: str
     label: float
     predictions: list[tuple[str, float]]  # condition and mean over seeds
+    condition: str  # what error and maps are of
     error: float
     texts: list[tuple[str, str]]  # heading and words
     status: str
     media: Media | None
+    maps: list[HeatMap]
+    seed: str  # of the run whose attention it is
+
+
+@dataclass
+class Cards:
+    """Utterances under one heading."""
+
+    title: str
+    cards: list[Card]
 
 
 @dataclass
@@ -60,17 +80,20 @@ def page_html(summary: Summary, training: Sequence[Figure], by_set: dict[str, li
         format_value=format_value,
         recovered=recovered_sentence,
         scale=scale,
+        short_queries=SHORT_QUERIES,
     )
     sections = []
     for part in summary.sets:
         test_set = part.test_set
         speakers = speaker_errors(test_set)
+        scales = modality_scales(test_set)
         sections.append(
             {
                 "part": part,
                 "tiles": _tiles(test_set),
-                "figures": [(f, pictures(f)) for f in by_set[test_set.name]],
-                "worst": {c: worst_utterances(test_set, c) for c in WORST_CONDITIONS if c in test_set.conditions},
+                "figures": [(f, pictures(f)) for f in by_set[test_set.name] if f.on_page],
+                "lists": utterance_lists(test_set, summary.runs, scales),
+                "scales": scales,
                 "speakers": speakers[:SPEAKER_ROWS],
                 "speaker_count": len(speakers),
                 "notes": [*part.notes, *_missing_pieces(test_set)],
@@ -95,29 +118,44 @@ def pictures(figure: Figure) -> list[Picture]:
     return out
 
 
-def worst_utterances(test_set: TestSet, condition: str, count: int = WORST) -> list[Worst]:
-    """The utterances with the largest absolute error under ``condition``, averaged over seeds."""
-    error = np.abs(test_set.conditions[condition].predictions - test_set.labels).mean(axis=0)
+def utterance_lists(test_set: TestSet, runs: Sequence[Run], scales: dict[str, Scale]) -> list[Cards]:
+    """The largest errors under each of two conditions, and some utterances drawn at random."""
+    lists = []
+    for name in WORST_CONDITIONS:
+        if name in test_set.conditions:
+            condition = test_set.conditions[name]
+            error = np.abs(condition.predictions - test_set.labels).mean(axis=0)
+            chosen = np.argsort(-error, kind="stable")[:WORST].tolist()
+            cards = [_card(test_set, condition, i, runs, scales) for i in chosen]
+            lists.append(Cards(f"Largest errors under {name}", cards))
+    name = next((c for c in WORST_CONDITIONS if c in test_set.conditions), next(iter(test_set.shown)))
+    drawn = [test_set.utterances.index(utt) for utt in drawn_at_random(test_set.utterances)]
+    cards = [_card(test_set, test_set.conditions[name], i, runs, scales) for i in drawn]
+    lists.append(Cards("Some drawn at random", cards))
+    return lists
+
+
+def _card(test_set: TestSet, condition: Condition, index: int, runs: Sequence[Run], scales: dict[str, Scale]) -> Card:
+    """The utterance number ``index`` with its mean error over seeds and its attention under ``condition``."""
     headings = {"text": "True text", "text_sim": "Simulated text", "text_asr": "ASR text"}
-    out = []
-    for i in np.argsort(-error, kind="stable")[:count]:
-        utt = test_set.utterances[i]
-        out.append(
-            Worst(
-                utterance=utt,
-                speaker=test_set.speakers.get(utt, ""),
-                label=float(test_set.labels[i]),
-                predictions=[(n, float(c.predictions[:, i].mean())) for n, c in test_set.shown.items()],
-                error=float(error[i]),
-                texts=[(headings[k], t.get(utt, "")) for k, t in test_set.texts.items()],
-                status=test_set.status.get(utt, ""),
-                media=test_set.media.get(utt),
-            )
-        )
-    return out
+    utt = test_set.utterances[index]
+    run, _ = attention_of(condition, utt)
+    return Card(
+        utterance=utt,
+        speaker=test_set.speakers.get(utt, ""),
+        label=float(test_set.labels[index]),
+        predictions=[(n, float(c.predictions[:, index].mean())) for n, c in test_set.shown.items()],
+        condition=condition.name,
+        error=float(np.abs(condition.predictions[:, index] - test_set.labels[index]).mean()),
+        texts=[(headings[k], t.get(utt, "")) for k, t in test_set.texts.items()],
+        status=test_set.status.get(utt, ""),
+        media=test_set.media.get(utt),
+        maps=heat_maps(test_set, condition, utt, scales),
+        seed=runs[run].seed,
+    )
 
 
-def scale(worst: Worst) -> Markup:
+def scale(card: Card) -> Markup:
     """A small drawing of the true label and the predictions on the line from -3 to 3."""
 
     def x(value: float) -> float:
@@ -127,11 +165,11 @@ def scale(worst: Worst) -> Markup:
     for tick in range(-3, 4):
         parts.append(f'<line class="axis" x1="{x(tick):g}" x2="{x(tick):g}" y1="17" y2="23"/>')
         parts.append(f'<text x="{x(tick):g}" y="36">{tick}</text>')
-    parts.append(f'<path class="truth" d="M{x(worst.label):.1f} 20 l-5 -11 h10 z"/>')
-    for name, value in worst.predictions:
+    parts.append(f'<path class="truth" d="M{x(card.label):.1f} 20 l-5 -11 h10 z"/>')
+    for name, value in card.predictions:
         css = name if name in CONDITION_NAMES else "other"
         parts.append(f'<circle class="c-{css}" cx="{x(value):.1f}" cy="20" r="4.5"/>')
-    words = f"true {worst.label:.2f}; " + "; ".join(f"{n} {v:.2f}" for n, v in worst.predictions)
+    words = f"true {card.label:.2f}; " + "; ".join(f"{n} {v:.2f}" for n, v in card.predictions)
     return Markup('<svg class="scale" viewBox="0 0 300 40" role="img" aria-label="{}">{}</svg>').format(
         words, Markup("".join(parts))
     )
@@ -154,6 +192,8 @@ def _missing_pieces(test_set: TestSet) -> list[str]:
     for kind, stage in (("text", "stage 1"), ("text_sim", "stage 2")):
         if kind not in test_set.texts:
             notes.append(f"No {kind} beside the worst utterances: data/{test_set.name}/{kind} is made by {stage}.")
+    if not any(run for c in test_set.shown.values() for run in c.attention):
+        notes.append("No attention over frames: decode again (stage 5); a model with fusion: concat has none.")
     if not test_set.speakers:
         notes.append(f"No errors by speaker: neither the data nor the dump folder of {test_set.name} has utt2spk.")
     return notes

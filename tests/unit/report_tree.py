@@ -10,6 +10,8 @@ import numpy as np
 import yaml
 
 from sdumc.data.atomic import write_json, write_text
+from sdumc.data.kaldi_dir import read_table
+from sdumc.scoring.attention_file import write_attention
 from sdumc.scoring.metrics import score
 
 CONDITIONS = {"full": 0.35, "missing": 0.5, "asr": 0.55, "none": 0.95}  # spread of the error
@@ -125,6 +127,23 @@ def _make_run(exp: Path, seed: int, labels: dict[str, float], epochs: int, rng: 
             text_feature=(hidden + rng.normal(0, 1, hidden.shape)).astype(np.float32),
             utterance_feature=hidden[:, :128].astype(np.float32),
         )
+        write_attention(_attention(ids, condition, root=exp.parents[1], rng=rng), folder)
+
+
+def _attention(ids: list[str], condition: str, root: Path, rng: np.random.Generator) -> dict:
+    """Attention of every utterance; the second one has no video."""
+    features = {"audio": "audio", "video": "video"}
+    if condition != "none":
+        features["text"] = {"full": "text", "missing": "text_sim", "asr": "text_asr"}[condition]
+    frames = {m: read_table(root / f"dump/test/{feature}.frames") for m, feature in features.items()}
+    kept: dict[str, dict[str, np.ndarray]] = {}
+    for i, utt in enumerate(ids):
+        kept[utt] = {}
+        for modality in features:
+            if i != 1 or modality != "video":
+                a = np.exp(rng.normal(0, 0.5, (7, int(frames[modality][utt]))))
+                kept[utt][modality] = a / a.sum(axis=1, keepdims=True)
+    return kept
 
 
 def _safetensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -1,7 +1,9 @@
 """The report on a made-up recipe folder: its numbers, its files, and what it says when something is missing."""
 
+import base64
 import html
 import html.parser
+import io
 import json
 import re
 import shutil
@@ -18,8 +20,13 @@ from sdumc.errors import UserError
 from sdumc.reporting import baselines, figures
 from sdumc.reporting.collect import media_links
 from sdumc.reporting.summary import format_value, spread
+from sdumc.scoring.attention_file import read_attention
 
 ARGS = ["--exp-dirs", "exp/train_seed1", "exp/train_seed2", "--output-dir", "exp/report", "--results", "RESULTS.md"]
+
+PIXEL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +49,8 @@ def tree(tmp_path, monkeypatch):
 @pytest.fixture
 def quick(monkeypatch):
     """Leave out the drawing where a test is about the words."""
-    monkeypatch.setattr(figures, "render", lambda *a, **k: b"png")
-    monkeypatch.setattr("sdumc.reporting.page.render", lambda *a, **k: b"png")
+    monkeypatch.setattr(figures, "render", lambda *a, **k: PIXEL)
+    monkeypatch.setattr("sdumc.reporting.page.render", lambda *a, **k: PIXEL)
 
 
 def rows_of(markdown: str) -> dict[str, list[str]]:
@@ -100,7 +107,7 @@ def test_results_state_what_they_rest_on(made):
 def test_a_rerun_writes_the_same_files(made, monkeypatch):
     monkeypatch.chdir(made)
     paths = [p for p in [Path("RESULTS.md"), *Path("exp/report").rglob("*")] if p.is_file()]
-    assert len(paths) == 8
+    assert len(paths) == 10
     before = {p: p.read_bytes() for p in paths}
     main(ARGS)
     assert {p: p.read_bytes() for p in paths} == before
@@ -143,7 +150,8 @@ def test_page_is_whole_and_stands_alone(made):
     assert not page.all("script", "iframe", "object") and "http" not in re.sub(r"data:[^\"]+", "", text)
     for image in page.all("img"):
         assert image["src"].startswith("data:image/png;base64,") and image["alt"]
-    assert len(page.all("img")) == 2 * (4 + 2 + 4 + 3 + 1 + 3)  # every panel for light and for dark
+    maps = sum(len(tags) for tags in heat_maps_of(text).values())
+    assert len(page.all("img")) == 2 * (4 + 2 + 4 + 3 + 1 + 3) + maps  # every panel for light and for dark
     ids = {a["id"] for _, a in page.tags if "id" in a}
     for link in page.all("a"):
         assert not link["href"].startswith("#") or link["href"][1:] in ids
@@ -155,10 +163,129 @@ def test_page_shows_words_as_words_and_links_to_media(made):
     assert not page.all("b", "script") or "then" in page.words
     assert "<b>& then</b>" in page.words  # the transcript's own characters, not markup
     videos = page.all("video")
-    assert len(videos) == 18
+    assert len(videos) == 24
     for video in videos:
         target = (made / "exp/report" / unquote(urlsplit(video["src"]).path)).resolve()
         assert target.parent == (made / "clips").resolve()
+
+
+def heat_maps_of(text: str) -> dict[str, list[dict]]:
+    """The pictures of heat maps by utterance."""
+    found: dict[str, list[dict]] = {}
+    for tag in re.findall(r'<img src="data:image/png[^>]*>', text):
+        (image,) = Page(tag).all("img")
+        if "seven queries" not in image["alt"]:
+            continue  # a figure
+        found.setdefault(re.search(r" of (\S+);", image["alt"])[1], []).append(image)
+    return found
+
+
+def test_attention_is_drawn_beside_the_utterance(made):
+    from matplotlib.image import imread
+
+    page = (made / "exp/report/report.html").read_text()
+    maps = heat_maps_of(page)
+    first = re.search(r"<h4>(\S+)</h4>", page)[1]
+    condition = made / "exp/train_seed1/decode_test/missing"
+    stored = read_attention(condition)[first]
+    titles = {utt: [re.search(r"over (.+?) of", image["alt"])[1] for image in images] for utt, images in maps.items()}
+    seen = dict(zip(titles[first][:3], maps[first], strict=False))
+    for title, modality in (("audio", "audio"), ("simulated text", "text"), ("video", "video")):
+        pixels = imread(io.BytesIO(base64.b64decode(seen[title]["src"].partition(",")[2])))
+        assert pixels.shape[:2] == stored[modality].shape == (7, pixels.shape[1])
+        # Brighter is more: cividis grows in every channel but blue.
+        brightness, expected = pixels[:, :, 0].ravel(), stored[modality].ravel()
+        assert np.corrcoef(brightness, expected)[0, 1] > 0.9
+    second = sorted(read_attention(condition))[1]  # the tree gives this one no video
+    assert "video" not in titles.get(second, [])
+    assert "frames, 0." in page and "0.1 s" in page  # 25 Hz, some ten frames
+
+
+def test_axes_of_attention(made, monkeypatch):
+    from sdumc.reporting import attention
+    from sdumc.reporting.collect import collect_runs, collect_set
+
+    monkeypatch.chdir(made)
+    runs = collect_runs(["exp/train_seed1"])
+    found = collect_set(runs, "test", Path("data"), Path("dump"), Path("exp/report"))
+    utt = found.utterances[3]
+    words = found.texts["text"][utt].split()
+    title, unit, _, tokens = attention._axis(found, "full", utt, "text", len(words))
+    assert (title, unit, tokens) == ("real text", f"{len(words)} tokens", words)
+    _, _, ticks, tokens = attention._axis(found, "missing", utt, "text", 40)  # not the words' number: positions
+    assert tokens == [] and ticks[0] == (1.25, "1") and len(ticks) == 6
+    assert attention._axis(found, "full", utt, "audio", 100)[2] == [(25.0 * i, f"{i} s") for i in range(5)]
+    found.frame_rates.clear()
+    assert attention._axis(found, "full", utt, "video", 50)[1:3] == (
+        "50 frames",
+        [(40.0 * i, f"{20 * i}") for i in range(3)],
+    )
+    assert [attention._round_step(x) for x in (0.04, 0.21, 1.0, 3.0, 7.0)] == pytest.approx([0.05, 0.5, 1, 5, 10])
+
+
+def test_tokens_of_the_language_model(tmp_path):
+    from tiny_models import llama
+
+    from sdumc.reporting.tokens import Tokeniser
+
+    llama(tmp_path / "models/llm")
+    label = Tokeniser("models/llm", tmp_path)
+    assert label("the film was good .", 5) == ["the", "film", "was", "good", "."]
+    assert label("the film", 3) == []
+    assert Tokeniser("models/none", tmp_path)("a b", 2) == ["a", "b"]
+    (tmp_path / "models/llm/tokenizer.json").write_text("{")
+    assert Tokeniser("models/llm", tmp_path)("a b", 2) == ["a", "b"]
+
+
+def test_damaged_or_absent_attention(tree, quick):
+    path = Path("exp/train_seed1/decode_test/full/attention.npz")
+    path.write_bytes(path.read_bytes()[:500])
+    assert "attention.npz: cannot be read" in refused()
+    for path in Path("exp").glob("*/decode_test/*/attention.npz"):
+        path.unlink()
+    main(ARGS)
+    text = Path("exp/report/report.html").read_text()
+    assert "No attention over frames: decode again" in text and "Heat maps" not in text
+    assert not Path("exp/report/images/test_attention_over_frames.png").exists()
+
+
+def test_tensorboard_has_the_curves_and_the_figures(made, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.chdir(made)
+    (path,) = Path("exp/report/tensorboard").iterdir()
+    assert not (path.stat().st_mode & 0o111)
+    board = EventAccumulator(str(path.parent)).Reload()
+    histories = [
+        [json.loads(line) for line in Path(f"exp/train_seed{s}/metrics.jsonl").read_text().splitlines()] for s in (1, 2)
+    ]
+    for tag in ("train/loss", "train/rnc", "valid/full/mae", "valid/missing/corr"):
+        values = []
+        for history in histories:
+            entries = history
+            for key in tag.split("/"):
+                entries = [entry[key] for entry in entries]
+            values.append(entries)
+        events = board.Scalars(tag)
+        assert [e.step for e in events] == [entry["epoch"] for entry in histories[0]]
+        np.testing.assert_allclose([e.value for e in events], np.mean(values, axis=0), rtol=1e-6)
+    images = {p.stem: p for p in Path("exp/report/images").iterdir()}
+    assert {f"figures/{name}" for name in images} == set(board.Tags()["images"])
+    for name, image in images.items():
+        (event,) = board.Images(f"figures/{name}")
+        assert event.encoded_image_string == image.read_bytes() and event.width > 300
+
+    # A run's own folder keeps its curves; a second report takes the place of the first.
+    own = Path("exp/train_seed1/tensorboard")
+    own.mkdir()
+    (own / "events.out.tfevents.1.train").write_bytes(b"")
+    for _ in range(2):
+        main(["--exp-dirs", "exp/train_seed1", "--output-dir", "exp/train_seed1"])
+    assert len(list(own.iterdir())) == 2
+    board = EventAccumulator(str(next(own.glob("*.report")))).Reload()
+    assert board.Tags()["images"] and not board.Tags()["scalars"]
+    for name in ("tensorboard", "images"):
+        shutil.rmtree(f"exp/train_seed1/{name}")
 
 
 def test_figures_are_written(made):
@@ -169,6 +296,7 @@ def test_figures_are_written(made):
         "test_error_by_label.png",
         "test_similarity.png",
         "test_query_attention.png",
+        "test_attention_over_frames.png",
         "test_error_by_speaker.png",
     }
     for name in names:
@@ -340,22 +468,40 @@ def test_title():
 
 PROBE = """<script>
 addEventListener("load", () => setTimeout(() => {
-  const shown = [...document.images].filter(i => getComputedStyle(i).display != "none");
+  const shown = [...document.querySelectorAll(".panels img")].filter(i => getComputedStyle(i).display != "none");
+  const maps = [...document.querySelectorAll(".heat img")];
   const players = [...document.querySelectorAll("video")];
+  const edges = [...document.querySelectorAll(".heat img, .card, .card video, .panels img, .tile")];
   document.body.dataset.probe = JSON.stringify({
-    images: shown.length, drawn: shown.filter(i => i.naturalWidth > 300).length,
-    players: players.length, loaded: players.filter(v => v.readyState >= 1 && v.duration > 0.5).length,
-    wide: document.documentElement.scrollWidth > innerWidth,
+    figures: shown.length, drawn: shown.filter(i => i.naturalWidth > 300).length,
+    maps: maps.filter(i => i.naturalHeight == 7 && i.clientHeight == 77 && i.clientWidth > 150).length,
+    beside: maps.filter(i => ["video", "dd"].every(t => i.closest(".card").querySelector(t))).length,
+    players: players.length, loaded: players.filter(v => v.readyState >= 1 && v.duration > 0.5 && !v.error).length,
+    cut: edges.filter(e => e.getBoundingClientRect().right > innerWidth + 1).length,
+    wide: document.documentElement.scrollWidth > innerWidth, width: innerWidth,
     back: getComputedStyle(document.body).backgroundColor,
   });
+  parent.postMessage(document.body.dataset.probe, "*");
 }, 2500));
 </script></body>"""
 
+# A window cannot be as narrow as a telephone, but a frame in it can.
+FRAME = """<!DOCTYPE html><html lang="en"><head><link rel="icon" href="data:,"></head><body>
+<iframe src="PAGE" style="width: 360px; height: 800px"></iframe>
+<script>addEventListener("message", e => { document.body.dataset.probe = e.data; });</script></body></html>"""
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
-@pytest.mark.parametrize("width, dark", [(390, False), (1280, True)])
-def test_page_in_a_browser(made, width, dark):
+
+def browse(*args: object) -> subprocess.CompletedProcess:
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    command += ["--virtual-time-budget=8000", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def filmed(made):
+    """The same with clips to play."""
     from sdumc.data.media import write_clip
 
     for line in (made / "data/test/wav.scp").read_text().splitlines():
@@ -363,15 +509,50 @@ def test_page_in_a_browser(made, width, dark):
         if not clip.exists():
             frames = [np.full((48, 64, 3), 5 * i, np.uint8) for i in range(25)]
             write_clip(clip, frames, 25, np.zeros(16000, np.float32), 16000)
-    page = made / "exp/report" / f"probe{width}.html"
-    page.write_text((made / "exp/report/report.html").read_text().replace("</body>", PROBE))
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
-    command += ["--virtual-time-budget=8000", f"--window-size={width},900", *(["--force-dark-mode"] if dark else [])]
-    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120)
+    return made / "exp/report/report.html"
+
+
+@pytest.mark.slow
+@needs_chromium
+@pytest.mark.parametrize("width, dark", [(360, False), (360, True), (1280, False), (1280, True)])
+def test_page_in_a_browser(filmed, width, dark):
+    text = filmed.read_text()
+    page = filmed.with_name("probe.html")
+    page.write_text(text.replace("</body>", PROBE))
+    frame = filmed.with_name("frame.html")
+    frame.write_text(FRAME.replace("PAGE", page.name))
+    shown = frame if width == 360 else page
+    done = browse(
+        "--dump-dom", f"--window-size={max(width, 800)},900", *(["--force-dark-mode"] if dark else []), shown.as_uri()
+    )
     page.unlink()
-    assert "CONSOLE" not in done.stderr
+    frame.unlink()
+    assert "CONSOLE" not in done.stderr  # where chromium writes errors and warnings of a page
     found = json.loads(html.unescape(re.search(r'data-probe="([^"]+)"', done.stdout).group(1)))
-    assert found["images"] == found["drawn"] == 17
-    assert found["players"] == found["loaded"] == 18
-    assert not found["wide"]  # nothing makes the page itself scroll sideways
+    assert found["width"] in (width, width - 15)  # but for a scroll bar
+    assert found["figures"] == found["drawn"] == 17
+    assert found["maps"] == found["beside"] == sum(map(len, heat_maps_of(text).values())) > 60
+    assert found["players"] == found["loaded"] == 24
+    assert not found["wide"] and not found["cut"]  # nothing makes the page itself scroll sideways
     assert found["back"] == ("rgb(27, 31, 36)" if dark else "rgb(255, 255, 255)")
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_a_faulty_page_would_be_noticed(tmp_path):
+    (tmp_path / "x.html").write_text("<script>nothing.there()</script>")
+    assert "CONSOLE" in browse("--dump-dom", (tmp_path / "x.html").as_uri()).stderr
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_page_in_print(filmed, tmp_path):
+    """On white paper in dark mode too, without players; every figure and map is there."""
+    browse("--force-dark-mode", f"--print-to-pdf={tmp_path / 'page.pdf'}", filmed.as_uri())
+    pdf = (tmp_path / "page.pdf").read_bytes()
+    pages = int(max(re.findall(rb"/Type\s*/Pages\b.*?/Count (\d+)", pdf, re.S), key=int))
+    assert 5 < pages < 30
+    maps = {image["src"] for images in heat_maps_of(filmed.read_text()).values() for image in images}
+    # An image that is drawn twice is stored once; of the two themes only the light one is there.
+    assert pdf.count(b"/Subtype /Image") >= 17 + len(maps)
+    assert pdf.count(b"/Subtype /Image") < 2 * 17 + len(maps)

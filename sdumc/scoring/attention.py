@@ -1,0 +1,58 @@
+"""Attention of the seven queries over the frames of single utterances, for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from sdumc.data.dataset import UtteranceDataset, collate
+from sdumc.data.dump import Dump
+from sdumc.model.network import SDUMC
+from sdumc.scoring.attention_file import DRAWN, drawn_at_random
+from sdumc.scoring.decoding import CONDITIONS, Decoded, inputs_for, run_batch
+
+WORST = 24  # kept by every run, so that the few that are worst on average over runs are among them
+_BATCH = 6
+
+
+def worth_keeping(decoded: Decoded, worst: int = WORST, drawn: int = DRAWN) -> list[str]:
+    """The utterances with the largest absolute errors, and some drawn at random; unlabelled ones only in the latter."""
+    error = np.nan_to_num(np.abs(decoded.prediction - decoded.label), nan=-1.0)
+    order = [int(i) for i in np.argsort(-error, kind="stable")[:worst] if error[i] >= 0]
+    return sorted({decoded.ids[i] for i in order} | set(drawn_at_random(decoded.ids, drawn)))
+
+
+@torch.inference_mode()
+def attend(
+    model: SDUMC, dump: Dump, condition: str, utterances: Sequence[str], device: torch.device | str = "cpu"
+) -> dict[str, dict[str, np.ndarray]]:
+    """Score ``utterances`` once more under ``condition`` for their attention, by utterance and modality (7, T).
+
+    A modality that the utterance does not have is left out; a model without cross-attention (``fusion: concat``) has
+    none at all.
+
+    Raises:
+        UserError: as :func:`sdumc.scoring.decoding.decode`.
+    """
+    if model.config.fusion != "umca":
+        return {}
+    inputs, flow = inputs_for(condition, dump, model.available), CONDITIONS[condition].flow
+    dataset = UtteranceDataset(dump, sorted(inputs.values()))
+    index = {utt: i for i, utt in enumerate(dump.utterances)}
+    was_training = model.training
+    model.eval()
+    kept: dict[str, dict[str, np.ndarray]] = {}
+    for start in range(0, len(utterances), _BATCH):
+        batch = collate([dataset[index[utt]] for utt in utterances[start : start + _BATCH]]).to(device)
+        found = run_batch(model, batch, inputs, flow, with_attention=True).attention
+        for row, utt in enumerate(batch.ids):
+            kept[utt] = {}
+            for name, feature in inputs.items():
+                frames = int(batch.lengths[feature][row])
+                if frames:
+                    m = name.removesuffix("_sim")
+                    kept[utt][m] = found[m][row, :, :frames].float().cpu().numpy()
+    model.train(was_training)
+    return kept
