@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if ranks.is_main:
         st.write_config(exp_dir, args)
         write_extractors(exp_dir, train)
-        board = SummaryWriter(str(exp_dir / "tensorboard"), purge_step=step if state else None)
+        board = SummaryWriter(str(exp_dir / "tensorboard"), purge_step=epoch if state else None)
     else:
         board = None
 
