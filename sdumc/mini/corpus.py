@@ -13,9 +13,12 @@ import json
 import multiprocessing
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -204,20 +207,51 @@ def clip_path(clip: Clip) -> str:
     return f"clips/{clip.speaker.name}/{clip.utt}.mp4"
 
 
-def _make_speaker(work: tuple[list[Clip], Settings, str]) -> tuple[str, str] | None:
-    """Write the clips of one speaker; return an error's text, for exceptions lose their kind between processes."""
-    clips, settings, folder = work
+def _make_speaker(clips: list[Clip], settings: Settings, folder: Path, parent: int, failure: Connection) -> None:
+    """Write the clips of one speaker; an error's text goes to ``failure``."""
+    die_with(parent)
     try:
         synthesiser = speech.Synthesiser()
         for clip in clips:
             sound, track = render(clip, synthesiser, settings)
-            path = Path(folder) / clip_path(clip)
+            path = folder / clip_path(clip)
             path.parent.mkdir(parents=True, exist_ok=True)
             frames = (face.draw_face(clip.speaker.looks, values, settings.size) for values in track)
             media.write_clip(path, frames, settings.fps, sound, speech.RATE)
     except UserError as e:
-        return clips[0].speaker.name, str(e)
-    return None
+        failure.send(str(e))
+        sys.exit(1)
+
+
+def _make_speakers(by_speaker: dict[str, list[Clip]], settings: Settings, folder: Path, jobs: int) -> None:
+    """A fresh process for each speaker, ``jobs`` at a time: espeak-ng's sound depends on what it said before.
+
+    Plain processes, as those of a pool are started by a thread, whose end would count as their parent's.
+    """
+    context = multiprocessing.get_context("fork")
+    waiting, running = list(by_speaker.items()), {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < max(1, jobs):
+                speaker, clips = waiting.pop(0)
+                failure, sender = context.Pipe(duplex=False)
+                process = context.Process(target=_make_speaker, args=(clips, settings, folder, os.getpid(), sender))
+                process.start()
+                sender.close()
+                running[process.sentinel] = speaker, process, failure
+            for sentinel in wait(list(running)):
+                speaker, process, failure = running.pop(sentinel)
+                process.join()
+                if process.exitcode:
+                    try:
+                        message = failure.recv()
+                    except EOFError:  # its traceback is on stderr, unless a signal ended it
+                        message = f"the process that makes its clips ended with exit code {process.exitcode}"
+                    raise UserError(f"{speaker}: {message}")
+    finally:
+        for _, process, _ in running.values():
+            process.kill()
+            process.join()
 
 
 def make_corpus(settings: Settings, folder: str | Path, jobs: int) -> list[Clip]:
@@ -239,13 +273,7 @@ def make_corpus(settings: Settings, folder: str | Path, jobs: int) -> list[Clip]
     by_speaker: dict[str, list[Clip]] = {}
     for clip in clips:
         by_speaker.setdefault(clip.speaker.name, []).append(clip)
-    work = [(speaker_clips, settings, str(partial)) for speaker_clips in by_speaker.values()]
-    # A fresh process for each speaker (maxtasksperchild): espeak-ng's sound depends on what it said before.
-    context = multiprocessing.get_context("fork")
-    with context.Pool(max(1, min(jobs, len(work))), die_with, (os.getpid(),), maxtasksperchild=1) as pool:
-        for failure in pool.imap_unordered(_make_speaker, work, chunksize=1):
-            if failure:
-                raise UserError("{}: {}".format(*failure))
+    _make_speakers(by_speaker, settings, partial, jobs)
     speakers = {clip.speaker.name: asdict(clip.speaker) for clip in clips}
     write_json(partial / SPEAKERS, speakers)
     write_text(partial / TABLE, _table(clips))
@@ -311,6 +339,11 @@ def _rows(content: str, path: Path, folder: Path, set_name: str | None) -> Itera
         raise UserError(f"{path}: no clip of the set {set_name!r}" if set_name else f"{path}: no clips")
 
 
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """Lists as tuples again; JSON knows none."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+
 def read_looks(folder: str | Path, set_name: str) -> list[face.Looks]:
     """The looks of the speakers of a set, from ``speakers.json``.
 
@@ -321,8 +354,7 @@ def read_looks(folder: str | Path, set_name: str) -> list[face.Looks]:
     try:
         speakers = json.loads(path.read_text(encoding="utf-8"))
         chosen = [speakers[name]["looks"] for name in sorted(speakers) if speakers[name]["set"] == set_name]
-        # JSON knows no tuples.
-        return [face.Looks(**{k: tuple(v) if isinstance(v, list) else v for k, v in looks.items()}) for looks in chosen]
+        return [face.Looks(**_tuples(looks)) for looks in chosen]
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}): make the corpus first") from None
     except (ValueError, KeyError, TypeError):
