@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdumc.cli import Parser, run, setup_logging
+from sdumc.corpora.options import add_output_options
 
 log = logging.getLogger("sdumc")
 
@@ -26,15 +27,7 @@ def get_parser() -> Parser:
         group.add_argument(
             f"--{name.replace('_', '-')}-folder", default=folder, metavar="NAME", help=f"{name} features"
         )
-    group = parser.add_argument_group("output")
-    group.add_argument("--data-dir", default="data", metavar="DIR", help="where texts and labels are written")
-    group.add_argument("--dump-dir", default="dump", metavar="DIR", help="where the features are written")
-    group.add_argument(
-        "--max-drop", type=float, default=0.01, metavar="X", help="largest share of a set without a feature (0-1)"
-    )
-    group.add_argument(
-        "--counts", choices=("mosei", "mosi", "none"), default="mosei", help="published counts to show beside"
-    )
+    group = add_output_options(parser)
     group.add_argument("--num-jobs", type=int, default=4, metavar="N", help="processes that convert")
     return parser
 
@@ -49,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         SUMMARY,
         check_disjoint,
         check_share,
+        forget_features,
         plain_tables,
-        summary_table,
         write_dropped,
         write_set,
         write_summary,
@@ -85,15 +78,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         notes.append(f"{len(surplus)} names of feature files have no label ({data_dir / DROPPED})")
     for fold in folds.values():
         write_dropped(data_dir / fold.name / DROPPED, fold)
-    write_summary(
-        data_dir, summary_table(list(folds.values()), args.counts, data_dir) + "".join(f"{n}\n" for n in notes)
-    )
+    write_summary(data_dir, list(folds.values()), args.counts, notes)
     for fold in folds.values():
         check_share(fold, args.max_drop, data_dir / fold.name / DROPPED)
 
     for fold in folds.values():
         folder, tables = dump_dir / fold.name, plain_tables(fold)
         write_set(data_dir / fold.name, tables)
+        forget_features(folder, present)
         files = {utt: names[fold.name][utt] for utt in fold.label}
         for table in ("utt2spk", "utt2label"):
             write_table(folder / table, tables[table])
@@ -103,9 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 first, reason = next(iter(merged.absent.items()))
                 fold.notes.append(f"{name}: {len(merged.absent)} utterances have none, such as {first}: {reason}")
         load_dump(folder, list(present), require=("utt2label",))
-    write_summary(
-        data_dir, summary_table(list(folds.values()), args.counts, data_dir) + "".join(f"{n}\n" for n in notes)
-    )
+    write_summary(data_dir, list(folds.values()), args.counts, notes)
     print((data_dir / SUMMARY).read_text(encoding="utf-8"), end="")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdumc.cli import Parser, run, setup_logging
+from sdumc.corpora.options import add_media_options, add_output_options
 
 log = logging.getLogger("sdumc")
 
@@ -29,17 +30,8 @@ def get_parser() -> Parser:
         metavar="NAME",
         help="features to take from the pickle",
     )
-    group.add_argument("--corpus-dir", metavar="DIR", help="raw distribution with the media of the same clips, if any")
-    group.add_argument("--media", choices=("auto", "full", "segmented"), default="auto", help="as in prepare_mosei")
-    group = parser.add_argument_group("output")
-    group.add_argument("--data-dir", default="data", metavar="DIR", help="where texts and labels are written")
-    group.add_argument("--dump-dir", default="dump", metavar="DIR", help="where the features are written")
-    group.add_argument(
-        "--max-drop", type=float, default=0.01, metavar="X", help="largest share of a fold left out (0-1)"
-    )
-    group.add_argument(
-        "--counts", choices=("mosei", "mosi", "none"), default="mosei", help="published counts to show beside"
-    )
+    add_media_options(group)
+    add_output_options(parser)
     return parser
 
 
@@ -49,23 +41,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     from sdumc.corpora import raw
     from sdumc.corpora.sets import (
         DROPPED,
+        STAGE,
         SUMMARY,
         check_disjoint,
         check_share,
+        forget_features,
         plain_tables,
-        summary_table,
         write_dropped,
         write_set,
         write_summary,
     )
     from sdumc.corpora.toolkit import describe_sha256, read_pickle, sha256, write_feature
     from sdumc.data.dump import load_dump
-    from sdumc.data.kaldi_dir import write_table
+    from sdumc.data.kaldi_dir import append_dropped, write_table
 
     path, data_dir, dump_dir = Path(args.pickle), Path(args.data_dir), Path(args.dump_dir)
     (data_dir / SUMMARY).unlink(missing_ok=True)  # an older one says nothing about this run
     digest = sha256(path)
-    identity = describe_sha256(path, digest, args.sha256)
+    identity = describe_sha256(path, digest, args.sha256, args.counts)
     log.info("%s", identity)
     parts = read_pickle(path)
     folds = [part.fold for part in parts.values()]
@@ -100,20 +93,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             sets[name] = plain_tables(fold)
         write_dropped(data_dir / name / DROPPED, fold)
-    write_summary(data_dir, summary_table(folds, args.counts, data_dir) + "".join(f"{n}\n" for n in notes))
+    (data_dir / DROPPED).unlink(missing_ok=True)
+    if args.corpus_dir and (unused := raw.unused_media(media)):
+        append_dropped(data_dir / DROPPED, [(stem, STAGE, "media without a label in the pickle") for stem in unused])
+        notes.append(f"{len(unused)} media files belong to no utterance, such as {unused[0]} ({data_dir / DROPPED})")
+    write_summary(data_dir, folds, args.counts, notes)
     for fold in folds:
         check_share(fold, args.max_drop, data_dir / fold.name / DROPPED)
 
     for name, part in parts.items():
         write_set(data_dir / name, sets[name])
         folder = dump_dir / name
+        forget_features(folder, args.features)
         tables = plain_tables(part.fold)
         for table in ("utt2spk", "utt2label"):
             write_table(folder / table, tables[table])
         for feature in args.features:
             part.fold.notes += write_feature(path, part, feature, folder, digest)
         load_dump(folder, args.features, require=("utt2label",))
-    write_summary(data_dir, summary_table(folds, args.counts, data_dir) + "".join(f"{n}\n" for n in notes))
+    write_summary(data_dir, folds, args.counts, notes)
     print((data_dir / SUMMARY).read_text(encoding="utf-8"), end="")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdumc.cli import Parser, run, setup_logging
+from sdumc.corpora.options import add_media_options, add_output_options
 
 log = logging.getLogger("sdumc")
 
@@ -18,7 +19,7 @@ def get_parser() -> Parser:
         "DATA_DIR/<set>/dropped.tsv\nwith its reason; videos of no fold in DATA_DIR/dropped.tsv."
     )
     group = parser.add_argument_group("corpus")
-    group.add_argument("--corpus-dir", required=True, metavar="DIR", help="the folder that holds Raw/, or Raw itself")
+    add_media_options(group, required=True)
     group.add_argument(
         "--folds",
         required=True,
@@ -28,20 +29,7 @@ def get_parser() -> Parser:
     group.add_argument(
         "--labels", metavar="PATH", help="CSV file or folder of them, or a .csd file; Raw/Labels by default"
     )
-    group.add_argument(
-        "--media",
-        choices=("auto", "full", "segmented"),
-        default="auto",
-        help="cut clips from whole videos, or take the files of single clips; auto: the first where there are any",
-    )
-    group = parser.add_argument_group("output")
-    group.add_argument("--data-dir", default="data", metavar="DIR", help="where the sets are written")
-    group.add_argument(
-        "--max-drop", type=float, default=0.01, metavar="X", help="largest share of a fold's labels left out (0-1)"
-    )
-    group.add_argument(
-        "--counts", choices=("mosei", "mosi", "none"), default="mosei", help="published counts to show beside"
-    )
+    add_output_options(parser, dump=False)
     return parser
 
 
@@ -66,7 +54,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         STAGE,
         SUMMARY,
         check_share,
-        summary_table,
         write_dropped,
         write_set,
         write_summary,
@@ -97,13 +84,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = [(name, STAGE, reason) for name, reason in strays(assigned, transcripts, labels, media).items()]
     if rows:
         append_dropped(data_dir / DROPPED, rows)
-    table = summary_table(folds, args.counts, data_dir)
     notes = [*labels.notes, f"media: {'a file a clip' if media.segmented else 'clips are cut from whole videos'}"]
     if not media.has_video:
         notes.append("media: only sound; there is no folder of videos")
     if rows:
         notes.append(f"{len(rows)} videos or files belong to no fold ({data_dir / DROPPED})")
-    write_summary(data_dir, table + "".join(f"{note}\n" for note in notes))
+    write_summary(data_dir, folds, args.counts, notes)
     print((data_dir / SUMMARY).read_text(encoding="utf-8"), end="")
     for fold in folds:
         check_share(fold, args.max_drop, data_dir / fold.name / DROPPED)

@@ -537,9 +537,14 @@ def collect_fold(
     return fold, sources
 
 
+def unused_media(media: Media) -> list[str]:
+    """Names of the media files that no utterance has asked for, sorted."""
+    return sorted((media.video.keys() | media.audio.keys()) - media.used)
+
+
 def strays(assigned: set[str], transcripts: Transcripts, labels: Labels, media: Media) -> dict[str, str]:
     """Videos and media files that belong to no utterance of a fold: name -> what they are."""
     found = dict.fromkeys(transcripts.clips, "a transcript of a video in no fold")
-    found.update(dict.fromkeys(sorted((media.video.keys() | media.audio.keys()) - media.used), "a media file not used"))
+    found.update(dict.fromkeys(unused_media(media), "a media file not used"))
     found.update(dict.fromkeys(labels.videos, "labels of a video in no fold"))
     return {name: reason for name, reason in found.items() if name not in assigned}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdumc.data.atomic import write_text
+from sdumc.data.dump import FEATURES
 from sdumc.data.kaldi_dir import append_dropped, check_id, label_problem, write_table
 from sdumc.errors import UserError
 
@@ -198,6 +199,8 @@ def summary_table(folds: Sequence[Fold], counts: str, data_dir: Path) -> str:
             for reason, count in Counter(map(_kind, reasons.values())).most_common():
                 example = next(u for u, r in sorted(reasons.items()) if _kind(r) == reason)
                 lines.append(f"{f.name}: {count} {what}: {reason} (such as {example}; {data_dir / f.name / DROPPED})")
+        if f.name in known and (fewer := known[f.name].clips - f.expected) > 0:
+            lines.append(f"{f.name}: {fewer} utterances fewer than published: they are in no table of this copy")
         lines += [f"{f.name}: {note}" for note in f.notes]
     return "\n".join(lines) + "\n"
 
@@ -209,6 +212,19 @@ def _kind(reason: str) -> str:
     )
 
 
-def write_summary(data_dir: Path, text: str) -> None:
-    """Keep the table as :data:`SUMMARY`, which the recipe prints."""
+def write_summary(data_dir: Path, folds: Sequence[Fold], counts: str, notes: Iterable[str]) -> None:
+    """Keep :func:`summary_table` and ``notes``, a line each, as :data:`SUMMARY`, which the recipe prints."""
+    text = summary_table(folds, counts, data_dir) + "".join(f"{note}\n" for note in notes)
     write_text(data_dir / SUMMARY, text)
+
+
+def forget_features(dump_dir: Path, kept: Iterable[str]) -> None:
+    """Remove the indexes of the features that an import does not bring.
+
+    They are of another import, or were made in stages 2 and 3 from other utterances; those stages find their archives
+    and join them again, which takes no time, if these are still right.
+    """
+    for name in FEATURES:
+        if name not in kept:
+            for suffix in ("scp", "frames", "absent", "yaml"):
+                (dump_dir / f"{name}.{suffix}").unlink(missing_ok=True)

@@ -26,6 +26,7 @@ log = logging.getLogger("sdumc")
 KNOWN_SHA256 = {
     "ad8b23d50557045e7d47959ce6c5b955d8d983f2979c7d9b7b9226f6dd6fec1f": "MOSEI's unaligned_50.pkl as published"
 }
+KNOWN_NAMES = ", ".join(KNOWN_SHA256.values())
 FEATURES = {"audio": "audio", "text": "text", "video": "vision"}  # our name -> theirs
 _COMMIT_EVERY = 256
 
@@ -46,19 +47,22 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def describe_sha256(path: Path, digest: str, wanted: str | None) -> str:
-    """A line about the file's identity.
+def describe_sha256(path: Path, digest: str, wanted: str | None, corpus: str = "mosei") -> str:
+    """A line about the file's identity; ``corpus`` is the one it should be of.
 
     Raises:
         UserError: ``wanted`` is given and is another.
     """
     if wanted and wanted.lower() != digest:
         raise UserError(f"{path}: its SHA-256 is {digest}, not {wanted.lower()}; fetch the file again")
+    line = f"{path.name}: SHA-256 {digest}"
     if digest in KNOWN_SHA256:
-        return f"{path.name}: SHA-256 {digest}, {KNOWN_SHA256[digest]}"
+        return f"{line}, {KNOWN_SHA256[digest]}"
     if wanted:
-        return f"{path.name}: SHA-256 {digest}, as asked for"
-    return f"{path.name}: SHA-256 {digest}, of no file known here: a copy with changes, or cut short?"
+        return f"{line}, as asked for"
+    if corpus == "mosei" and path.name == "unaligned_50.pkl":
+        return f"{line}, which is not that of {KNOWN_NAMES}: another release, or a damaged copy"
+    return f"{line}; the only one known here to compare with is that of {KNOWN_NAMES}"
 
 
 @dataclass

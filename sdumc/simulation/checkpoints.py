@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The weight files of a folder, safetensors preferred, after checking that every shard is there.
 
     Raises:
-        UserError: no weights, a shard is missing, or a file is empty.
+        UserError: no weights, or a shard is missing, empty or cut short.
     """
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{single}.index.json"
@@ -88,11 +89,30 @@ def weight_files(folder: Path) -> list[Path]:
         bad = [f.name for f in files if not f.is_file() or f.stat().st_size == 0]
         if bad:
             raise UserError(f"{folder}: incomplete model, missing or empty: {', '.join(bad)}; fetch the model again")
+        if short := [f.name for f in files if _cut_short(f)]:
+            raise UserError(f"{folder}: incomplete model, cut short: {', '.join(short)}; fetch the model again")
         return files
     raise UserError(
         f"{folder}: incomplete model, there is neither model.safetensors nor pytorch_model.bin "
         "(nor their index); fetch the model again"
     )
+
+
+def _cut_short(file: Path) -> bool:
+    """Whether a weight file ends before its own table of contents says; nothing but that table is read."""
+    with open(file, "rb") as f:
+        start = f.read(8)
+        if start[:2] == b"PK":  # torch's, a zip archive, whose table stands at the end
+            return not zipfile.is_zipfile(f)
+        if file.suffix != ".safetensors":
+            return False  # torch's older form tells nothing
+        length = int.from_bytes(start, "little")
+        try:
+            table = json.loads(f.read(length)) if length < 100 * 2**20 else {}
+            ends = [entry["data_offsets"][1] for name, entry in table.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+            return True
+        return len(start) < 8 or file.stat().st_size < 8 + length + max(ends, default=0)
 
 
 def fingerprint(path: str | os.PathLike) -> str:

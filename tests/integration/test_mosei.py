@@ -111,7 +111,8 @@ def test_raw(recipe, models, tmp_path):
     clean = load_dump(recipe / "dump/train_clean")
     left_out = (recipe / "data/train_clean/dropped.tsv").read_text().splitlines()
     assert len(clean.utterances) + len(left_out) == 7 and left_out
-    assert "nothing to do" in call(recipe, *words)
+    output = call(recipe, *words)
+    assert "nothing to do" in output, output
 
 
 @pytest.mark.slow
@@ -131,14 +132,23 @@ def test_toolkit(recipe, tmp_path):
 
 @pytest.mark.slow
 def test_toolkit_with_media(recipe, models, tmp_path):
+    """Sound and pictures of the pickle; text by the LLM: given, recognised and simulated; up to the report."""
     corpus = mini.make_raw(tmp_path / "corpus", segmented=True)
     pickle = mini.make_pickle(tmp_path / "aligned_50.pkl", aligned=True)
-    words = ["--source", "toolkit", "--pickle", pickle, "--corpus-dir", corpus, *small(models), "--asr-model="]
-    output = call(recipe, *words, "--projector", models / "model.pt", "--stop-stage", 6)
+    words = ["--source", "toolkit", "--pickle", pickle]
+    call(recipe, *words, *small(), "--stop-stage", 1)  # before the media were there: the pickle's own text, too
+    assert load_dump(recipe / "dump/toolkit/train").features["text"].dim == 768
+    words += ["--corpus-dir", corpus, *small(models), "--projector", models / "model.pt"]
+    output = call(recipe, *words)
     assert "keep   audio train (imported)" in output and "keep   video train (imported)" in output
     train = load_dump(recipe / "dump/toolkit/train")
     dims = {name: feature.dim for name, feature in train.features.items()}
-    assert dims == {"audio": 74, "video": 35, "text": 48, "text_sim": 48}
+    assert dims == {"audio": 74, "video": 35, "text": 48, "text_sim": 48, "text_asr": 48}
+    found = scores(recipe / "exp/toolkit/train_seed1/decode_test")
+    assert set(found) == {"full", "missing", "asr", "none"} and found["missing"]["mae"] != found["none"]["mae"]
+    assert "missing: simulated text" in (recipe / "RESULTS.toolkit.md").read_text()
+    output = call(recipe, *words)
+    assert "nothing to do" in output, output
 
 
 @pytest.mark.slow
@@ -160,17 +170,20 @@ def test_authors(recipe, tmp_path):
 def test_stage_0_says_what_is_missing(recipe, models, tmp_path):
     output = call(recipe, *small(models), "--stop-stage", 0, code=1)
     assert "needs --corpus-dir" in output and "Traceback" not in output
-    (models / "llm").rename(models / "whole")
-    try:
-        shutil.copytree(models / "whole", models / "llm")
-        (models / "llm" / "model.safetensors").unlink()
-        corpus = mini.make_raw(tmp_path / "corpus")
-        words = ["--corpus-dir", corpus, "--folds", corpus / "folds", *small(models), "--stop-stage", 0]
-        output = call(recipe, *words, code=1)
-        assert "incomplete model" in output and "fetch_models.sh" in output and "Traceback" not in output
-    finally:
-        shutil.rmtree(models / "llm")
-        (models / "whole").rename(models / "llm")
+    corpus = mini.make_raw(tmp_path / "corpus")
+    damaged = Path(shutil.copytree(models, tmp_path / "damaged"))
+    (damaged / "llm/model.safetensors").unlink()
+    (damaged / "asr/preprocessor_config.json").unlink(missing_ok=True)
+    (damaged / "asr/processor_config.json").unlink(missing_ok=True)
+    weights = damaged / "encoder/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    words = ["--corpus-dir", corpus, "--folds", corpus / "folds", "--stop-stage", 0]
+    output = call(recipe, *words, *small(damaged), code=1)
+    assert "error: --encoder" in output and "incomplete model, cut short: model.safetensors" in output
+    assert "error: --llm" in output and "neither model.safetensors nor pytorch_model.bin" in output
+    assert "error: --asr-model" in output and "there is no preprocessor_config.json" in output
+    assert "error: --vision-model" not in output and "fetch_models.sh" in output and "Traceback" not in output
+    call(recipe, *words, *small(models))
 
 
 def test_too_much_left_out_fails_stage_1_and_says_where_it_went(recipe, tmp_path):

@@ -316,6 +316,8 @@ def test_reasons_are_counted_by_kind():
     fold = Fold("train", left_out={f"v{i}-0": f"no media file (v{i})" for i in range(3)})
     table = summary_table([fold], "none", Path("data"))
     assert "train: 3 left out: no media file (such as v0-0; data/train/dropped.tsv)" in table
+    table = summary_table([fold], "mosei", Path("data"))
+    assert "train: 16323 utterances fewer than published: they are in no table of this copy" in table
 
 
 # ----------------------------------------------------------------------------------------------------------- toolkit
@@ -354,7 +356,10 @@ def test_toolkit_checksum(tmp_path):
     known = next(iter(toolkit.KNOWN_SHA256))
     assert "as published" in toolkit.describe_sha256(path, known, None)
     assert "as asked for" in toolkit.describe_sha256(path, digest, digest.upper())
-    assert "no file known here" in toolkit.describe_sha256(path, digest, None)
+    assert "another release, or a damaged copy" in toolkit.describe_sha256(path, digest, None)
+    for name, corpus in (("unaligned_50.pkl", "mosi"), ("aligned_50.pkl", "mosei")):
+        said = toolkit.describe_sha256(tmp_path / name, digest, None, corpus)
+        assert digest in said and "the only one known here" in said and "damaged" not in said
     with pytest.raises(UserError, match="fetch the file again"):
         import_toolkit.main(["--pickle", str(path), "--sha256", known, "--data-dir", str(tmp_path / "data")])
     assert not (tmp_path / "data").exists()
@@ -376,6 +381,58 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     path.write_bytes(mini.make_pickle(tmp_path / "whole.pkl").read_bytes()[:100000])
     with pytest.raises(UserError):
         toolkit.read_pickle(path)
+
+
+def import_pickle(path: Path, folder: Path, *words: str) -> None:
+    places = ["--data-dir", str(folder / "data"), "--dump-dir", str(folder / "dump"), "--max-drop", "0.5"]
+    import_toolkit.main(["--pickle", str(path), *places, *words])
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+def test_toolkit_with_media(tmp_path, segmented, capsys):
+    corpus = mini.make_raw(tmp_path / "corpus", segmented=segmented)
+    path = mini.make_pickle(tmp_path / "unaligned_50.pkl")
+    content = pickle.loads(path.read_bytes())
+    for key, value in content["valid"].items():  # the first clip of valid is not in the pickle, but has a film
+        content["valid"][key] = value[1:]
+    path.write_bytes(pickle.dumps(content))
+    import_pickle(path, tmp_path, "--corpus-dir", str(corpus), "--features", "audio", "video")
+    output = capsys.readouterr().out
+    assert "train  2 (2249)  7 (16326)   1" in output and f"such as {mini.LOST}-0" in output
+    lost = f"{mini.LOST}_0" if segmented else mini.LOST
+    assert dropped(tmp_path / "data/train") == {f"{mini.LOST}-0": f"no media file ({lost})"}
+    spare = {f"{mini.NUMBER}_0", f"{mini.NUMBER}_7", f"{mini.STRAY}_0"} if segmented else {mini.STRAY}
+    assert dropped(tmp_path / "data") == dict.fromkeys(spare, "media without a label in the pickle")
+    assert f"{len(spare)} media files belong to no utterance" in output
+    for name in mini.FOLDS:
+        assert validate_kaldi_dir(tmp_path / "data" / name, check_media=True) == []
+        data, dump = load_kaldi_dir(tmp_path / "data" / name), load_dump(tmp_path / "dump" / name)
+        assert dump.utterances == data.utterances and set(dump.features) == {"audio", "video"}
+        assert bool(data.segments) != segmented
+
+
+def test_an_import_leaves_no_features_of_another(tmp_path, released):
+    """Text of the pickle (BERT) beside text simulated by an LLM would stop the training: other dimensions."""
+    path = mini.make_pickle(tmp_path / "unaligned_50.pkl")
+    import_pickle(path, tmp_path)
+    assert set(load_dump(tmp_path / "dump/train").features) == {"audio", "text", "video"}
+    import_pickle(path, tmp_path, "--features", "audio", "video")
+    assert set(load_dump(tmp_path / "dump/train").features) == {"audio", "video"}
+    dump = import_released(released)
+    shutil.rmtree(released / "features" / authors.FOLDERS["text_sim"])
+    import_released(released)
+    assert set(load_dump(dump / "train").features) == {"audio", "text", "video"}
+    assert not (dump / "train/text_sim.yaml").exists()
+
+
+def test_a_fold_without_a_face(tmp_path):
+    path = mini.make_pickle(tmp_path / "unaligned_50.pkl")
+    content = pickle.loads(path.read_bytes())
+    content["valid"]["vision"][:] = 0
+    path.write_bytes(pickle.dumps(content))
+    import_pickle(path, tmp_path)
+    video = load_dump(tmp_path / "dump/valid").features["video"]
+    assert len(video.absent) == 3 and not video.entries and video.dim == 35
 
 
 def test_trimming():

@@ -94,8 +94,9 @@ def test_transcripts_without_times(tmp_path):
     assert isinstance(reason, str) and "starts and ends" in reason
 
 
-def test_the_recipe_s_first_stages(tmp_path):
-    corpus = make_mosi(tmp_path / "corpus")
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    """egs/mosi and egs/mosei in a repository of their own."""
     (tmp_path / "egs").mkdir()
     for name in ("mosei", "mosi"):
         ignored = shutil.ignore_patterns("data", "dump", "exp", ".done")
@@ -107,16 +108,40 @@ def test_the_recipe_s_first_stages(tmp_path):
         (tmp_path / "tools/venv").symlink_to(ROOT / "tools/venv")
     (tmp_path / "tools/setup_env.sh").write_text("#!/bin/sh\nexit 0\n")
     (tmp_path / "tools/setup_env.sh").chmod(0o755)
-    words = ["--corpus-dir", str(corpus), "--folds", str(corpus / "folds"), "--max-drop", "0.3", "--ngpu", "0"]
-    words += ["--encoder=", "--llm=", "--asr-model=", "--vision-model=", "--stop-stage", "1"]
+    return tmp_path / "egs/mosi"
+
+
+def call(recipe: Path, *words: object) -> str:
     done = subprocess.run(
-        ["./run.sh", *words],
-        cwd=tmp_path / "egs/mosi",
+        ["./run.sh", *map(str, words), "--ngpu", "0"],
+        cwd=recipe,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
     assert done.returncode == 0, done.stdout
-    assert "7 (1284)" in done.stdout and (tmp_path / "egs/mosi/data/test/segments").exists()
-    assert not (tmp_path / "egs/mosei/data").exists()
+    return done.stdout
+
+
+def test_raw_first_stages(recipe, tmp_path):
+    corpus = make_mosi(tmp_path / "corpus")
+    words = ["--corpus-dir", corpus, "--folds", corpus / "folds", "--max-drop", 0.3]
+    output = call(recipe, *words, "--encoder=", "--llm=", "--asr-model=", "--vision-model=", "--stop-stage", 1)
+    assert "2 (52)  7 (1284)" in output and f"no media file (such as {mini.LOST}-0;" in output
+    assert (recipe / "data/test/segments").exists()
+    assert not (recipe.parent / "mosei/data").exists()
+
+
+@pytest.mark.slow
+def test_toolkit(recipe, tmp_path):
+    """The pickle that most people hold, with MOSI's counts beside those found, up to the report."""
+    pickle = mini.make_pickle(tmp_path / "unaligned_50.pkl")
+    (recipe / "small.yaml").write_text("base: conf/train.yaml\nepochs: 2\ndim: 16\ncontent-dim: 8\nbatch-size: 4\n")
+    words = ["--source", "toolkit", "--pickle", pickle, "--nproc", 1, "--train-config", "small.yaml"]
+    output = call(recipe, *words)
+    assert "3 (52)  8 (1284)" in output and "2 (31)  4 (686)" in output
+    assert "SHA-256" in output and "the only one known here to compare with is that of MOSEI's" in output
+    assert "damaged" not in output and "not finite, set to 0" in output
+    assert (recipe / "exp/toolkit/small_seed1/decode_test/none/score.json").exists()
+    assert "missing: no text (none was simulated)" in (recipe / "RESULTS.toolkit.md").read_text()

@@ -164,9 +164,19 @@ def test_incomplete_folders_are_named(folders, tmp_path):
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=str(folder)):
+    with pytest.raises(UserError, match=f"{folder}: incomplete model, cut short"):
         SpeechLLM(str(folder))
+    weights.write_bytes(whole[:4])
+    with pytest.raises(UserError, match="cut short"):
+        weight_files(folder)
+    old = folder / "pytorch_model.bin"
+    torch.save({"x": torch.zeros(1000)}, old)
     weights.unlink()
+    assert weight_files(folder) == [old]
+    old.write_bytes(old.read_bytes()[:-50])
+    with pytest.raises(UserError, match=r"cut short: pytorch_model\.bin"):
+        weight_files(folder)
+    old.unlink()
     with pytest.raises(UserError, match="incomplete model"):
         SpeechLLM(str(folder))
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')

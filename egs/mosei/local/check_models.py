@@ -1,27 +1,51 @@
 #!/usr/bin/env python3
-"""check_models.py FOLDER...: are these model folders whole? Prints what is wrong with each; loads nothing."""
+"""Are these model folders whole? Prints what each is, or what is wrong with it; loads nothing."""
 
 from __future__ import annotations
 
+import argparse
 import sys
+from pathlib import Path
 
 from sdumc.errors import UserError
 from sdumc.simulation.checkpoints import model_folder, read_model_config, weight_files
 
+# Beside configuration and weights, by what the model is for: one file of each group.
+TOKENISER = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+PROCESSOR = ("preprocessor_config.json", "processor_config.json")
+NEEDED = {"encoder": (), "llm": (TOKENISER,), "asr-model": (TOKENISER, PROCESSOR), "vision-model": (PROCESSOR,)}
 
-def main(names: list[str]) -> int:
+
+def describe(name: str, role: str) -> str:
+    """What a folder holds, in a line.
+
+    Raises:
+        UserError: something of it is missing, empty or cut short.
+    """
+    folder = model_folder(name)
+    kind = read_model_config(folder)["model_type"]
+    size = sum(file.stat().st_size for file in weight_files(folder))
+    for group in NEEDED[role]:
+        if not any(Path(folder, file).is_file() for file in group):
+            raise UserError(f"{folder}: incomplete model, there is no {' or '.join(group)}; fetch the model again")
+    return f"{folder}: {kind}, {size / 2**30:.2f} GiB of weights"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    for role in NEEDED:
+        parser.add_argument(f"--{role}", metavar="DIR", help="folder of the model")
+    args = vars(parser.parse_args(argv))
     wrong = 0
-    for name in names:
-        try:
-            folder = model_folder(name)
-            kind = read_model_config(folder)["model_type"]
-            size = sum(file.stat().st_size for file in weight_files(folder))
-            print(f"{folder}: {kind}, {size / 2**30:.2f} GiB of weights")
-        except UserError as e:
-            print(f"error: {e} (tools/fetch_models.sh fetches the models)", file=sys.stderr)
-            wrong += 1
+    for role in NEEDED:
+        if name := args[role.replace("-", "_")]:
+            try:
+                print(describe(name, role))
+            except UserError as e:
+                print(f"error: --{role} {e} (tools/fetch_models.sh fetches the models)", file=sys.stderr)
+                wrong += 1
     return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -30,12 +30,15 @@ need "${transcripts}" --transcripts file
 need "${projector}" --projector "file or folder"
 ((missing == 0)) || exit 1
 
-models=()
-for model in "${encoder}" "${llm}" "${asr_model}" "${vision_model}"; do
-  if [[ -n ${model} ]]; then models+=("${model}"); fi
+models=() folders=()
+for model in encoder llm asr_model vision_model; do
+  if [[ -n ${!model} ]]; then
+    models+=("--${model//_/-}" "${!model}")
+    folders+=("${!model}")
+  fi
 done
 if ((${#models[@]})); then
   # shellcheck disable=SC2086  # the words of train_cmd
-  step "models" --optional-inputs "${models[@]}" -- ${train_cmd} "${expdir}/log/models.log" -- \
+  step "models" --optional-inputs "${folders[@]}" -- ${train_cmd} "${expdir}/log/models.log" -- \
     python3 local/check_models.py "${models[@]}"
 fi
