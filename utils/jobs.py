@@ -249,7 +249,7 @@ def tail(log: Path, lines: int = TAIL_LINES) -> str:
         return f"    (cannot be read: {e.strerror})"
     # A progress bar rewrites its line with carriage returns: its last state is what counts.
     kept = [line.rpartition("\r")[2] for line in text.rstrip("\n").split("\n")]
-    return "\n".join("    " + line[:500] for line in kept[-lines:])
+    return "\n".join("    " + line[:500] for line in kept[-lines:]) if text else "    (empty)"
 
 
 def explain(code: int) -> str:

@@ -3,7 +3,8 @@
 
 The same command line, log format and exit codes as run.py; conf/slurm.conf says how the options become sbatch options.
 One job array is submitted and waited for. A task that fails, is cancelled or is killed by Slurm ends the others, its
-reason and its log's last lines are shown, and the exit code is not zero. Ctrl-C cancels the array.
+reason and its log's last lines are shown, and the exit code is not zero. Ctrl-C cancels the array and waits for its
+end; a second Ctrl-C kills it.
 
   --gpu N             GPUs of each task (of each node with --num-nodes)
   --num-threads N     CPUs of each task; also its OMP_NUM_THREADS
@@ -12,16 +13,19 @@ reason and its log's last lines are shown, and the exit code is not zero. Ctrl-C
   --tasks-per-node N  srun's ranks on each node
   --config FILE       another file than conf/slurm.conf
 
-A command that exits with 75 has saved its state on a signal (preemption, time limit): its task goes back to the queue.
-The environment and the working directory are passed on; both need a file system that the nodes share.
+A command that exits with 75 has saved its state on a signal (preemption, time limit): its task goes back to the queue,
+unless it was cancelled. The environment and the working directory are passed on; both need a file system that the nodes
+share.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
 import re
+import select
 import shlex
 import signal
 import socket
@@ -35,8 +39,28 @@ import jobs
 import slurm_conf
 
 POLL = 1.0  # seconds between two looks at the logs
-QUEUE_POLL = 8.0  # seconds between two questions to the scheduler
-LOST_AFTER = 10.0  # a task that has left the queue without an end in its log for so long will not write one any more
+QUEUE_POLL = 6.0  # seconds between two questions to the scheduler
+LOST_AFTER = 6.0  # a task that Slurm calls ended, without an end in its log for so long, will not write one any more
+LATE_AFTER = 60.0  # the same for one that Slurm calls completed: its log's end is on another node's file system
+CANCEL_PATIENCE = 120.0  # for cancelled tasks to save their state and end; Slurm's own KillWait is 30 by default
+SUBMIT_PATIENCE = 10.0  # after Ctrl-C, for sbatch to tell the number of what is to be cancelled
+# Slurm's words for a task that will not run any more; all others mean that it waits, runs or ends.
+ENDED = {
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "OUT_OF_MEMORY",
+    "NODE_FAIL",
+    "PREEMPTED",
+    "BOOT_FAIL",
+    "DEADLINE",
+    "REVOKED",
+}
+# Reasons for waiting that pass by themselves; the others are shown.
+ORDINARY = {"None", "Resources", "Priority", "BeginTime", "Cleaning", "JobArrayTaskLimit", "Prolog", "Licenses"}
+# Slurm tells a command killed after srun's --kill-on-bad-exit as 143 or 137, and as 138 one that died of SIGUSR1.
+KILLED = {128 + signal.SIGTERM, 128 + signal.SIGKILL, 128 + signal.SIGUSR1}
 
 
 # ---- on the node ----------------------------------------------------------------------------------------------------
@@ -44,7 +68,11 @@ LOST_AFTER = 10.0  # a task that has left the queue without an end in its log fo
 
 def run_task(spec_file: str) -> int:
     """Run one task of the array described by `spec_file`; this is what the batch script calls."""
-    fields = json.loads(Path(spec_file).read_text(encoding="utf-8"))
+    try:
+        fields = json.loads(Path(spec_file).read_text(encoding="utf-8"))
+    except OSError as e:
+        print(f"slurm.py: error: {spec_file}: {e.strerror} on {socket.gethostname()}: all nodes must see this folder")
+        return 1
     spec = jobs.Spec(**fields)
     index = int(os.environ.get("SLURM_ARRAY_TASK_ID", spec.first))
     env = dict(os.environ)
@@ -56,29 +84,77 @@ def run_task(spec_file: str) -> int:
         env.setdefault("SRUN_CPUS_PER_TASK", env["SLURM_CPUS_PER_TASK"])
     # Where srun's ranks meet: on this node, which is the first of the task's, and thus rank 0's.
     env.setdefault("MASTER_ADDR", socket.gethostname())
-    env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
+    env.setdefault("MASTER_PORT", str(meeting_port(int(env.get("SLURM_JOB_ID", 0)))))
+    log = spec.log_of(index)
     again = int(env.get("SLURM_RESTART_COUNT", 0)) > 0  # a requeued task adds to its log
+    before = log.stat().st_size if again and log.exists() else 0
     jobs.watch_signals()
     try:
-        job = jobs.start_job(spec.command_of(index), spec.log_of(index), env, index, append=again)
-    except OSError:
+        job = jobs.start_job(spec.command_of(index), log, env, index, append=again)
+    except OSError as e:
+        print(f"slurm.py: error: {e.filename or log}: {e.strerror} on {socket.gethostname()}")
         return 127
     running = {job.process.pid: job}
+    warned = False
     while True:
         number = jobs.next_signal()
         if number is not None and number != signal.SIGCHLD and running:
-            job.process.send_signal(number)  # preemption or time limit: the command saves its state and exits with 75
+            # Preemption or time limit: the command saves its state and exits with 75. Popen.send_signal would collect a
+            # command that has just ended, and leave nothing for reap.
+            os.kill(job.process.pid, number)
+            warned = warned or number == signal.SIGUSR1
         for job, status, usage in jobs.reap(running):
-            wants_more = os.WIFEXITED(status) and os.WEXITSTATUS(status) == jobs.EXIT_REQUEUE
-            requeued = wants_more and requeue()
-            return jobs.finish_job(job, status, usage, note=jobs.REQUEUED if requeued else "")
+            code = os.waitstatus_to_exitcode(status)
+            code = code if code >= 0 else 128 - code
+            # When several ranks save and exit, the first to be gone makes srun kill the others: it ends otherwise then.
+            saved = code == jobs.EXIT_REQUEUE or (code in KILLED and (warned or a_rank_has_saved(log, before)))
+            queued = code != 0 and back_in_queue(saved)
+            return jobs.finish_job(job, status, usage, note=jobs.REQUEUED if queued else "")
 
 
-def requeue() -> bool:
-    """Put this task back into the queue."""
+def meeting_port(job: int) -> int:
+    """A free port of this node, another one for each job, below those that the system gives to outgoing connections."""
+    for i in range(100):
+        port = 20000 + (job + 97 * i) % 12000
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("", port))
+            return port
+    return 20000 + job % 12000
+
+
+def a_rank_has_saved(log: Path, before: int) -> bool:
+    """Whether srun has told, since the log had `before` bytes, of ranks that exited with 75, and of no other code."""
+    with open(log, "rb") as f:
+        f.seek(before)
+        codes = re.findall(rb"^srun: error: .*: Exited with exit code (\d+)\s*$", f.read(), re.M)
+    return bool(codes) and set(codes) == {str(jobs.EXIT_REQUEUE).encode()}
+
+
+def back_in_queue(wanted: bool) -> bool:
+    """Whether this task will run again: Slurm has put it back, or, if it is `wanted`, this function has."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     name = f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
+    query = ["scontrol", "show", "job", "--oneliner", name]
+    said = subprocess.run(query, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
+    fields = dict(word.partition("=")[::2] for word in said.split())
+    # Preempted or put back by its owner: counted as another start before this one has ended.
+    restarts = fields.get("Restarts", "")
+    if restarts.isdigit() and int(restarts) > int(os.environ.get("SLURM_RESTART_COUNT", 0)):
+        return True
+    # Ending before this script has: Slurm itself has called for it, for want of time or because it was cancelled.
+    ending = fields.get("JobState") in ("COMPLETING", "CANCELLED")
+    if not wanted or (ending and seconds(fields.get("RunTime", "")) < seconds(fields.get("TimeLimit", ""))):
+        return False
     return subprocess.run(["scontrol", "requeue", name], check=False, stdin=subprocess.DEVNULL).returncode == 0
+
+
+def seconds(text: str) -> float:
+    """Slurm's [days-]hours:minutes:seconds; infinite where there is no limit."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
+    if match is None:
+        return float("inf")
+    days, *rest = (int(part or 0) for part in match.groups())
+    return days * 86400 + rest[0] * 3600 + rest[1] * 60 + rest[2]
 
 
 # ---- on the machine that submits ------------------------------------------------------------------------------------
@@ -104,7 +180,7 @@ class Array:
             "--parsable",
             f"--job-name={base}",
             f"--array={tasks}",
-            f"--output={folder / base}.%a.out",
+            f"--output={str(folder / base).replace('%', '%%')}.%a.out",
             "--open-mode=append",
             f"--chdir={os.getcwd()}",
             *conf.words(spec.options),
@@ -113,20 +189,43 @@ class Array:
         words = [sys.executable, str(Path(__file__).resolve()), "--task", str(spec_file)]
         Path(self.command[-1]).write_text(f"#!/bin/bash\nexec {shlex.join(words)}\n", encoding="utf-8")
         self.id = ""
-        self.left_queue: dict[int, float] = {}  # task -> when it was first seen missing from the queue
+        self.id_file = folder / f"{base}.id"  # there while the array is in the queue
+        self.stopped = 0  # the signal that came while sbatch was at it
+        self.ended_since: dict[int, float] = {}  # task -> when Slurm was first seen to call it ended
+        self.told: set[str] = set()  # reasons for waiting that the user has been told
+        self.silent_since = 0.0  # since when the scheduler does not answer; 0: it does
 
-    def forget_old_logs(self) -> None:
-        """Remove the logs of an earlier run: their end lines must not count for this one."""
+    def end_earlier(self) -> None:
+        """Cancel the array of an earlier run that was killed before it could do so: two would write the same files."""
+        try:
+            self.id = self.id_file.read_text().strip()
+        except OSError:
+            return
+        if self.id and active(self.states()):
+            print(f"slurm.py: cancelling Slurm job {self.id} of an earlier run that was killed", file=sys.stderr)
+            self.cancel()
+        self.id = ""
+
+    def empty_logs(self) -> None:
+        """Empty the logs of an earlier run, whose end lines must not count for this one.
+
+        They are not removed: a name once looked for in vain can stay unseen on a network file system for a minute.
+        """
         for index in self.spec.indices:
-            self.spec.log_of(index).unlink(missing_ok=True)
+            log = self.spec.log_of(index)
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_bytes(b"")
             (self.folder / f"{self.base}.{index}.out").unlink(missing_ok=True)
 
     def submit(self) -> subprocess.Popen:
         """Start `sbatch --wait`; returns when it has told the array's number.
 
         Raises:
-            UsageError: sbatch refused.
+            UsageError: sbatch refused, or was stopped before it told the number.
         """
+        # Called within a job (an interactive session, say), sbatch and srun would take that job's variables for ours.
+        inside = "SLURM_JOB_ID" in os.environ
+        env = {k: v for k, v in os.environ.items() if not (inside and k.startswith("SLURM_")) or k == "SLURM_CONF"}
         # Through a pipe sbatch would tell its number only at the end; through a terminal it does at once.
         master, slave = pty.openpty()
         process = subprocess.Popen(
@@ -134,37 +233,79 @@ class Array:
             stdin=subprocess.DEVNULL,
             stdout=slave,
             stderr=subprocess.PIPE,
+            env=env,
             start_new_session=True,
             preexec_fn=jobs.in_child,
         )
         os.close(slave)
-        text = b""
-        while b"\n" not in text:
+        text, match, give_up = b"", None, float("inf")
+        while match is None:
+            number = jobs.next_signal(0)
+            if jobs.is_stop(number) and not self.stopped:
+                self.stopped, give_up = number, time.monotonic() + SUBMIT_PATIENCE
+            if time.monotonic() > give_up:
+                process.terminate()
+                raise jobs.UsageError("stopped before sbatch told a number: look into squeue for what it has submitted")
+            if not select.select([master], [], [], 0.2)[0]:
+                continue
             try:
                 chunk = os.read(master, 1000)
             except OSError:  # EIO: sbatch has closed its end
-                break
+                chunk = b""
             if not chunk:
                 break
             text += chunk
-        match = re.search(rb"^(\d+)(;|\s|$)", text.strip())
+            match = re.search(rb"^(\d+)(?:;\S*)?\r?\n", text, re.M)
         if match is None:
             _, errors = process.communicate()
             told = errors.decode("utf-8", "replace").strip() or text.decode("utf-8", "replace").strip()
-            raise jobs.UsageError(f"sbatch refused: {told or 'no reason given'}\n  {' '.join(self.command)}")
+            raise jobs.UsageError(f"sbatch refused: {told or 'no reason given'}\n  {shlex.join(self.command)}")
         self.id = match[1].decode()
+        self.id_file.write_text(f"{self.id}\n")
         return process
 
-    def in_queue(self) -> set[int] | None:
-        """Tasks that wait or run; None when the scheduler does not answer."""
-        query = ["squeue", "--noheader", "--array", f"--jobs={self.id}", "--format=%K"]
+    def states(self) -> dict[int, tuple[str, str]] | None:
+        """Task -> (state, reason) of those that Slurm knows of; None when the scheduler does not answer."""
+        query = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={self.id}", "--format=%K|%T|%r|%j"]
         try:
             done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60)
         except (OSError, subprocess.TimeoutExpired):
             return None
         if done.returncode != 0:  # "Invalid job id": all tasks have ended long ago
-            return set() if "nvalid job id" in done.stderr else None
-        return {int(k) for k in done.stdout.split() if k.isdigit()}
+            return {} if "nvalid job id" in done.stderr else None
+        found = {}
+        for line in done.stdout.splitlines():
+            task, state, reason, name = [*line.split("|"), "", "", ""][:4]
+            if task.isdigit() and name == self.base:
+                found[int(task)] = (state, reason)
+        return found
+
+    def cancel(self) -> None:
+        """Cancel all tasks and wait until they have ended: what they write may be what the next run reads.
+
+        A training saves its state in that time. A stop signal meanwhile kills them.
+        """
+        scancel = ["scancel", "--quiet"]
+        quiet = {"check": False, "stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        subprocess.run([*scancel, self.id], **quiet)
+        start, said = time.monotonic(), False
+        while time.monotonic() < start + CANCEL_PATIENCE:
+            states = self.states()
+            left = active(states)
+            if states is not None and not left:
+                self.id_file.unlink(missing_ok=True)
+                return
+            # One that was being put back into the queue when it was cancelled.
+            subprocess.run([*scancel, "--state=PENDING", self.id], **quiet)
+            if not said and time.monotonic() > start + 3:
+                what = f"{len(left)} task(s) to end; once more to kill them" if left else "the scheduler's answer"
+                print(f"slurm.py: waiting for {what}", file=sys.stderr)
+                said = True
+            if jobs.is_stop(jobs.next_signal(POLL)):
+                if states is None:
+                    break
+                subprocess.run([*scancel, "--signal=KILL", "--full", self.id], **quiet)
+        print(f"slurm.py: Slurm job {self.id} has still not ended; see squeue", file=sys.stderr)
 
     def reason(self, index: int) -> str:
         """What the scheduler says of a task: its state, reason and exit code."""
@@ -180,9 +321,6 @@ class Array:
         ]
         return ", Slurm says " + " ".join(found) if found else ""
 
-    def cancel(self) -> None:
-        subprocess.run(["scancel", self.id], check=False, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
     def problems(self) -> dict[int, str]:
         """Tasks whose log tells of a failure."""
         found = {}
@@ -196,69 +334,96 @@ class Array:
         """Tasks without an end in their log."""
         return [i for i in self.spec.indices if jobs.ended(self.spec.log_of(i)) is None]
 
-    def lost(self, queue: set[int], now: float) -> dict[int, str]:
-        """Tasks that left the queue some time ago and still have no end in their log: cancelled or killed by Slurm."""
-        missing = [i for i in self.unfinished() if i not in queue]
-        self.left_queue = {i: self.left_queue.get(i, now) for i in missing}
-        return {
-            i: "ended without a word of its own (cancelled, killed, out of memory or time)"
-            for i, since in self.left_queue.items()
-            if now - since >= LOST_AFTER
-        }
+    def lost(self, now: float) -> dict[int, str]:
+        """Ask the scheduler; tasks that ended some time ago and have no end in their log were cancelled or killed.
+
+        Also tells the user, once each, of reasons to wait that may not pass, and of a scheduler that does not answer.
+        """
+        states = self.states()
+        if states is None:
+            self.silent_since = self.silent_since or now
+            if now - self.silent_since > LATE_AFTER:
+                self.tell("the scheduler does not answer; waiting for it")
+            return {}
+        self.silent_since = 0.0
+        found, since = {}, {}
+        for index in self.unfinished():
+            state, reason = states.get(index, ("", ""))
+            if state and state not in ENDED:
+                if state == "PENDING" and reason.partition(",")[0] not in ORDINARY:
+                    self.tell(f"Slurm job {self.id} waits: {reason}")
+                continue
+            since[index] = self.ended_since.get(index, now)
+            if now - since[index] >= (LATE_AFTER if state == "COMPLETED" else LOST_AFTER):
+                found[index] = "ended without a word of its own (cancelled, killed, out of memory or time)"
+        self.ended_since = since
+        return found
+
+    def tell(self, what: str) -> None:
+        if what not in self.told:
+            print(f"slurm.py: {what}", file=sys.stderr)
+        self.told.add(what)
+
+
+def active(states: dict[int, tuple[str, str]] | None) -> list[int]:
+    """Tasks that wait, run or end, as far as the scheduler tells."""
+    return [i for i, (state, _) in (states or {}).items() if state not in ENDED]
 
 
 def run(spec: jobs.Spec, conf: slurm_conf.SlurmConf) -> int:
     """Submit, wait, report; returns the exit code for the shell."""
     array = Array(spec, conf)
-    array.forget_old_logs()
-    process = array.submit()
     jobs.watch_signals()
+    array.end_earlier()
+    array.empty_logs()
+    process = array.submit()
     next_query = time.monotonic() + QUEUE_POLL
-    ended_at = None  # when sbatch --wait came back
+    returned = False  # whether sbatch --wait has come back
     while True:
-        number = jobs.next_signal(POLL)
+        number = array.stopped or jobs.next_signal(POLL)
         if jobs.is_stop(number):
             print(f"slurm.py: {jobs.signal_name(number)}: cancelling Slurm job {array.id}", file=sys.stderr)
             array.cancel()
             return 128 + number
         bad = array.problems()
         now = time.monotonic()
-        if ended_at is None and process.poll() is not None:
-            ended_at, next_query = now, now
+        if not returned and process.poll() is not None:
+            returned, next_query = True, now
         if not bad and now >= next_query:
-            next_query = now + QUEUE_POLL
-            queue = array.in_queue()
-            if queue is None and ended_at is not None and now - ended_at > LOST_AFTER:
-                queue = set()  # sbatch has come back, and the scheduler is silent
-            if queue is not None:
-                bad = array.lost(queue, now)
+            bad = array.lost(now)
+            # Soon over, or something is wrong: ask more often.
+            next_query = now + (2 * POLL if returned or array.ended_since else QUEUE_POLL)
         if bad:
-            array.cancel()
             return report(array, bad)
         if not array.unfinished():
             # The logs decide, not sbatch: it returns 0 for a job cancelled while pending.
-            if ended_at is None:
+            if not returned:
                 process.terminate()
+            array.id_file.unlink(missing_ok=True)
             return 0
-        if ended_at is not None:  # soon over: ask more often, the file system may only be late
-            next_query = min(next_query, now + 2 * POLL)
 
 
 def report(array: Array, bad: dict[int, str]) -> int:
-    """Tell the user which tasks failed, why, and what their logs end with; returns the first one's exit code."""
-    print("", file=sys.stderr)
+    """Cancel the rest; tell which tasks failed, why, and what the log ends with; returns the first one's exit code."""
+    codes = {i: jobs.ended(array.spec.log_of(i)) for i in bad}
+    print(f"\nslurm.py: {array.spec.label(next(iter(bad)))} failed; ending Slurm job {array.id}", file=sys.stderr)
+    # The log's end is written a moment before the task's: cancelled in between, that is what Slurm would say of it.
+    deadline = time.monotonic() + LOST_AFTER
+    while set(bad) & set(active(array.states())) and time.monotonic() < deadline:
+        if jobs.is_stop(jobs.next_signal(POLL / 2)):
+            break
+    array.cancel()
     for index, what in list(bad.items())[:8]:
         print(f"slurm.py: {array.spec.label(index)} failed: {what}{array.reason(index)}", file=sys.stderr)
     if len(bad) > 8:
         print(f"slurm.py: and {len(bad) - 8} more", file=sys.stderr)
-    print(f"slurm.py: Slurm job {array.id}; the other tasks are cancelled", file=sys.stderr)
     index = next(iter(bad))
     log = array.spec.log_of(index)
     print(f"slurm.py: log: {log}\nslurm.py: its last lines:\n{jobs.tail(log)}", file=sys.stderr)
     scheduler_log = array.folder / f"{array.base}.{index}.out"
     if scheduler_log.exists() and scheduler_log.stat().st_size:
         print(f"slurm.py: Slurm's own words ({scheduler_log}):\n{jobs.tail(scheduler_log)}", file=sys.stderr)
-    return jobs.ended(log) or 1
+    return codes[index] or 1
 
 
 def main() -> int:

@@ -1,0 +1,20 @@
+"""One Slurm of two nodes for all tests of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from cluster import Cluster, missing
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    if absent := missing():
+        pytest.skip(f"Slurm is not installed (no {', '.join(absent)}); `tests/run.sh --with-slurm` installs it")
+    cluster = Cluster()
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
