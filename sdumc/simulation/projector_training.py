@@ -25,7 +25,7 @@ from sdumc.data.atomic import atomic_write, write_text
 from sdumc.data.kaldi_dir import KaldiDir
 from sdumc.errors import UserError
 from sdumc.simulation.encoder import SpeechEncoder
-from sdumc.simulation.jobs import ahead, make_batches, read_waves
+from sdumc.simulation.jobs import ahead, halving, make_batches, read_waves
 from sdumc.simulation.projector import FILE_NAME, Projector, project, save_projector
 from sdumc.simulation.quality import word_error_rate
 from sdumc.simulation.speech_llm import SpeechLLM
@@ -158,13 +158,18 @@ def validate(
     total, tokens, hypotheses = 0.0, 0, {}
     seconds = {u: corpus.data.utt2dur.get(u, 0.0) for u in utterances}
     for batch, waves in ahead(make_batches(seconds, 16, 400.0), corpus.read):
-        contexts = llm.contexts(project(projector, corpus.frames(batch, waves)))
-        loss, count = answer_loss(llm, contexts, _answers(llm, corpus.texts, batch))
-        total, tokens = total + float(loss), tokens + count
-        chosen = [i for i, u in enumerate(batch) if u in set(wer_on)]
-        if chosen:
-            written = llm.transcribe([contexts[i] for i in chosen], max_new_tokens=limit)
-            hypotheses.update({batch[i]: w.text for i, w in zip(chosen, written, strict=True)})
+
+        def work(part: Sequence[str], waves=waves) -> list[tuple[float, int]]:
+            contexts = llm.contexts(project(projector, corpus.frames(part, waves)))
+            loss, count = answer_loss(llm, contexts, _answers(llm, corpus.texts, part))
+            chosen = [i for i, u in enumerate(part) if u in set(wer_on)]
+            if chosen:
+                written = llm.transcribe([contexts[i] for i in chosen], max_new_tokens=limit)
+                hypotheses.update({part[i]: w.text for i, w in zip(chosen, written, strict=True)})
+            return [(float(loss), count)]
+
+        for loss, count in halving(batch, work):
+            total, tokens = total + loss, tokens + count
     wer = word_error_rate(corpus.texts, hypotheses)["wer"] if hypotheses else None
     return {"loss": total / max(tokens, 1), "wer": wer, "utterances": len(utterances)}
 
@@ -246,17 +251,14 @@ def _train(
         start + 1,
         settings.steps,
     )
-    begin, shown, tokens, running = time.monotonic(), time.monotonic(), 0, 0.0
+    begin, shown, tokens, running, parts = time.monotonic(), time.monotonic(), 0, 0.0, 1
     for step, (batch, waves) in enumerate(ahead(list(_schedule(utterances, settings, start)), train.read), start):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, settings)
-        contexts = llm.contexts(project(projector, train.frames(batch, waves)))
-        loss, count = answer_loss(llm, contexts, _answers(llm, train.texts, batch))
-        value = loss.item()
+        count = sum(map(len, _answers(llm, train.texts, batch)))
+        value, parts = _add_gradients(projector, llm, train, batch, waves, count, optimiser, parts)
         if not math.isfinite(value):
             raise UserError(f"projector training: loss {value} at step {step + 1}; the batch: {' '.join(batch)}")
-        optimiser.zero_grad(set_to_none=True)
-        (loss / count).backward()
         nn.utils.clip_grad_norm_(projector.parameters(), settings.clip)
         optimiser.step()
         running, tokens = running + value, tokens + count
@@ -287,6 +289,53 @@ def _train(
         save_projector(partial / FILE_NAME, projector)
         return {"steps": settings.steps}
     return _final(projector, llm, valid, checked, heard, settings, partial, best)
+
+
+def _add_gradients(
+    projector: Projector,
+    llm: SpeechLLM,
+    train: Corpus,
+    batch: Sequence[str],
+    waves: Mapping[str, np.ndarray],
+    count: int,
+    optimiser: torch.optim.Optimizer,
+    parts: int,
+) -> tuple[float, int]:
+    """Gradients of a batch's mean loss over its ``count`` tokens, made in so many parts as memory asks for.
+
+    Where memory runs out on the GPU, all is begun again in twice as many parts, and later batches keep to that: the
+    gradients are the same.
+
+    Returns:
+        The summed loss, and the number of parts.
+
+    Raises:
+        UserError: memory does not suffice for a single utterance.
+    """
+    while True:
+        optimiser.zero_grad(set_to_none=True)
+        size, total = -(-len(batch) // parts), 0.0
+        try:
+            for start in range(0, len(batch), size):
+                part = batch[start : start + size]
+                contexts = llm.contexts(project(projector, train.frames(part, waves)))
+                loss, _ = answer_loss(llm, contexts, _answers(llm, train.texts, part))
+                total += loss.item()
+                (loss / count).backward()
+            return total, parts
+        except torch.cuda.OutOfMemoryError as e:
+            message = str(e).splitlines()[0]
+        # Outside the handler: the exception would keep the failed pass's tensors alive.
+        loss = contexts = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if size == 1:
+            raise UserError(
+                f"projector training: one utterance alone does not fit into the GPU's memory ({message}); use --dtype "
+                f"bf16 or a larger GPU. The batch: {' '.join(batch)}"
+            )
+        parts *= 2
+        log.warning("out of GPU memory with %d utterances; going on with parts of %d", size, -(-len(batch) // parts))
 
 
 def _final(projector, llm, valid, checked, heard, settings, partial, best) -> dict[str, Any]:

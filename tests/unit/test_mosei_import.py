@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import mosei_miniature as mini
@@ -569,3 +571,34 @@ def test_text_settings(name):
         simulate_text.get_parser().parse_args([*words, "--encoder", "e", "--projector", "p"])
     else:
         extract_text.get_parser().parse_args([*words, "--text", "t"])
+
+
+def test_released_settings_are_those_of_the_public_code():
+    from sdumc.training.settings import get_parser, learning_rate
+
+    recipe = Path(__file__).resolve().parents[2] / "egs/mosei"
+    args = get_parser().parse_args(["--config", str(recipe / "conf/train_released.yaml")])
+    expected = {"dim": 256, "content_dim": 128, "dropout": 0.3, "attention_dropout": 0.5, "scale": 0.3}
+    expected |= {"mask_padding": False, "imagination": "none", "fusion": "umca", "flows": "both"}
+    expected |= {"mse_complete": 0.5, "mse_missing": 0.5, "distil_query": 0.1, "distil_content": 0.7}
+    expected |= {"similarity": 0.13, "contrast": 0.5, "temperature": 2.0}
+    expected |= {"batch_size": 96, "batch_frames": 0, "epochs": 25, "lr": 1e-4, "weight_decay": 1e-5, "clip_grad": 0}
+    expected |= {"modality_dropout": 0, "normalise_features": False, "average_best": 1, "missing_text": "simulated"}
+    assert {name: getattr(args, name) for name in expected} == expected
+    rates = [learning_rate(args, epoch) for epoch in (1, 5, 6, 15, 16, 25)]
+    assert rates == pytest.approx([2e-5, 1e-4, 1e-4, 1e-4, 9e-5, 9e-5])
+
+
+def test_plan_by_hand():
+    """One line of each table of the plan page, worked out by hand."""
+    plan = Path(__file__).resolve().parents[2] / "egs/mosei/local/plan.py"
+    words = ["--clips", "1000", "--hours", "2", "--tokens", "25", "--simulation", "4", "--audio", "200"]
+    words += ["--train-step", "0.5", "--train-share", "0.7"]
+    done = subprocess.run([sys.executable, plan, *words], capture_output=True, text=True, check=True)
+    lines = {" ".join(line.split()[:-1]): line.split()[-1] for line in done.stdout.splitlines() if line.strip()}
+    assert lines["audio H 3600 50 D"] == "1.5"  # 2 h x 3600 s x 50 frames x 1024 numbers x 4 bytes = 1.47 GB
+    assert lines["text_sim N L D"] == "0.4"  # 1000 x 25 x 4096 x 4 bytes = 0.41 GB
+    assert lines["video H 3600 fps D"] == "0.1"  # 7200 s x 5 x 1024 x 4 bytes = 0.147 GB
+    assert lines["2 text_sim N / s"] == "0.1"  # 250 s
+    assert lines["4 train, each seed epochs (N_train / 96) b"] == "0.0"  # 25 x 8 batches x 0.5 s = 100 s
+    assert lines["2 text_asr H / a"] == "?"

@@ -356,3 +356,35 @@ def test_projector_training(work, tmp_path, monkeypatch):
     wrong[wrong.index("--projector") + 1] = str(tmp_path / "one")
     with pytest.raises(UserError, match="trained with the prompt"):
         simulate_text.main(wrong)
+
+
+def test_projector_training_in_parts(work, tmp_path, monkeypatch, capsys):
+    """Two clips at once are too many for the memory: the batch goes in parts, with the same gradients."""
+    from safetensors.torch import load_file
+
+    from sdumc.simulation import projector_training
+
+    arguments = [
+        *("--train-data-dir", str(work / "data"), "--valid-data-dir", str(work / "data")),
+        *("--encoder", str(work / "encoder"), "--llm", str(work / "llm"), "--device", "cpu", "--hidden", "16"),
+        *("--steps", "4", "--batch-size", "4", "--warmup-steps", "2", "--wer-utterances", "1", "--max-new-tokens", "3"),
+    ]
+    train_projector.main([*arguments, "--output", str(tmp_path / "whole")])
+    original, sizes = projector_training.answer_loss, []
+
+    def small(llm, contexts, answers):
+        sizes.append(len(answers))
+        if len(answers) > limit:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return original(llm, contexts, answers)
+
+    limit = 1
+    monkeypatch.setattr(projector_training, "answer_loss", small)
+    train_projector.main([*arguments, "--output", str(tmp_path / "parts")])
+    assert sizes[:4] == [4, 2, 1, 1] and "going on with parts of 1" in capsys.readouterr().err
+    a, b = (load_file(tmp_path / name / "projector.safetensors") for name in ("whole", "parts"))
+    for name, tensor in a.items():
+        torch.testing.assert_close(tensor, b[name], atol=1e-4, rtol=1e-3)
+    limit = 0
+    with pytest.raises(UserError, match="one utterance alone does not fit"):
+        train_projector.main([*arguments, "--output", str(tmp_path / "none")])
