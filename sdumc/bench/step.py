@@ -41,8 +41,8 @@ class Step:
             return plain_objective(full, missing, self.labels)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled="bf16" in self.variant):
             out = self.network(self.x, self.lengths)
-        flows = [{n: v.float() for n, v in out[f].loss_inputs().items()} for f in (COMPLETE, MISSING)]
-        return sdumc_objective(*flows, self.labels, self.has_text, ObjectiveWeights())["loss"]
+        full, missing = ({n: v.float() for n, v in out[f].loss_inputs().items()} for f in (COMPLETE, MISSING))
+        return sdumc_objective(full, missing, self.labels, self.has_text, ObjectiveWeights())["loss"]
 
     def __call__(self) -> None:
         self.optimiser.zero_grad(set_to_none=True)

@@ -84,7 +84,8 @@ def _train_in_processes(waiting: Sequence[str], argv: Sequence[str], jobs: int) 
     One thread and a process for each is quicker than one after the other with several threads.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    waiting, running = list(waiting), []
+    waiting = list(waiting)
+    running: list[subprocess.Popen] = []
     command = [sys.executable, "-m", "sdumc.bin.pretrain_mini", *argv, "--jobs", "1", "--what"]
     try:
         while waiting or running:

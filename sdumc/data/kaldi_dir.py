@@ -545,8 +545,8 @@ def fix_kaldi_dir(
         recording_reasons = {k: r for n in ("wav.scp", "video.scp") for k, r in line_reasons.get(n, {}).items()}
     reasons: dict[str, str] = {}
     for name in keyed:
-        for utt, reason in line_reasons[name].items():
-            reasons.setdefault(utt, reason)
+        for utt, why in line_reasons[name].items():
+            reasons.setdefault(utt, why)
             everything.add(utt)
     segments: dict[str, Segment] = {}
     for utt in sorted(everything):
@@ -555,7 +555,7 @@ def fix_kaldi_dir(
                 reasons.setdefault(utt, f"missing in {name}")
         if utt in reasons:
             continue
-        reason = None
+        reason: str | None = None
         if "utt2label" in tables:
             reason = label_problem(tables["utt2label"][utt], label_range)
         if not utt.startswith(tables["utt2spk"][utt]):

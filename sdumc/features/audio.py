@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 
 from sdumc.data.ark import ShardWriter
 from sdumc.data.kaldi_dir import KaldiDir
@@ -22,7 +23,8 @@ def extract_audio(
     progress = Progress(sum(map(len, batches)), len(writer.done))
     for batch, (waves, reasons) in ahead(todo, lambda b: read_waves(data, b, bad_media)):
         utts = [u for u in batch if u in waves]
-        encoded = halving(utts, lambda part, w=waves: encoder([w[u] for u in part])) if utts else []
+        items = [(u, waves[u]) for u in utts]
+        encoded = halving(items, lambda part: encoder([w for _, w in part]), itemgetter(0)) if items else []
         features = dict(zip(utts, encoded, strict=True))
         for utt in batch:
             if utt in reasons:

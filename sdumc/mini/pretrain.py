@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -186,9 +187,9 @@ def _train_front(
             pieces.append(torch.from_numpy(np.pad(piece, (0, speech.RATE - len(piece)))))
         x = torch.stack(pieces)
         predicted = both[1](model(x).transpose(1, 2))  # (16, frames, 128)
-        target = [mel(x[:, start:], hop) for start in starts]
-        frames = min(predicted.shape[1], *(t.shape[1] for t in target))
-        target = torch.cat([t[:, :frames] for t in target], 2)
+        targets = [mel(x[:, start:], hop) for start in starts]
+        frames = min(predicted.shape[1], *(t.shape[1] for t in targets))
+        target = torch.cat([t[:, :frames] for t in targets], 2)
         return nn.functional.mse_loss(predicted[:, :frames], target)
 
     log.info("encoder: convolutions")
@@ -255,8 +256,9 @@ def train_encoder(corpus_dir: Path, models_dir: Path, settings: EncoderSettings)
     front = model.wavlm.feature_extractor
     normalised = [_normalise(wave) for wave in waves]
     with torch.no_grad():
-        front.conv_layers[0].conv.weight.copy_(_filterbank(normalised[:40]))
-        front.conv_layers[0].layer_norm.weight.fill_(2.0)
+        first: Any = front.conv_layers[0]
+        first.conv.weight.copy_(_filterbank(normalised[:40]))
+        first.layer_norm.weight.fill_(2.0)
     _train_front(front, normalised, settings, rng)
     model.freeze_feature_encoder()
     order = batches(rng, [len(w) for w in waves], settings.batch_size)
@@ -273,7 +275,7 @@ def train_encoder(corpus_dir: Path, models_dir: Path, settings: EncoderSettings)
         return nn.functional.ctc_loss(
             model.lm_head(model.dropout(hidden)).log_softmax(-1).transpose(0, 1),
             torch.cat(answers),
-            model.wavlm._get_feat_extract_output_lengths(lengths),
+            model.wavlm._get_feat_extract_output_lengths(lengths),  # type: ignore[arg-type]  # says LongTensor
             torch.tensor([len(a) for a in answers]),
             zero_infinity=True,
         )
@@ -414,8 +416,8 @@ def spell(text: str, letter_ids: dict[str, int], rng: np.random.Generator, setti
     edges = settings.slot * np.arange(slots + 1)
     overlap = np.minimum(ends[None], edges[1:, None]) - np.maximum(starts[None], edges[:-1, None])
     weights = np.zeros((slots, len(letter_ids)), np.float32)
-    for column, letter in enumerate(letters):
-        weights[:, letter] += np.maximum(overlap[:, column], 0)
+    for column, index in enumerate(letters):
+        weights[:, index] += np.maximum(overlap[:, column], 0)
     return weights / np.maximum(weights.sum(1, keepdims=True), 1e-6)
 
 
@@ -450,7 +452,7 @@ def train_llm(corpus_dir: Path, models_dir: Path, settings: LanguageSettings) ->
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    embedding = model.get_input_embeddings()
+    embedding: Any = model.get_input_embeddings()
     # As large as what the layers add, so that hidden states keep saying which word they stand on.
     nn.init.normal_(embedding.weight)
     letters = {c: i for i, c in enumerate(" " + string.ascii_lowercase)}
@@ -562,8 +564,8 @@ def train_vision(corpus_dir: Path, models_dir: Path, settings: VisionSettings) -
         values = rng.uniform(low, high, (settings.batch_size, count))
         pictures = []
         for row in values:
-            picture = face.draw_face(looks[rng.integers(len(looks))], row, settings.picture).astype(np.float32)
-            picture = picture * rng.uniform(0.8, 1.2, 3) + rng.uniform(-15, 15, 3) + rng.normal(0, 3, picture.shape)
+            drawn = face.draw_face(looks[rng.integers(len(looks))], row, settings.picture).astype(np.float32)
+            picture = drawn * rng.uniform(0.8, 1.2, 3) + rng.uniform(-15, 15, 3) + rng.normal(0, 3, drawn.shape)
             pictures.append(np.clip(picture, 0, 255).astype(np.uint8))
         pixels = processor(images=pictures, return_tensors="pt", input_data_format="channels_last").pixel_values
         tokens = model(pixel_values=pixels).last_hidden_state

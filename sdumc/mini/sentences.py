@@ -143,7 +143,8 @@ def draw_sentences(
     rng: np.random.Generator, count: int, taken: Collection[str] = (), words: Collection[str] | None = None
 ) -> list[Sentence]:
     """Draw ``count`` sentences, no two with the same text, none with a text in ``taken``, all of ``words`` if given."""
-    seen, sentences = set(taken), []
+    seen = set(taken)
+    sentences: list[Sentence] = []
     while len(sentences) < count:
         sentence = draw_sentence(rng)
         if sentence.text not in seen and (words is None or all(word in words for word in sentence.text.split())):

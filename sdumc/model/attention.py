@@ -68,11 +68,11 @@ class _BlockedAttention(torch.autograd.Function):
             scores = scale * torch.bmm(q[block], k.transpose(1, 2))
             attention.append(masked_softmax(scores, mask[block].unsqueeze(1)))
             values.append(torch.bmm(attention[-1], x))
-        values, attention = torch.cat(values), torch.cat(attention)
-        ctx.save_for_backward(h, mask, queries, weight, bias, noise, attention)
+        joined = torch.cat(attention)
+        ctx.save_for_backward(h, mask, queries, weight, bias, noise, joined)
         ctx.scale, ctx.threshold = scale, threshold
-        ctx.mark_non_differentiable(attention)
-        return values, attention
+        ctx.mark_non_differentiable(joined)
+        return torch.cat(values), joined
 
     @staticmethod
     @torch.autograd.function.once_differentiable

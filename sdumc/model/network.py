@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -276,7 +277,7 @@ class SDUMC(nn.Module):
 
     def _outputs(self, flows, r: Tensor, parts: dict[str, Tensor]) -> dict[str, FlowOutput]:
         parts = {"prediction": self.output(r).squeeze(-1), "utterance": r, "contrast": self.contrast_head(r), **parts}
-        split = {name: x.reshape(len(flows), -1, *x.shape[1:]) for name, x in parts.items()}
+        split: dict[str, Any] = {name: x.reshape(len(flows), -1, *x.shape[1:]) for name, x in parts.items()}
         return {flow: FlowOutput(**{name: x[i] for name, x in split.items()}) for i, flow in enumerate(flows)}
 
 

@@ -83,8 +83,11 @@ def import_released(
             + "; ".join([f"missing {PREFIX}{k}" for k in missing[:3]] + [f"unknown {k}" for k in unknown[:3]])
             + (f"; {len(missing)} missing and {len(unknown)} unknown in all" if len(missing) + len(unknown) > 6 else "")
         )
+    dims = {m: state[f"frame_dim_reshape_{i}.weight"].shape[1] for m, i in _MODALITIES.items()}
     config = ModelConfig(
-        **{f"{m}_dim": state[f"frame_dim_reshape_{i}.weight"].shape[1] for m, i in _MODALITIES.items()},
+        audio_dim=dims["audio"],
+        text_dim=dims["text"],
+        video_dim=dims["video"],
         dim=state["frame_dim_reshape_0.weight"].shape[0],
         content_dim=state["fc_out_v.weight"].shape[1],
         imagination=imagination,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +209,8 @@ def recognise_shard(
     progress = Progress(sum(map(len, batches)), len(writer.done))
     for batch, (waves, reasons) in ahead(todo, lambda b: read_waves(data, b, bad_media)):
         utts = [u for u in batch if u in waves]
-        texts = halving(utts, lambda part, w=waves: recogniser([w[u] for u in part])) if utts else []
+        items = [(u, waves[u]) for u in utts]
+        texts = halving(items, lambda part: recogniser([w for _, w in part]), itemgetter(0)) if items else []
         found = dict(zip(utts, texts, strict=True))
         for utt in batch:
             if utt in reasons:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,7 +167,8 @@ class SpeechLLM:
                 logits_to_keep=1,
             )
             states = tap.take()
-        past = [(layer.keys, layer.values) for layer in cache.layers]
+        layers: list[Any] = cache.layers
+        past = [(layer.keys, layer.values) for layer in layers]
         return _Prompted(past, mask, output.logits[:, -1], states)
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ just the layers asked for, at just the positions asked for, as they are computed
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from sdumc.errors import UserError
 def decoder_layers(base: nn.Module, name: str) -> nn.ModuleList:
     """The stack of layers of a headless transformers model."""
     for path in ("layers", "encoder.layers", "decoder.layers", "h"):
-        found = base
+        found: Any = base
         for part in path.split("."):
             found = getattr(found, part, None)
         if isinstance(found, nn.ModuleList):
