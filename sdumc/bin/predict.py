@@ -105,13 +105,15 @@ def _score(args, files: Sequence[Path], texts: dict, results: list[dict]) -> Non
     for note in scorer.notes:
         log.warning("%s", note)
     # Nothing but lines of text where no person watches; disable=None is tqdm's way to say so.
-    with tqdm(total=len(files), unit="file", leave=False, disable=None, file=sys.stderr) as bar:
-        for path in files:
+    look = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+    with tqdm(total=len(files), bar_format=look, mininterval=0, leave=False, disable=None, file=sys.stderr) as bar:
+        for number, path in enumerate(files):
             bar.set_description(path.name)
 
-            def progress(done: int, total: int) -> None:
+            def progress(done: int, total: int, number: int = number) -> None:
                 if total > 1:
-                    bar.set_postfix_str(f"utterance {done} of {total}")
+                    bar.set_postfix_str(f"utterance {done} of {total}", refresh=False)
+                bar.update(number + done / total - bar.n)
 
             try:
                 scored = scorer.score(
@@ -133,8 +135,8 @@ def _score(args, files: Sequence[Path], texts: dict, results: list[dict]) -> Non
                 if results and results[-1].get("file") == str(path):
                     results.pop()
                 _report(str(path), str(e), results)
-            bar.set_postfix_str("")
-            bar.update()
+            bar.set_postfix_str("", refresh=False)
+            bar.update(number + 1 - bar.n)
 
 
 def _report(path: str, reason: str, results: list[dict]) -> None:

@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdumc.data.kaldi_dir import read_table
 from sdumc.errors import UserError
 from sdumc.prediction.subtitles import SUFFIXES, Cue, read_subtitles
 
@@ -67,7 +66,7 @@ def transcripts(text: str | None, files: Sequence[Path]) -> dict[Path, str | lis
             raise UserError(
                 "--text with several files must be a table file of lines `name words`; or score them singly"
             )
-        table = read_table(path)
+        table = _table(path)
         stems = [f.stem for f in files]
         if doubled := sorted({s for s in stems if stems.count(s) > 1}):
             raise UserError(f"--text {path}: several files are called {doubled[0]!r}; score them in turn")
@@ -82,3 +81,23 @@ def transcripts(text: str | None, files: Sequence[Path]) -> dict[Path, str | lis
         return {files[0]: " ".join(path.read_text(encoding="utf-8-sig").split())}
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: cannot be read as text ({e})") from None
+
+
+def _table(path: Path) -> dict[str, str]:
+    """Lines ``name words`` in any order; a tab, where there is one, ends a name that has spaces."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: cannot be read as text ({e})") from None
+    found: dict[str, str] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        name, *rest = line.strip().split("\t" if "\t" in line.strip() else None, 1)
+        words = " ".join(" ".join(rest).split())
+        if not words:
+            raise UserError(f"{path}:{number}: {name!r} has no words; expected `name words`")
+        if name in found:
+            raise UserError(f"{path}:{number}: a second line for {name!r}; leave one out")
+        found[name] = words
+    return found

@@ -32,6 +32,7 @@ from sdumc.training.settings import load_config
 log = logging.getLogger("sdumc")
 
 MAX_SECONDS = 20.0  # a longer file is cut; clips that models are trained on are sentences
+_ONE_PICTURE = 0.1  # seconds; a photograph opens as a film of one frame
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,8 @@ class Scorer:
         info = probe(path)
         if not info.has_audio and not info.has_video:
             raise UserError(f"{path}: has neither sound nor pictures; give a video or audio file")
+        if not info.has_audio and info.duration < _ONE_PICTURE:
+            raise UserError(f"{path}: a single picture without sound; give a video or audio file")
         wave = self._sound(path, info, bad_media, notes)
         duration = len(wave) / RATE if wave is not None else info.duration
         if wave is not None and is_silent(wave):

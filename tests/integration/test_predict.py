@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -142,6 +143,12 @@ def test_silence_and_what_is_not_media(scorer, tmp_path):
     (tmp_path / "x.mp4").write_text("not a film")
     with pytest.raises(UserError, match=r"x\.mp4"):
         scorer.score(tmp_path / "x.mp4")
+    from PIL import Image
+
+    for name in ("a.png", "a.jpg"):
+        Image.new("RGB", (64, 48), "red").save(tmp_path / name)
+        with pytest.raises(UserError, match="a single picture without sound"):
+            scorer.score(tmp_path / name)
     with pytest.raises(UserError, match="no such media file"):
         scorer.score(tmp_path / "nothing.mp4")
     with pytest.raises(UserError, match="without times"):
@@ -211,6 +218,58 @@ def test_one_bad_file_does_not_stop_the_others(exp, clips, capsys, tmp_path):
     assert (
         code == 1 and "error" in files[0] and files[1]["overall"] == pytest.approx(files[1]["utterances"][0]["score"])
     )
+
+
+def test_folders_lists_and_a_table_of_words(exp, clips, capsys, tmp_path):
+    folder = tmp_path / "films" / "more"
+    folder.mkdir(parents=True)
+    shutil.copy(clips["spk0-000"], folder / "two words.mp4")
+    shutil.copy(clips["spk0-002"], folder.parent / "b.mp4")
+    (folder / "notes.txt").write_text("no film")
+    soundfile.write(tmp_path / "z.wav", read_audio(clips["spk0-002"]), 16000)
+    (tmp_path / "list").write_text(f"{tmp_path}/z.wav\n\n{folder.parent}/b.mp4\n")
+    code, out, err = run(capsys, "--exp-dir", exp, folder.parent, "--list", tmp_path / "list", "--json")
+    names = [Path(f["file"]).name for f in json.loads(out)["files"]]
+    assert code == 0 and err == "" and names == ["b.mp4", "two words.mp4", "z.wav"]
+    # Lines in any order; a tab after a name with a space.
+    (tmp_path / "words").write_text("z so bad\n\nb the film was good\ntwo words\tnot so good\n")
+    command = ["--exp-dir", exp, folder.parent, tmp_path / "z.wav", "--text", tmp_path / "words", "--json"]
+    code, out, _ = run(capsys, *command)
+    said = {Path(f["file"]).stem: f["utterances"][0]["transcript"] for f in json.loads(out)["files"]}
+    assert code == 0 and said == {"z": "so bad", "b": "the film was good", "two words": "not so good"}
+
+
+def test_a_bar_is_drawn_on_a_terminal_only(exp, clips, tmp_path):
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    long = clip(tmp_path / "long.mp4", 4.0, 3)
+    command = [sys.executable, "-m", "sdumc.bin.predict", "--exp-dir", str(exp), str(long), str(clips["spk0-000"])]
+    command += ["--device", "cpu", "--max-seconds", "1", "--cut", "yes", "--batch-size", "2"]
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    master, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    with subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=terminal, text=True) as shown:
+        os.close(terminal)
+        drawn = b""
+        while True:
+            try:
+                part = os.read(master, 4096)
+            except OSError:  # Linux's way to say that the other end is closed
+                break
+            if not part:
+                break
+            drawn += part
+        out = shown.stdout.read()
+    os.close(master)
+    assert shown.returncode == 0 and out == done.stdout
+    text = drawn.decode()
+    assert "long.mp4:   0%|" in text and "spk0-000.mp4: " in text and "utterance 2 of" in text
+    # A long file moves the bar too.
+    assert any(0 < int(p) < 50 for p in re.findall(r"long\.mp4: +(\d+)%", text))
 
 
 def test_a_packed_archive_works_elsewhere(exp, packed, clips, tmp_path):
