@@ -158,6 +158,21 @@ def test_decoding_every_condition(data, undisturbed, tmp_path):
     np.testing.assert_allclose(alone, [float(x.split("\t")[1]) for x in tables["full"][1:]], atol=1e-5)
 
 
+@pytest.mark.parametrize("ranks", [2, 3, 16])
+def test_predictions_do_not_depend_on_the_number_of_ranks(data, undisturbed, ranks):
+    """What evaluation does on each rank; on 16 ranks some have no utterance."""
+    from sdumc.scoring.decoding import decode, load_for
+    from sdumc.training.experiment import load_model
+
+    model, dump = load_model(undisturbed, "averaged"), load_for(data / "valid", ["full", "missing"])
+    for condition in ("full", "missing"):
+        whole = decode(model, dump, condition)
+        parts = [decode(model, dump, condition, share=(rank, ranks)) for rank in range(ranks)]
+        found = {u: float(p) for part in parts for u, p in zip(part.ids, part.prediction, strict=True)}
+        assert sorted(found) == whole.ids and sum(len(part.ids) for part in parts) == len(whole.ids)
+        np.testing.assert_allclose([found[u] for u in whole.ids], whole.prediction, atol=1e-5)
+
+
 def test_missing_without_simulated_text_means_none(undisturbed, tmp_path):
     make_dump(tmp_path / "dump", 6, 3, names=("audio", "video"))
     args = ["--exp-dir", undisturbed, "--data-dir", tmp_path / "dump", "--output-dir", tmp_path / "out"]
