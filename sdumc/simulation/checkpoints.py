@@ -72,7 +72,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The weight files of a folder, safetensors preferred, after checking that every shard is there.
 
     Raises:
-        UserError: no weights, or a shard is missing, empty or cut short.
+        UserError: no weights, or a shard is missing or empty.
     """
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{single}.index.json"
@@ -89,13 +89,23 @@ def weight_files(folder: Path) -> list[Path]:
         bad = [f.name for f in files if not f.is_file() or f.stat().st_size == 0]
         if bad:
             raise UserError(f"{folder}: incomplete model, missing or empty: {', '.join(bad)}; fetch the model again")
-        if short := [f.name for f in files if _cut_short(f)]:
-            raise UserError(f"{folder}: incomplete model, cut short: {', '.join(short)}; fetch the model again")
         return files
     raise UserError(
         f"{folder}: incomplete model, there is neither model.safetensors nor pytorch_model.bin "
         "(nor their index); fetch the model again"
     )
+
+
+def whole_weights(folder: Path) -> list[Path]:
+    """:func:`weight_files`, after checking that none is cut short; the weights themselves are not read.
+
+    Raises:
+        UserError: as there, or a file is cut short.
+    """
+    files = weight_files(folder)
+    if short := [f.name for f in files if _cut_short(f)]:
+        raise UserError(f"{folder}: incomplete model, cut short: {', '.join(short)}; fetch the model again")
+    return files
 
 
 def _cut_short(file: Path) -> bool:
@@ -146,7 +156,7 @@ def load_model(
         UserError: the folder is incomplete, damaged, or of another architecture.
     """
     read_model_config(folder)
-    safetensors = weight_files(folder)[0].suffix == ".safetensors"
+    safetensors = whole_weights(folder)[0].suffix == ".safetensors"
     try:
         with _quiet_transformers():
             model, info = model_class.from_pretrained(

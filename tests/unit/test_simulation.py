@@ -10,7 +10,7 @@ import tiny_models
 import torch
 
 from sdumc.errors import UserError
-from sdumc.simulation.checkpoints import load_tokenizer, model_folder, weight_files
+from sdumc.simulation.checkpoints import load_tokenizer, model_folder, weight_files, whole_weights
 from sdumc.simulation.encoder import SpeechEncoder, normalise
 from sdumc.simulation.projector import Projector, load_projector, project, save_projector
 from sdumc.simulation.speech_llm import SpeechLLM
@@ -168,14 +168,14 @@ def test_incomplete_folders_are_named(folders, tmp_path):
         SpeechLLM(str(folder))
     weights.write_bytes(whole[:4])
     with pytest.raises(UserError, match="cut short"):
-        weight_files(folder)
+        whole_weights(folder)
     old = folder / "pytorch_model.bin"
     torch.save({"x": torch.zeros(1000)}, old)
     weights.unlink()
-    assert weight_files(folder) == [old]
+    assert whole_weights(folder) == [old]
     old.write_bytes(old.read_bytes()[:-50])
     with pytest.raises(UserError, match=r"cut short: pytorch_model\.bin"):
-        weight_files(folder)
+        whole_weights(folder)
     old.unlink()
     with pytest.raises(UserError, match="incomplete model"):
         SpeechLLM(str(folder))

@@ -129,12 +129,13 @@ def test_real_text_equals_simulated_text_of_the_same_words(work, tmp_path):
     assert compared >= 3
 
 
-@pytest.mark.parametrize("name", ["simulate", "audio", "recognize"])
+@pytest.mark.parametrize("name", ["simulate", "audio", "recognize", "text"])
 def test_killed_job_goes_on_to_identical_files(work, tmp_path, monkeypatch, name):
     command, arguments = {
         "simulate": (simulate_text, lambda d: simulation(work, d)),
         "audio": (extract_audio, lambda d: common(work, d, "--model", str(work / "encoder"), "--layer", "1")),
         "recognize": (recognize, lambda d: common(work, d, "--model", str(work / "ctc"))),
+        "text": (extract_text, lambda d: simulation(work, d)[:-2]),
     }[name]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     calls, commit = [], ShardWriter.commit
@@ -154,9 +155,8 @@ def test_killed_job_goes_on_to_identical_files(work, tmp_path, monkeypatch, name
     assert any(n.endswith(".journal") for n in contents(killed))
     seen = []
     original = jobs.read_waves
-    for module in (simulate, "sdumc.features.audio", "sdumc.simulation.asr"):
-        target = f"{module}.read_waves" if isinstance(module, str) else f"{module.__name__}.read_waves"
-        monkeypatch.setattr(target, lambda d, b, m: seen.extend(b) or original(d, b, m))
+    for module in ("simulation.simulate", "features.audio", "simulation.asr", "features.text"):
+        monkeypatch.setattr(f"sdumc.{module}.read_waves", lambda d, b, m: seen.extend(b) or original(d, b, m))
     command.main(arguments(killed))
     assert len(seen) == 3  # only what was not committed
     assert contents(whole) == contents(killed)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from sdumc.errors import UserError
-from sdumc.simulation.checkpoints import model_folder, read_model_config, weight_files
+from sdumc.simulation.checkpoints import model_folder, read_model_config, whole_weights
 
 # Beside configuration and weights, by what the model is for: one file of each group.
 TOKENISER = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -24,7 +24,7 @@ def describe(name: str, role: str) -> str:
     """
     folder = model_folder(name)
     kind = read_model_config(folder)["model_type"]
-    size = sum(file.stat().st_size for file in weight_files(folder))
+    size = sum(file.stat().st_size for file in whole_weights(folder))
     for group in NEEDED[role]:
         if not any(Path(folder, file).is_file() for file in group):
             raise UserError(f"{folder}: incomplete model, there is no {' or '.join(group)}; fetch the model again")

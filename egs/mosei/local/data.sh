@@ -25,14 +25,15 @@ case ${source} in
     ;;
   toolkit)
     options=(--pickle "${pickle}")
-    features=(audio text video)
+    features=(audio text video) media_tables=()
     if [[ -n ${corpus_dir} ]]; then
+      media_tables=(--optional-inputs "${corpus_dir}"{,/Raw}/{Transcript,Labels})
       options+=(--corpus-dir "${corpus_dir}" --media "${media}")
       # Simulated and recognised text are states of the LLM; real text has to be that too, not the pickle's BERT.
       if [[ -n ${llm} && -n ${encoder} ]]; then features=(audio video); fi
     fi
     for feature in "${features[@]}"; do outputs+=("${dumpdir}"/{train,valid,test}/"${feature}.scp"); done
-    command=(step "import toolkit" --inputs "${pickle}" --outputs "${outputs[@]}"
+    command=(step "import toolkit" --inputs "${pickle}" "${media_tables[@]}" --outputs "${outputs[@]}"
       -- ${train_cmd} "${log}" -- python3 -m sdumc.bin.import_toolkit "${options[@]}" --features "${features[@]}"
       --dump-dir "${dumpdir}" "${common[@]}")
     ;;
