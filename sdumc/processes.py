@@ -23,9 +23,3 @@ def die_with(parent: int | None = None) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent is not None and os.getppid() != parent:
         os._exit(128 + signal.SIGKILL)
-
-
-def ignore_signals() -> None:
-    """Leave SIGTERM, SIGUSR1 and Ctrl-C to the process that started this one: it needs its helpers to end well."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)

@@ -11,17 +11,22 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from sdumc.bench import contrast, simulation, step
+from sdumc.bench import contrast, loader, simulation, step
 from sdumc.bench.measure import machine
 from sdumc.cli import Parser, run
 
-PARTS = {"step": step.main, "contrast": contrast.main, "simulation": simulation.main}
+PARTS = {"step": step.main, "contrast": contrast.main, "simulation": simulation.main, "loader": loader.main}
 
 
 def get_parser() -> Parser:
     parser = Parser(__doc__ or "")
     parser.add_argument("part", nargs="*", help=f"of {', '.join(PARTS)}; all without a word")
     parser.add_argument("--repeats", type=int, default=7, help="interleaved repeats of each side")
+    group = parser.add_argument_group("loader")
+    group.add_argument("--utterances", type=int, default=2000, help="of the generated corpus; 2000 are 6.8 GB")
+    group.add_argument("--dir", metavar="DIR", help="where the corpus is generated (default: the temporary folder)")
+    group.add_argument("--keep", action="store_true", help="leave the corpus in --dir, or use the one that is there")
+    group.add_argument("--workers", type=int, default=2, help="threads that read")
     return parser
 
 
@@ -33,7 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(machine())
     for part in args.part or PARTS:
         print(f"\n## {part}\n", flush=True)
-        PARTS[part](args.repeats)
+        if part == "loader":
+            loader.main(args.repeats, args.utterances, args.dir, args.keep, args.workers)
+        else:
+            PARTS[part](args.repeats)
     return 0
 
 

@@ -17,7 +17,7 @@ from typing import IO
 
 from sdumc.cli import log, run, setup_logging
 from sdumc.errors import EXIT_REQUEUE, UserError
-from sdumc.processes import die_with, ignore_signals
+from sdumc.processes import die_with
 from sdumc.training.settings import get_parser
 
 _VALID_CONDITIONS = ("full", "missing")
@@ -31,11 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Seeds and thread counts come first, torch after them: cuBLAS reads this once.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
-    from torch.utils.data import DataLoader
     from torch.utils.tensorboard import SummaryWriter
 
     from sdumc.data.atomic import json_ready, write_text
-    from sdumc.data.dataset import UtteranceDataset, collate
+    from sdumc.data.dataset import UtteranceDataset
+    from sdumc.data.loader import BatchLoader
     from sdumc.data.sampler import GlobalBatchSampler
     from sdumc.losses.objective import sdumc_objective
     from sdumc.model.network import COMPLETE, MISSING, SDUMC
@@ -89,15 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         world_size=ranks.size,
         rank=ranks.rank,
     )
-    loader = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=args.num_workers,
-        worker_init_fn=init_worker,
-        pin_memory=ranks.device.type == "cuda",
-        generator=torch.Generator(),  # or the loader would draw from, and so move, the generator of dropout
-    )
+    loader = BatchLoader(dataset, sampler, args.num_workers, pin_memory=ranks.device.type == "cuda")
     best = ckpt.BestModels(exp_dir, args.average_best)
 
     # --- resume -------------------------------------------------------------------------------------------------------
@@ -267,12 +259,6 @@ class SignalFlag:
 
     def _raise(self, number: int, frame) -> None:
         self.raised = True
-
-
-def init_worker(worker: int) -> None:
-    """Loader workers leave signals to their rank, which still needs them for the step it is in, and end with it."""
-    ignore_signals()
-    die_with()
 
 
 def lock_folder(exp_dir: Path, patience: float = 60.0) -> IO | None:

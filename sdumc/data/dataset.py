@@ -1,4 +1,4 @@
-"""Utterances and padded batches for torch's DataLoader."""
+"""Utterances and padded batches. :mod:`sdumc.data.loader` makes the same batches faster."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
-from sdumc.data.ark import load_matrix
+from sdumc.data.ark import all_finite, load_matrix
 from sdumc.data.dump import Dump
 from sdumc.errors import UserError
 
@@ -97,11 +96,12 @@ class UtteranceDataset(torch.utils.data.Dataset):
         return Utterance(
             id=utt,
             label=self.dump.labels.get(utt, math.nan),
-            features={name: self._read(name, utt) for name in self.names},
+            features={name: self.read(name, utt) for name in self.names},
             dims=self.dims,
         )
 
-    def _read(self, name: str, utt: str) -> torch.Tensor | None:
+    def read(self, name: str, utt: str) -> torch.Tensor | None:
+        """One feature (T, D) of an utterance, checked; None where it is absent."""
         feature = self.dump.features[name]
         if utt not in feature.entries:
             return None
@@ -120,7 +120,7 @@ class UtteranceDataset(torch.utils.data.Dataset):
                 f"{where}: {matrix.shape[0]} frames, but {self.dump.path / f'{name}.frames'} states "
                 f"{feature.frames[utt]}; make the feature again"
             )
-        if not np.isfinite(matrix).all():
+        if not all_finite(matrix):
             raise UserError(
                 f"{where}: NaN or infinite values; make the feature again, or list the utterance in {name}.absent"
             )

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from sdumc.data.atomic import atomic_write
-from sdumc.data.dataset import Batch, UtteranceDataset, collate
+from sdumc.data.dataset import Batch, UtteranceDataset
 from sdumc.data.dump import Dump, load_dump
+from sdumc.data.loader import BatchLoader
 from sdumc.data.sampler import GlobalBatchSampler
 from sdumc.errors import UserError
 from sdumc.model.network import COMPLETE, MISSING, MODALITIES, SDUMC
@@ -111,7 +111,7 @@ def decode(
     device: torch.device | str = "cpu",
     share: tuple[int, int] = (0, 1),
     batch_size: int = 64,
-    num_workers: int = 0,
+    num_workers: int = 2,
 ) -> Decoded:
     """Score a set, each utterance once.
 
@@ -131,7 +131,7 @@ def decode(
     model.eval()
     ids: list[str] = []
     parts: dict[str, list[torch.Tensor]] = {}
-    for batch in DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=num_workers):
+    for batch in BatchLoader(dataset, sampler, num_workers):
         if not len(batch):
             continue
         output = run_batch(model, batch.to(device), inputs, flow)

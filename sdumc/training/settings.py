@@ -56,7 +56,7 @@ def get_parser() -> Parser:
     g.add_argument(
         "--batch-frames", type=_at_least(0, int), default=0, help="padded frames in a batch at most (0: no limit)"
     )
-    g.add_argument("--num-workers", type=_at_least(0, int), default=0, help="processes per rank that read features")
+    g.add_argument("--num-workers", type=_at_least(0, int), default=2, help="threads per rank that read features ahead")
     g.add_argument(
         "--missing-text",
         choices=("simulated", "none"),

@@ -1,0 +1,210 @@
+"""Reading features: batches from archives at the released dimensions, against plain reading and the page cache.
+
+Every side reads all archives of a generated corpus once a run: the training loader; ``kaldiio.load_mat`` in file order
+with padding; torch's DataLoader with worker processes; and a raw sequential read, which no loader can beat by much.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sdumc.bench.measure import interleaved, median, peak_memory, seconds, spread, table
+from sdumc.data.ark import ShardWriter, merge_shards, split_rxspecifier
+from sdumc.data.dataset import UtteranceDataset, collate
+from sdumc.data.dump import Dump, load_dump
+from sdumc.data.kaldi_dir import write_table
+from sdumc.data.loader import BatchLoader
+from sdumc.data.sampler import GlobalBatchSampler
+from sdumc.errors import UserError
+
+BATCH = 96
+NAMES = ("audio", "text", "text_sim", "video")
+DIMS = {"audio": 1024, "text": 4096, "text_sim": 4096, "video": 1024}
+RATES = {"audio": 50.0, "text": 4.1, "text_sim": 4.1, "video": 30.0}  # frames a second; the mean clip has 7.3 seconds
+_JOBS = 4
+_RAW_BUFFER = 2**20  # small enough for the processor's cache: the fastest way to read on the machines tried
+_BUDGET = 60_000  # frames of a batch, padded: 96 clips of average length
+
+
+def lengths(count: int) -> dict[str, list[int]]:
+    """Frames of each utterance by feature: durations as of MOSEI's clips, 0.5 to 60 s, mean 7.3 s."""
+    rng = np.random.default_rng(0)
+    duration = np.clip(rng.lognormal(0, 0.65, count), 0.08, 8.2)
+    duration *= 7.3 / duration.mean()
+    words = {name: rng.normal(1, 0.15, count).clip(0.5) if name.startswith("text") else 1 for name in NAMES}
+    return {name: np.maximum(1, duration * RATES[name] * words[name]).astype(int).tolist() for name in NAMES}
+
+
+def generate(folder: Path, count: int) -> int:
+    """Write a dump folder of ``count`` utterances; its archives' bytes."""
+    frames = lengths(count)
+    needed = 4 * sum(sum(frames[name]) * DIMS[name] for name in NAMES)
+    free = shutil.disk_usage(folder).free
+    if free < 1.1 * needed:
+        raise UserError(
+            f"{folder}: {free / 1e9:.1f} GB free, the corpus needs {needed / 1e9:.1f}; give another --dir, or fewer "
+            "--utterances"
+        )
+    utts = [f"spk{i // 20:04d}-{i:05d}" for i in range(count)]
+    values = np.random.default_rng(1).standard_normal(2**25, dtype=np.float32)
+    place = np.random.default_rng(2)
+    for name in NAMES:
+        for job in range(1, _JOBS + 1):
+            with ShardWriter(folder, name, job, {}, utts[job - 1 :: _JOBS]) as writer:
+                for utt, length in zip(utts[job - 1 :: _JOBS], frames[name][job - 1 :: _JOBS], strict=True):
+                    size = length * DIMS[name]
+                    start = int(place.integers(len(values) - size))
+                    writer.write(utt, values[start : start + size].reshape(length, -1))
+        merge_shards(folder, name, _JOBS, {}, utts)
+    write_table(folder / "utt2label", {utt: i % 19 / 3 - 3 for i, utt in enumerate(utts)})
+    return needed
+
+
+def archives(dump: Dump) -> list[str]:
+    """The archives behind a dump folder."""
+    return sorted({split_rxspecifier(e)[0] for feature in dump.features.values() for e in feature.entries.values()})
+
+
+def read_raw(paths: Sequence[str]) -> None:
+    """One byte after the other, into the same small buffer."""
+    buffer = bytearray(_RAW_BUFFER)
+    for path in paths:
+        with open(path, "rb", buffering=0) as f:
+            while f.readinto(buffer):
+                pass
+
+
+def plain_batches(dump: Dump) -> Iterator[dict[str, torch.Tensor]]:
+    """What a few lines with kaldiio do: file order, batches of 96, zeros, and every matrix copied into them."""
+    import kaldiio
+
+    def place(utt: str) -> tuple[str, int]:
+        return split_rxspecifier(dump.features["audio"].entries[utt])
+
+    utts = sorted(dump.utterances, key=place)
+    for first in range(0, len(utts), BATCH):
+        batch = {}
+        for name in NAMES:
+            matrices = [kaldiio.load_mat(dump.features[name].entries[utt]) for utt in utts[first : first + BATCH]]
+            padded = torch.zeros(len(matrices), max(map(len, matrices)), DIMS[name])
+            for row, matrix in zip(padded.numpy(), matrices, strict=True):
+                row[: len(matrix)] = matrix
+            batch[name] = padded
+        yield batch
+
+
+def sampler_of(dataset: UtteranceDataset, budget: int | None = None) -> GlobalBatchSampler:
+    """Training's."""
+    return GlobalBatchSampler(dataset.frames, BATCH, budget, seed=1)
+
+
+def process_loader(dataset: UtteranceDataset, workers: int) -> torch.utils.data.DataLoader:
+    """The same batches by torch's DataLoader."""
+    sampler = sampler_of(dataset)
+    return torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers)
+
+
+def unchecked(loader: BatchLoader) -> BatchLoader:
+    """The loader as before its first epoch, in which it checks that values are finite, but with its memory."""
+    for flags in loader._checked.values():
+        flags[:] = bytes(len(flags))
+    return loader
+
+
+def exhaust(batches) -> None:
+    """Take every batch, and let it go when the next one has come, as a training loop does."""
+    for _batch in batches:
+        pass
+
+
+def epoch_of(folder: Path, count: int, workers: int) -> None:
+    """What memory is measured on: two epochs over the first ``count`` utterances, tables included."""
+    dump = load_dump(folder, NAMES)
+    dump.utterances = dump.utterances[:count]
+    dataset = UtteranceDataset(dump, NAMES)
+    loader = BatchLoader(dataset, sampler_of(dataset, _BUDGET), workers)
+    exhaust(loader)
+    exhaust(loader)
+
+
+def forget(paths: Sequence[str]) -> None:
+    """Put files out of the page cache (no rights needed; a virtual machine's host may still have them)."""
+    for path in paths:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+
+
+def main(repeats: int, utterances: int = 2000, folder: str | None = None, keep: bool = False, workers: int = 2) -> None:
+    """Print throughput of each side with a warm and a cold page cache, and resident memory by size of the corpus."""
+    with contextlib.ExitStack() as stack:
+        if keep and folder:
+            path = Path(folder)
+            path.mkdir(parents=True, exist_ok=True)
+        else:
+            path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sdumc-bench-", dir=folder)))
+        if not (path / "utt2label").exists():
+            generate(path, utterances)
+        _measure(path, repeats, workers)
+
+
+def _measure(path: Path, repeats: int, workers: int) -> None:
+    dump = load_dump(path, NAMES)
+    paths = archives(dump)
+    size = sum(os.path.getsize(p) for p in paths)
+    dataset = UtteranceDataset(dump, NAMES)
+    loader = BatchLoader(dataset, sampler_of(dataset), workers)
+    count = len(loader)
+    raw, plain = "raw sequential read", "kaldiio.load_mat in file order, padded"
+    ours = f"training's loader, {workers} threads"
+    calls: dict[str, Callable[[], object]] = {
+        ours: lambda: exhaust(loader),
+        f"{ours}, first epoch (checks)": lambda: exhaust(unchecked(loader)),
+        raw: lambda: read_raw(paths),
+        plain: lambda: exhaust(plain_batches(dump)),
+        f"DataLoader, {workers} processes": lambda: exhaust(process_loader(dataset, workers)),
+    }
+    print(f"{len(dataset)} utterances, {size / 1e9:.2f} GB, {count} batches of at most {BATCH}.\n")
+    times = interleaved(calls, repeats)
+    rows = [_row(name, t, times[raw], count, size) for name, t in times.items()]
+    header = ["page cache warm", "epoch (s)", "range (s)", "batches/s", "GB/s", "of the raw read", "range"]
+    print(table(header, rows), flush=True)
+    pairs = [a / b for a, b in zip(times[plain], times[ours], strict=True)]
+    print(f"\nThe loader is {median(pairs):.1f} ({spread(pairs)}) times as fast as kaldiio with padding.\n")
+
+    cold: dict[str, list[float]] = {name: [] for name in (ours, raw, plain)}
+    for _ in range(min(repeats, 3)):
+        for name in cold:
+            forget(paths)
+            cold[name].append(seconds(calls[name]))
+    rows = [_row(name, t, cold[raw], count, size) for name, t in cold.items()]
+    print(table(["page cache cold", *header[1:]], rows), flush=True)
+
+    steps = sorted({min(500, len(dataset)), len(dataset)})
+    peaks = [f"{peak_memory(partial(epoch_of, path, n, workers)):.0f} MiB with {n} utterances" for n in steps]
+    print(f"\nResident memory at its peak, batches of at most {_BUDGET} frames: {', '.join(peaks)}.")
+
+
+def _row(name: str, times: list[float], raw: list[float], count: int, size: int) -> list[str]:
+    shares = [100 * b / a for a, b in zip(times, raw, strict=True)]
+    return [
+        name,
+        f"{median(times):.2f}",
+        spread(times),
+        f"{count / median(times):.1f}",
+        f"{size / median(times) / 1e9:.2f}",
+        f"{median(shares):.0f}%",
+        f"{min(shares):.0f}-{max(shares):.0f}%",
+    ]

@@ -1,0 +1,223 @@
+"""Batches read ahead by threads, each value copied once: from the page cache into the padded batch.
+
+Reading is system calls and array code, which run beside Python, so threads do what worker processes would, without
+copying batches between processes, shared-memory limits, or signals to keep from them. Memory is used again for the next
+batches: getting 300 MB afresh from the system can take ten times as long as filling it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import mmap
+import os
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from sdumc.data.ark import all_finite, read_float_matrix, split_rxspecifier
+from sdumc.data.dataset import Batch, UtteranceDataset
+from sdumc.data.sampler import GlobalBatchSampler
+
+_PAGE = mmap.PAGESIZE // 4  # values in a page: where a feature of a batch begins, copying is fastest
+_HEADROOM = 1.125  # memory that was never touched costs nothing, and a batch a little larger may come
+_WASTE = 4  # a small batch is not to occupy the memory of the largest
+
+
+class _Task(NamedTuple):
+    """A matrix to read into ``rows`` (T, D) of a batch; the padding (P, D) behind it is to be zeroed."""
+
+    archive: str
+    offset: int
+    name: str
+    index: int  # of the utterance
+    rows: np.ndarray
+    padding: np.ndarray
+
+
+class BatchLoader:
+    """Iterates over the batches of a sampler, padded, in its order; bit for bit what ``collate`` makes of them.
+
+    The tensors of a batch share one block of memory, which goes to a later batch as soon as none of them, nor a view of
+    them, is alive. That values are finite is checked when a matrix is read for the first time.
+
+    Args:
+        dataset: what to read.
+        sampler: gives a list of indices for each batch.
+        num_workers: threads that read; with 0, a batch is read when it is asked for.
+        prefetch: batches being read while one is in use.
+        pin_memory: put batches into memory from which a GPU copies without waiting.
+
+    Raises:
+        UserError: while iterating, as :class:`sdumc.data.dataset.UtteranceDataset`.
+    """
+
+    def __init__(
+        self,
+        dataset: UtteranceDataset,
+        sampler: GlobalBatchSampler | Sequence[Sequence[int]],
+        num_workers: int = 2,
+        prefetch: int = 2,
+        pin_memory: bool = False,
+    ):
+        if num_workers < 0 or prefetch < 1:
+            raise ValueError(f"num_workers {num_workers} must be at least 0 and prefetch {prefetch} at least 1")
+        self.dataset, self.sampler = dataset, sampler
+        self.num_workers, self.prefetch, self.pin_memory = num_workers, prefetch, pin_memory
+        self._blocks = _Blocks(keep=2)
+        self._checked = {name: bytearray(len(dataset)) for name in dataset.names}
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.num_workers == 0:
+            for indices in self.sampler:
+                yield self._read_now(indices)
+            return
+        pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="reader")
+        pending: deque[tuple[Batch, list[Future]]] = deque()
+        try:
+            for indices in self.sampler:
+                pending.append(self._submit(pool, indices))
+                if len(pending) > self.prefetch:
+                    yield _finished(pending)
+            while pending:
+                yield _finished(pending)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _read_now(self, indices: Sequence[int]) -> Batch:
+        batch, tasks = self._prepare(indices)
+        self._read(tasks)
+        return batch
+
+    def _submit(self, pool: ThreadPoolExecutor, indices: Sequence[int]) -> tuple[Batch, list[Future]]:
+        batch, tasks = self._prepare(indices)
+        return batch, [pool.submit(self._read, share) for share in _shares(tasks, self.num_workers)]
+
+    def _prepare(self, indices: Sequence[int]) -> tuple[Batch, list[_Task]]:
+        """A batch with memory but without values yet, and what has to be read into it, in the order of the disk."""
+        dump = self.dataset.dump
+        utts = [dump.utterances[i] for i in indices]
+        batch = Batch(
+            ids=utts,
+            labels=torch.tensor([dump.labels.get(utt, math.nan) for utt in utts], dtype=torch.float32),
+            features={},
+            lengths={},
+        )
+        tasks: list[_Task] = []
+        if not utts:
+            return batch, tasks
+        shapes, end = {}, 0
+        for name in self.dataset.names:
+            feature = dump.features[name]
+            frames = [feature.frames[utt] if utt in feature.entries else 0 for utt in utts]
+            batch.lengths[name] = torch.tensor(frames, dtype=torch.int64)
+            shapes[name] = (end, (len(utts), max(1, *frames), feature.dim))
+            end += -(-math.prod(shapes[name][1]) // _PAGE) * _PAGE
+        memory = self._memory(end)
+        for name, (start, shape) in shapes.items():
+            values = memory[start : start + math.prod(shape)].view(shape)
+            batch.features[name] = values
+            entries = dump.features[name].entries
+            for i, utt, rows, frames in zip(indices, utts, values.numpy(), batch.lengths[name].tolist(), strict=True):
+                archive, offset = split_rxspecifier(entries[utt]) if frames else ("", 0)
+                tasks.append(_Task(archive, offset, name, i, rows[:frames], rows[frames:]))
+        tasks.sort(key=lambda task: task[:2])
+        return batch, tasks
+
+    def _memory(self, count: int) -> torch.Tensor:
+        """Float32 (count,), undefined values."""
+        if self.pin_memory:  # torch keeps such memory for the next time, and knows when the GPU has read it
+            return torch.empty(count, dtype=torch.float32, pin_memory=True)
+        return self._blocks.take(count)
+
+    def _read(self, tasks: Sequence[_Task]) -> None:
+        """Fill a share of a batch. Archives are opened and closed here: nothing stays open that others could move."""
+        opened, fd = "", -1
+        try:
+            for task in tasks:
+                if len(task.padding):
+                    task.padding[:] = 0
+                if not len(task.rows):
+                    continue
+                if task.archive != opened:
+                    if fd >= 0:
+                        os.close(fd)
+                        fd = -1
+                    opened, fd = task.archive, _open(task.archive)
+                checked = self._checked[task.name]
+                if not (
+                    fd >= 0
+                    and read_float_matrix(fd, task.offset, task.rows)
+                    and (checked[task.index] or all_finite(task.rows))
+                ):
+                    # Another type of matrix, or an error, which the careful way words.
+                    utt = self.dataset.dump.utterances[task.index]
+                    task.rows[:] = self.dataset.read(task.name, utt).numpy()
+                checked[task.index] = True
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
+
+def _open(archive: str) -> int:
+    try:
+        return os.open(archive, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return -1
+
+
+def _finished(pending: deque[tuple[Batch, list[Future]]]) -> Batch:
+    batch, futures = pending.popleft()
+    for future in futures:
+        future.result()
+    return batch
+
+
+def _shares(tasks: Sequence[_Task], count: int) -> list[list[_Task]]:
+    """Consecutive parts of about the same number of bytes."""
+    sizes = np.cumsum([task.rows.nbytes + task.padding.nbytes for task in tasks])
+    if not len(sizes):
+        return []
+    cuts = [0, *np.searchsorted(sizes, sizes[-1] * np.arange(1, count) / count).tolist(), len(tasks)]
+    return [list(tasks[a:b]) for a, b in itertools.pairwise(cuts) if a < b]
+
+
+class _Blocks:
+    """Blocks of memory, handed out again once no tensor uses them. When none fits and ``keep`` wait, one is let go.
+
+    They are private to the process: in a forked one, the same block is a copy.
+    """
+
+    def __init__(self, keep: int):
+        self.keep = keep
+        self._free: deque[mmap.mmap] = deque()  # its append and popleft need no lock, in whatever thread a tensor dies
+
+    def take(self, count: int) -> torch.Tensor:
+        """Float32 (count,), undefined values, beginning at a page."""
+        free: list[mmap.mmap] = []
+        with contextlib.suppress(IndexError):
+            while True:
+                free.append(self._free.popleft())
+        free.sort(key=len)
+        size = 4 * max(count, 1)
+        block = next((b for b in free if size <= len(b) <= _WASTE * size), None)
+        if block is not None:
+            free.remove(block)
+        else:
+            block = mmap.mmap(-1, int(_HEADROOM * size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if len(free) >= self.keep:  # let go of one that is too small, else of one too large to be held for nothing
+                free.pop(0 if len(free[0]) < size else -1)
+        self._free.extend(free)
+        lease = np.frombuffer(block, dtype=np.float32, count=max(count, 1))
+        # The tensor's storage holds the lease, and every view holds the storage.
+        weakref.finalize(lease, self._free.append, block).atexit = False
+        return torch.frombuffer(lease, dtype=torch.float32, count=max(count, 1))[:count]
