@@ -25,7 +25,7 @@ test_sets="test" #: sets to score, with spaces
 datadir=data     #: folder of the Kaldi data directories
 dumpdir=dump     #: folder of the features
 expdir=exp       #: folder of the experiments
-max_drop=0.01    #: largest share of a set that may be left out
+max_drop=0.01    #: largest share of a set that may be left out, or whose media may fail to be read
 #: Pretrained models (folders; empty: what needs the model is left out)
 encoder=         #: speech encoder, for audio features and the speech LLM
 llm=             #: causal LLM, for text features and simulated text

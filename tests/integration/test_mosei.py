@@ -14,6 +14,7 @@ import torch
 from plain_network import released_weights
 from unit import tiny_models
 
+from sdumc.corpora.audit import leave_out
 from sdumc.data.dump import load_dump
 from sdumc.simulation.projector import Projector
 
@@ -104,6 +105,21 @@ def test_raw(recipe, models, tmp_path):
     assert not load_dump(recipe / "dump/train").features["video"].absent
     assert set(scores(recipe / "exp/train_seed1/decode_test")) == {"full", "missing", "asr", "none"}
     assert (recipe / "RESULTS.md").exists()
+
+    # A set without a single face: recorded as absent in all of it, and the later stages go on.
+    gone = {u: "not wanted" for u in test.utterances if not u.startswith(mini.FACELESS)}
+    leave_out(recipe / "data/test", recipe / "data/faceless", gone)
+    (recipe / "data/faceless/video.scp").rename(recipe / "video.scp")
+    for videos in (False, True):  # nor a film in all of it
+        if videos:
+            (recipe / "video.scp").rename(recipe / "data/faceless/video.scp")
+        words_2 = [*words, "--test-sets", "faceless", "--results", "RESULTS.faceless.md"]
+        output = call(recipe, *words_2, "--stage", 2)
+        video = load_dump(recipe / "dump/faceless").features["video"]
+        assert len(video.absent) == 2 and not video.entries and video.dim == 24
+    found = scores(recipe / "exp/train_seed1/decode_faceless")
+    assert set(found) == {"full", "missing", "asr", "none"} and found["full"]["n"] == 2
+    assert (recipe / "RESULTS.faceless.md").exists() and "skip   train exp/train_seed1" in output
 
     audit = ["--sets", "train", "--leave-out", "--max-wer", "0.1", "--min-overlap", "0.2", "--min-words", "2"]
     output = call(recipe, *audit, script="local/audit_transcripts.sh")
