@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import logging
 import math
@@ -34,6 +35,9 @@ log = logging.getLogger(__name__)
 
 _MATRIX = struct.Struct("<2s3sbibi")  # \0B, FM_, 4, rows, 4, columns
 _HEADER_BYTES = 32  # covers every matrix header that is understood here
+# What a shard's settings may say under "compression", and Kaldi's method: two bytes a value between the least and the
+# greatest of the matrix; or one byte, between quartiles of each column (two bytes where there are 8 frames or fewer).
+COMPRESSION = {"two-byte": 3, "one-byte": 1}
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -236,7 +240,8 @@ class ShardWriter:
         directory: ``dump/<set>``.
         name: the feature's name.
         job: number of the job, from 1.
-        settings: whatever the values depend on; work left by a run with other settings is not continued but redone.
+        settings: whatever the values depend on; work left by a run with other settings is not continued but redone. Its
+            ``compression``, if there is one, is a key of :data:`COMPRESSION`.
         utterances: what this job is to write. When given, work left by a run with another split is redone too.
 
     Raises:
@@ -386,15 +391,20 @@ class ShardWriter:
             )
         with np.errstate(over="ignore"):  # checked below
             array = np.ascontiguousarray(array, dtype="<f4")
-        if not np.isfinite(array).all():
+        if not all_finite(array):
             raise UserError(f"{where}: NaN or infinite values in the feature; check its input and the number format")
+        compression = self.settings.get("compression")
+        if compression:
+            header, body = b"", _compressed(array, COMPRESSION[compression], where)
+        else:
+            header, body = _MATRIX.pack(b"\0B", b"FM ", 4, array.shape[0], 4, array.shape[1]), array.data
         self._begin(utt)
         name = utt.encode() + b" "
-        self._ark_file.write(name + _MATRIX.pack(b"\0B", b"FM ", 4, array.shape[0], 4, array.shape[1]))
-        self._ark_file.write(array.data)
+        self._ark_file.write(name + header)
+        self._ark_file.write(body)
         self.dim = array.shape[1]
         self._add(_Entry(utt, offset=self._end + len(name), frames=len(array), notes=_strings(notes)))
-        self._end += len(name) + _MATRIX.size + array.nbytes
+        self._end += len(name) + len(header) + memoryview(body).nbytes
 
     def absent(self, utt: str, reason: str, **notes: str) -> None:
         """Note that the modality is known to be absent for an utterance, and why."""
@@ -510,6 +520,17 @@ class ShardWriter:
                 self.commit()
         finally:
             self.close()
+
+
+def _compressed(array: np.ndarray, method: int, where: str) -> bytes:
+    """A matrix from its ``\\0B`` on, compressed as Kaldi does."""
+    import kaldiio
+
+    if float(array.max()) - float(array.min()) > np.finfo(np.float32).max:
+        raise UserError(f"{where}: its values lie too far apart to be compressed; leave the compression out")
+    file = io.BytesIO()
+    kaldiio.save_ark(file, {"x": array}, compression_method=method)
+    return file.getvalue()[len(b"x ") :]
 
 
 def _strings(notes: Mapping[str, Any]) -> dict[str, str]:

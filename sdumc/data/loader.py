@@ -71,6 +71,7 @@ class BatchLoader:
         self.dataset, self.sampler = dataset, sampler
         self.num_workers, self.prefetch, self.pin_memory = num_workers, prefetch, pin_memory
         self._blocks = _Blocks(keep=2)
+        self._converted: set[str] = set()  # archives of compressed matrices or doubles
         self._checked = {name: bytearray(len(dataset)) for name in dataset.names}
 
     def __len__(self) -> int:
@@ -156,12 +157,14 @@ class BatchLoader:
                 checked = self._checked[task.name]
                 if not (
                     fd >= 0
+                    and task.archive not in self._converted
                     and read_float_matrix(fd, task.offset, task.rows)
                     and (checked[task.index] or all_finite(task.rows))
                 ):
                     # Another type of matrix, or an error, which the careful way words.
                     utt = self.dataset.dump.utterances[task.index]
                     task.rows[:] = self.dataset.read(task.name, utt).numpy()
+                    self._converted.add(task.archive)
                 checked[task.index] = True
         finally:
             if fd >= 0:

@@ -37,6 +37,13 @@ def add_job_options(parser: Parser, name: str, batch_size: int = 16) -> None:
         default="stop",
         help="a media file that cannot be read stops the job, or counts as an absent modality (listed)",
     )
+    if name != "asr_hyp":  # which has transcripts only
+        group.add_argument(
+            "--compress",
+            choices=("no", "two-byte", "one-byte"),
+            default="no",
+            help="store values as Kaldi's compressed matrices: half or a quarter of the space, rounded values",
+        )
     add_compute_options(parser)
     group = parser.add_argument_group("batches")
     group.add_argument("--batch-size", type=int, default=batch_size, metavar="N", help="most utterances in a batch")
@@ -63,6 +70,8 @@ def load_job(args: argparse.Namespace) -> tuple[KaldiDir, list[str]]:
 def open_shard(args: argparse.Namespace, settings: Mapping[str, Any], utterances: Sequence[str]) -> ShardWriter:
     """The writer of a job's shard; what an earlier run left is continued if settings and utterances are the same."""
     job = int(args.shard.split("/")[0])
+    if getattr(args, "compress", "no") != "no":
+        settings = {**settings, "compression": args.compress}
     return ShardWriter(args.dump_dir, args.name, job, settings, utterances)
 
 

@@ -471,3 +471,60 @@ def test_reading_is_about_as_fast_as_kaldiio(tmp_path):
         return min(times)
 
     assert best(load_matrix) < 3 * best(kaldiio.load_mat)
+
+
+# ------------------------------------------------------------------------------------------------------ compression
+
+
+@pytest.mark.parametrize(("how", "size", "error"), [("two-byte", 0.52, 8e-5), ("one-byte", 0.33, 0.04)])
+def test_compressed_archives(tmp_path, how, size, error):
+    rng = np.random.default_rng(0)
+    values = {f"u{k}": rng.normal(size=(n, 64)).astype(np.float32) for k, n in enumerate((300, 200, 90, 3, 1))}
+    write_shards(tmp_path / "full", values)
+    write_shards(tmp_path / "small", values, settings={**SETTINGS, "compression": how})
+    small = [(tmp_path / kind / "ark/audio.1.ark").stat().st_size for kind in ("small", "full")]
+    assert small[0] < size * small[1]
+    merged = merge_shards(tmp_path / "small", "audio", 2, {}, values)
+    assert merged.frames == {u: len(m) for u, m in values.items()}
+    feature = load_dump(tmp_path / "small").features["audio"]
+    theirs = kaldiio.load_scp(str(tmp_path / "small/audio.scp"))
+    for utt, matrix in values.items():
+        read = load_matrix(feature.entries[utt])
+        np.testing.assert_array_equal(read, theirs[utt])
+        assert read.shape == matrix.shape and np.abs(read - matrix).max() < error * np.abs(matrix).max()
+
+
+def test_a_killed_compressing_job_goes_on(tmp_path):
+    values, settings = matrices(), {"compression": "one-byte"}
+    write_shards(tmp_path / "a", values, jobs=1, settings=settings)
+    utts = sorted(values)
+    writer = ShardWriter(tmp_path / "b", "audio", 1, settings, utts)
+    for utt in utts[:3]:
+        writer.write(utt, values[utt])
+    writer.commit()
+    writer.write(utts[3], values[utts[3]])  # lost
+    writer.close()
+    write_shards(tmp_path / "b", values, jobs=1, settings=settings)
+    for name in ("audio.1.ark", "audio.1.json"):
+        assert (tmp_path / "a/ark" / name).read_bytes() == (tmp_path / "b/ark" / name).read_bytes()
+
+
+def test_values_too_far_apart_to_compress(tmp_path):
+    with (
+        ShardWriter(tmp_path, "audio", 1, {"compression": "two-byte"}) as writer,
+        pytest.raises(UserError, match=r"'a': its values lie too far apart"),
+    ):
+        writer.write("a", np.array([[3e38, -3e38]], np.float32))
+
+
+def test_the_option_is_part_of_the_settings(tmp_path):
+    from sdumc.cli import Parser
+    from sdumc.simulation.jobs import add_job_options, open_shard
+
+    parser = Parser("x")
+    add_job_options(parser, "audio")
+    base = ["--data-dir", "d", "--dump-dir", str(tmp_path)]
+    for options, settings in (([], {}), (["--compress", "two-byte"], {"compression": "two-byte"})):
+        with open_shard(parser.parse_args(base + options), {}, ["a"]) as writer:
+            assert writer.settings == settings and not writer.done
+            writer.write("a", np.ones((2, 2)))

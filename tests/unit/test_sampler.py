@@ -46,7 +46,43 @@ def test_every_utterance_once_within_both_limits(frames, batch_size, batch_frame
             shares.append(share)
         for i, batch in enumerate(batches):
             assert sorted(k for share in shares for k in share[i]) == sorted(batch)
-            assert shares[0][i] == batch[::world]
+            assert [share[i] for share in shares] == [batch[r::world] for r in range(world)]
+            assert all(sampler.global_batch(i) == batch for sampler in ranks)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    frames=st.lists(st.integers(0, 500), min_size=1, max_size=60),
+    batch_size=st.integers(1, 12),
+    batch_frames=st.one_of(st.none(), st.integers(1, 3000)),
+    seed=st.integers(0, 2**31),
+    world=st.integers(1, 4),
+    epochs=st.lists(st.integers(0, 30), min_size=1, max_size=4),
+    data=st.data(),
+)
+def test_a_killed_run_goes_on_with_the_same_batches(frames, batch_size, batch_frames, seed, world, epochs, data):
+    """An epoch's batches depend on its number only: not on the epochs before it, nor on where the run was taken up."""
+    make = lambda rank: GlobalBatchSampler(frames, batch_size, batch_frames, seed, world_size=world, rank=rank)  # noqa: E731
+    for rank in range(world):
+        used = make(rank)
+        for number in epochs:
+            used.set_epoch(number)
+            whole = list(used)
+            fresh = make(rank)
+            fresh.set_epoch(number)
+            fresh.start_batch = data.draw(st.integers(0, len(whole)))
+            first = fresh.start_batch
+            assert list(fresh) == whole[first:]
+            assert list(fresh) == whole
+
+
+@settings(max_examples=40, deadline=None)
+@given(frames=st.lists(st.integers(1, 500), min_size=40, max_size=200), seed=st.integers(0, 1000))
+def test_every_epoch_and_seed_has_an_order_of_its_own(frames, seed):
+    one, other = GlobalBatchSampler(frames, 4, seed=seed), GlobalBatchSampler(frames, 4, seed=seed + 1)
+    orders = [[i for batch in epoch(one, number) for i in batch] for number in range(4)]
+    orders.append([i for batch in epoch(other) for i in batch])
+    assert len(set(map(tuple, orders))) == len(orders)
 
 
 def test_without_frame_limit_the_batches_are_full():
