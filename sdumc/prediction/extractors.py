@@ -140,7 +140,7 @@ class Extractors:
             ([i for i in range(len(texts)) if i not in heard], _without_sound(context)),
         ):
             if part:
-                sound = [waves[i] for i in part] if used == "audio+prompt" else None
+                sound = [w for i in part if (w := waves[i]) is not None] if used == "audio+prompt" else None
                 states = encode_texts(llm, [texts[i] for i in part], used, keep, reader, sound)
                 for i, x in zip(part, states, strict=True):
                     found[i] = x.float().cpu()

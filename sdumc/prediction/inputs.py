@@ -11,8 +11,23 @@ from sdumc.prediction.subtitles import SUFFIXES, Cue, read_subtitles
 
 # What is taken from a folder; a file that is named itself is tried whatever its name.
 SOUND = (".aac", ".aif", ".aiff", ".flac", ".m4a", ".mka", ".mp3", ".oga", ".ogg", ".opus", ".wav", ".wma")
-VIDEO = (".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts")
-VIDEO += (".webm", ".wmv")
+VIDEO = (
+    ".3gp",
+    ".avi",
+    ".flv",
+    ".m2ts",
+    ".m4v",
+    ".mkv",
+    ".mov",
+    ".mp4",
+    ".mpeg",
+    ".mpg",
+    ".mts",
+    ".ogv",
+    ".ts",
+    ".webm",
+    ".wmv",
+)
 
 
 def media_files(names: Sequence[str], list_file: str | None) -> tuple[list[Path], list[tuple[str, str]]]:

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -239,7 +239,7 @@ def _write_folder(output: Path, name: str, files: Mapping[str, Path], texts: Map
 
 def _write_archive(output: Path, name: str, files: Mapping[str, Path], texts: Mapping[str, str]) -> None:
     """Straight from where the files are; the same content gives the same bytes."""
-    mode = "w" if output.name.endswith(".tar") else "w:gz"
+    mode: Literal["w", "w:gz"] = "w" if output.name.endswith(".tar") else "w:gz"
     contents: dict[str, Path | bytes] = {**files, **{k: v.encode() for k, v in texts.items()}}
     try:
         with atomic_write(output, "wb") as f, tarfile.open(fileobj=f, mode=mode) as archive:

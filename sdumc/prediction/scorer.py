@@ -17,7 +17,7 @@ from sdumc.data.dataset import Utterance, collate
 from sdumc.data.kaldi_dir import MediaSpan
 from sdumc.data.media import MediaInfo, probe, read_audio
 from sdumc.errors import UserError
-from sdumc.model.network import MODALITIES
+from sdumc.model.network import MODALITIES, SDUMC
 from sdumc.prediction.activity import RATE, cut_speech, even_pieces, is_silent
 from sdumc.prediction.extractors import Extractors
 from sdumc.prediction.package import open_experiment
@@ -101,7 +101,7 @@ class Scorer:
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: SDUMC,
         extractors: Extractors,
         *,
         device: torch.device | str = "cpu",
@@ -113,9 +113,7 @@ class Scorer:
         self.batch_size, self.notes = batch_size, list(notes)
         self._keep = keep  # a folder that lives as long as this does
         self.features = [
-            name
-            for name in extractors.record.features
-            if ("text" if name == "text_sim" else name) in model.available  # type: ignore[operator]
+            name for name in extractors.record.features if ("text" if name == "text_sim" else name) in model.available
         ]
 
     @classmethod
@@ -189,7 +187,8 @@ class Scorer:
         if text is not None and "text" not in self.features:
             reason = self.extractors.record.left_out.get("text", "its features of real text are not recorded")
             raise UserError(f"this model cannot take a transcript: {reason}")
-        path, notes = str(file), []
+        path = str(file)
+        notes: list[str] = []
         info = probe(path)
         if not info.has_audio and not info.has_video:
             raise UserError(f"{path}: has neither sound nor pictures; give a video or audio file")

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import matplotlib
-import matplotlib.image
 import numpy as np
 from matplotlib.axes import Axes
+from PIL import Image
 
 from sdumc.reporting.collect import MODALITY_NAMES, QUERY_NAMES, Condition, Run, TestSet
 from sdumc.reporting.figures import Figure, Panel, Theme
@@ -82,7 +82,7 @@ def heat_maps(test_set: TestSet, condition: Condition, utterance: str, scales: d
         title, unit, ticks, tokens = _axis(test_set, condition.name, utterance, modality, a.shape[1])
         cells = _COLOURS(scales[modality](a * a.shape[1]), bytes=True)
         out = io.BytesIO()
-        matplotlib.image.imsave(out, cells, format="png", metadata={"Software": None})
+        Image.fromarray(cells).save(out, "png")
         peak = int(a[0].argmax())
         where = f"at {tokens[peak]!r}" if tokens else f"{100 * (peak + 0.5) / a.shape[1]:.0f}% of the way through"
         maps.append(
@@ -108,11 +108,11 @@ def _axis(
         tokens = test_set.tokenisers[feature](words, frames) if feature in test_set.tokenisers else words.split()
         tokens = tokens if len(tokens) == frames else []
         unit = "1 token" if frames == 1 else f"{frames} tokens"
-        step = max(1, -(-frames // 6))
+        every = max(1, -(-frames // 6))
         return (
             TEXT_TITLES[feature],
             unit,
-            [(100 * (i + 0.5) / frames, str(i + 1)) for i in range(0, frames, step)],
+            [(100 * (i + 0.5) / frames, str(i + 1)) for i in range(0, frames, every)],
             tokens,
         )
     rate = test_set.frame_rates.get(modality)

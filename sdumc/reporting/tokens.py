@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -15,7 +16,7 @@ class Tokeniser:
         """``model`` is the folder as the features' settings name it; ``root`` the recipe's, which it may count from."""
         self._paths = [folder / model / "tokenizer.json" for folder in (Path(), root)]
         self._loaded = False
-        self._tokenizer = None
+        self._tokenizer: Any = None
 
     def __call__(self, words: str, frames: int) -> list[str]:
         """One label a frame: the tokens of ``words``, or its words; empty if neither are as many as the frames."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +35,7 @@ def write_attention(attention: Attention, folder: Path) -> None:
     if not ids:
         (folder / FILE).unlink(missing_ok=True)
         return
-    arrays: dict[str, np.ndarray] = {"ids": np.array(ids)}
+    arrays: dict[str, Any] = {"ids": np.array(ids)}
     for m in MODALITIES:
         rows = [attention[utt].get(m, np.zeros((7, 0), np.float32)).T for utt in ids]
         arrays[m] = np.concatenate(rows).astype(np.float16)
