@@ -56,7 +56,7 @@ class Parser(configargparse.ArgumentParser):
         self.add_argument("--version", action="version", version=f"sdumc {__version__}")
         self.add_argument("--verbose", action="store_true", help="log debug messages too")
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace=None, **kwargs):  # type: ignore[override]
+    def parse_args(self, args: Sequence[str] | None = None, namespace=None, **kwargs):
         args = list(sys.argv[1:] if args is None else args)
         if paths := _config_files(args):
             settings = {}

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from sdumc.cli import log, run, setup_logging
 from sdumc.errors import EXIT_REQUEUE, UserError
@@ -169,7 +169,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 with autocast(args.precision, ranks.device):
                     outputs = network(features, lengths, flows)
                 local = {f: outputs[f].loss_inputs() for f in flows}
-                has_text = (lengths["text"] > 0) if "text" in lengths else torch.zeros_like(batch.labels, dtype=bool)
+                nobody = torch.zeros(len(batch), dtype=torch.bool, device=ranks.device)
+                has_text = lengths["text"] > 0 if "text" in lengths else nobody
             else:  # fewer utterances than ranks: take part in the exchange with nothing
                 local = {f: empty_loss_tensors(model, ranks.device) for f in flows}
                 has_text = torch.zeros(0, dtype=torch.bool, device=ranks.device)
@@ -206,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # --- validate, record, save -----------------------------------------------------------------------------------
         scores = evaluate(model, valid, _VALID_CONDITIONS if MISSING in flows else ("full",), ranks)
         choice = sum(s["mae"] for s in scores.values()) / len(scores)
-        record = {
+        record: dict[str, Any] = {
             "epoch": epoch,
             "step": step,
             "lr": st.learning_rate(args, epoch),
@@ -215,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "choice": choice,
         }
         is_best = False
-        if ranks.is_main:
+        if board is not None:
             history.append(record)
             is_best = best.offer(choice, epoch, model)
             for path, value in flatten(record):
@@ -239,11 +240,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return EXIT_REQUEUE
 
     # --- the end ------------------------------------------------------------------------------------------------------
-    if ranks.is_main:
+    if board is not None:
         best.average()
         board.close()
-        value, chosen = best.ranking[0]
-        log.info("done: epoch %d is best on valid (mean MAE %.4f) -> %s", chosen, value, exp_dir / ckpt.VALID_BEST)
+        lowest, chosen = best.ranking[0]
+        log.info("done: epoch %d is best on valid (mean MAE %.4f) -> %s", chosen, lowest, exp_dir / ckpt.VALID_BEST)
     leave(ranks)
     return 0
 
@@ -358,7 +359,7 @@ def dry_run(args) -> int:
 
     config = st.model_config(args)
     dims = {m: getattr(config, f"{m}_dim") or 8 for m in ("audio", "text", "video")}
-    model = SDUMC(dataclasses.replace(config, **{f"{m}_dim": d for m, d in dims.items()}))
+    model = SDUMC(dataclasses.replace(config, audio_dim=dims["audio"], text_dim=dims["text"], video_dim=dims["video"]))
     dims["text_sim"] = dims["text"]
     features = {name: torch.randn(4, 3, d) for name, d in dims.items()}
     lengths = {name: torch.full((4,), 3) for name in dims}

@@ -140,8 +140,8 @@ def video_table(findings: Sequence[Finding]) -> tuple[str, list[tuple[str, str]]
         rows.append((len(bad) / len(found), len(bad), len(found), median, moved, silent, video, verdict))
     rows.sort(key=lambda r: (-r[0], -r[1], r[6]))
     lines = ["video\tclips\tsuspicious\tshare\tmedian_wer\tfit_another_clip\tnothing_heard\tverdict\n"]
-    for share, bad, clips, median, moved, silent, video, verdict in rows:
-        lines.append(f"{video}\t{clips}\t{bad}\t{share:.2f}\t{median:.3f}\t{moved}\t{silent}\t{verdict}\n")
+    for share, suspicious, clips, median, moved, silent, video, verdict in rows:
+        lines.append(f"{video}\t{clips}\t{suspicious}\t{share:.2f}\t{median:.3f}\t{moved}\t{silent}\t{verdict}\n")
     return "".join(lines), [(r[6], r[7]) for r in rows if r[0] >= 0.5]
 
 

@@ -176,7 +176,7 @@ def read_float_matrix(fd: int, offset: int, rows: np.ndarray) -> bool:
     expected = _MATRIX.pack(b"\0B", b"FM ", 4, rows.shape[0], 4, rows.shape[1])
     header = bytearray(len(expected))
     try:
-        count = os.preadv(fd, [header, rows], offset)
+        count = os.preadv(fd, [header, rows.data], offset)
     except OSError:
         return False
     return header == expected and count == len(expected) + rows.nbytes
@@ -189,7 +189,7 @@ def all_finite(matrix: np.ndarray) -> bool:
 
 
 def _pread_into(fd: int, matrix: np.ndarray, offset: int, rxspecifier: str) -> None:
-    view = memoryview(matrix.reshape(-1).view(np.uint8))
+    view = matrix.reshape(-1).view(np.uint8).data
     done = 0
     while done < len(view):  # a single call moves at most 2 GiB
         try:

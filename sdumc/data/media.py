@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -473,7 +474,8 @@ def _frames(span: MediaSpan, fps: float | None, seek: bool = True) -> Iterator[t
         sought = seek and _seek(container, stream, span.start)
         origin = _origin(container)
         nominal = float(1 / (stream.average_rate or stream.guessed_rate or 25))
-        shown, shown_from, count, decoded = None, 0.0, 0, 0
+        shown: Any = None
+        shown_from, count, decoded = 0.0, 0, 0
         wanted = math.inf if span.end is None else span.end - span.start
         slack = 1e-4  # seconds; container clocks are coarser than fractions of a second in floating point
         complete = True

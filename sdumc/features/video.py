@@ -46,7 +46,7 @@ class VisionExtractor:
 
         folder = model_folder(name)
         kind = read_model_config(folder)["model_type"]
-        classes = {"clip": CLIPVisionModel, "clip_vision_model": CLIPVisionModel}
+        classes: dict[str, Any] = {"clip": CLIPVisionModel, "clip_vision_model": CLIPVisionModel}
         classes |= {"siglip": SiglipVisionModel, "siglip_vision_model": SiglipVisionModel}
         # A classifier's folder (a facial-expression ViT) has no pooler; its random one must not be used.
         optional = () if pooling == "pooler" else ("pooler.", "vision_model.post_layernorm", "vision_model.head")

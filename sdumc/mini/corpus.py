@@ -229,7 +229,8 @@ def _make_speakers(by_speaker: dict[str, list[Clip]], settings: Settings, folder
     Plain processes, as those of a pool are started by a thread, whose end would count as their parent's.
     """
     context = multiprocessing.get_context("fork")
-    waiting, running = list(by_speaker.items()), {}
+    waiting = list(by_speaker.items())
+    running: dict[Any, tuple[str, Any, Any]] = {}  # by sentinel: speaker, process, its failure's pipe
     try:
         while waiting or running:
             while waiting and len(running) < max(1, jobs):

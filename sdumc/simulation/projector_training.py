@@ -315,6 +315,8 @@ def _add_gradients(
     while True:
         optimiser.zero_grad(set_to_none=True)
         size, total = -(-len(batch) // parts), 0.0
+        loss: Any
+        contexts: Any
         try:
             for start in range(0, len(batch), size):
                 part = batch[start : start + size]

@@ -130,7 +130,8 @@ class BestModels:
         """Write and return the mean of the kept weights."""
         states = [load_weights(self._file(epoch)) for _, epoch in sorted(self.ranking, key=lambda entry: entry[1])]
         mean = {
-            name: (sum(s[name].double() for s in states) / len(states)).to(states[0][name].dtype) for name in states[0]
+            name: torch.stack([s[name].double() for s in states]).mean(0).to(value.dtype)
+            for name, value in states[0].items()
         }
         save_weights(self.exp_dir / AVERAGED, mean)
         return mean

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ def set_normalisation(model: SDUMC, train: Dump) -> None:
     for m in model.available:
         dataset = UtteranceDataset(train, [m])
         step = max(1, len(dataset) // _STATISTICS_UTTERANCES)
-        frames = total = square = 0.0
+        frames, total, square = 0, torch.zeros(()), torch.zeros(())  # sums, broadcast over dimensions
         for i in range(0, len(dataset), step):
             x = dataset[i].features[m]
             if x is not None:
@@ -73,7 +74,7 @@ def set_normalisation(model: SDUMC, train: Dump) -> None:
         deviation = (square / frames - mean.square()).clamp_min(0).sqrt()
         # A dimension that hardly moves here may move in other recordings; it must not drown out the rest there.
         floor = 0.1 * deviation.mean().clamp_min(1e-6)
-        projection = model.frame_projection[m]
+        projection: Any = model.frame_projection[m]
         projection.mean.copy_(mean)
         projection.inverse_deviation.copy_(1 / deviation.clamp_min(float(floor)))
 

@@ -20,8 +20,8 @@ FREE_TO_CHANGE = frozenset(
     {"config", "verbose", "version", "dry_run", "train_dir", "valid_dir", "exp_dir", "epochs", "device", "num_workers"}
     | {"save_every"}
 )
-_MODEL = ("audio_dim", "text_dim", "video_dim", "dim", "content_dim", "dropout", "attention_dropout", "scale")
-_MODEL += ("imagination", "fusion", "mask_padding")
+_SIZES = ("audio_dim", "text_dim", "video_dim", "dim", "content_dim")
+_MODEL = (*_SIZES, "dropout", "attention_dropout", "scale", "imagination", "fusion", "mask_padding")
 _OBJECTIVE = ("mse_complete", "mse_missing", "distil_query", "distil_content", "similarity", "contrast", "temperature")
 
 
