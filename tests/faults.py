@@ -261,16 +261,23 @@ def trial(states: Path, folder: Path, stage: Stage, rng: random.Random, kills: i
     return result
 
 
-def campaign(work: Path, stages: list[int], kills: int, seed: int, say=print) -> tuple[list[Stage], list[Trial]]:
-    """All of it; ``kills`` are dealt out over the stages, one and two to a trial in turn."""
+def campaign(
+    work: Path, stages: list[int], kills: int, seed: int, say=print, features: Path | None = None
+) -> tuple[list[Stage], list[Trial]]:
+    """All of it; ``kills`` are dealt out over the stages, one and two to a trial in turn.
+
+    With ``features``, a folder of dump folders from elsewhere, the recipe begins with stage 4.
+    """
     folder, states = make_small_mini(work), work / "states"
     for name, text in SETTINGS.items():
         (folder / "conf" / f"{name}.yaml").write_text(text)
-    known = []
-    for number in range(max(stages) + 1):
+    if features is not None:
+        shutil.copytree(features, folder / "dump")
+    known = {}
+    for number in range(0 if features is None else 4, max(stages) + 1):
         shutil.copytree(folder, states / str(number), symlinks=True)
-        known.append(undisturbed(folder, number, work / "output"))
-        say(f"stage {number}: {known[-1].seconds:.1f} s, {len(known[-1].seen)} files, {len(known[-1].passing)} passing")
+        known[number] = stage = undisturbed(folder, number, work / "output")
+        say(f"stage {number}: {stage.seconds:.1f} s, {len(stage.seen)} files, {len(stage.passing)} passing")
     shutil.copytree(folder, states / str(max(stages) + 1), symlinks=True)
     trials = []
     for number in stages:
@@ -289,7 +296,7 @@ def campaign(work: Path, stages: list[int], kills: int, seed: int, say=print) ->
             )
             for problem in t.wrong:
                 say(f"  WRONG {problem}")
-    return known, trials
+    return list(known.values()), trials
 
 
 # ------------------------------------------------------------------------------------------------------------ page

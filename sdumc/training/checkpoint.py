@@ -83,7 +83,8 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError) as e:
-        raise UserError(f"{path}: damaged checkpoint ({e}); remove it to train from the start") from None
+        why = str(e).partition(". ")[0]  # torch goes on for a paragraph
+        raise UserError(f"{path}: damaged checkpoint ({why}); remove it to train from the start") from None
 
 
 def settings_hash(settings: dict[str, Any]) -> str:

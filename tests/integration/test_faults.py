@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -12,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+import bad_inputs
+import faults
 import pytest
 import test_training as training
 from dumps import make_dump
@@ -232,3 +236,49 @@ def test_a_checkpoint_that_cannot_be_written_to_its_end(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert load_checkpoint(path) == {"step": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+# ------------------------------------------------------------------------------------------ stages killed, bad input
+
+
+def test_stages_killed_at_random_moments_end_with_the_same_files(tmp_path):
+    """A few kills of training and decoding; docs/faults.md has the table of tests/faults.py, with every stage."""
+    for seed, (name, count) in enumerate((("train", 24), ("valid", 6), ("test", 6))):
+        make_dump(tmp_path / "features" / name, count, seed)
+    lines: list[str] = []
+    stages, trials = faults.campaign(tmp_path / "work", [4, 5], 4, 1, lines.append, tmp_path / "features")
+    assert sum(len(t.kills) for t in trials) >= 3, lines
+    assert not any(t.wrong for t in trials), "\n".join(lines)
+    assert all(t.compared > 20 for t in trials)
+    assert "| 4 train |" in faults.table(stages, trials, 1)
+
+
+def test_a_difference_is_found(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name / "exp/log").mkdir(parents=True)
+        (tmp_path / name / "exp/same").write_text("1")
+        (tmp_path / name / "exp/log/x.log").write_text(name)
+    assert faults.differences(tmp_path / "a", tmp_path / "b") == (1, [])
+    (tmp_path / "a/exp/same").write_text("2")
+    (tmp_path / "a/exp/.left.tmp").write_text("")
+    (tmp_path / "b/exp/gone").write_text("")
+    assert faults.differences(tmp_path / "a", tmp_path / "b")[1] == [
+        "exp/gone: missing",
+        "exp/.left.tmp: left over",
+        "exp/same: differs",
+    ]
+
+
+def test_what_bad_input_prints(tmp_path):
+    """Every message names what it is about, and docs/faults.md shows it as it is."""
+    output = tmp_path / "results.json"
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests/bad_inputs.py", "--json", output], capture_output=True, text=True, check=False
+    )
+    results = [bad_inputs.Result(**r) for r in json.loads(output.read_text())]
+    wrong = [f"{r.title}: {r.wrong}" for r in results if r.wrong]
+    assert done.returncode == 0 and not wrong, "\n".join(wrong)
+    page = (ROOT / "docs/faults.md").read_text()
+    section = re.search(r"<!-- bad inputs: begin[^>]*-->\n(.*?)<!-- bad inputs: end -->", page, flags=re.S)
+    shown, fresh = (bad_inputs.without_numbers(text).splitlines() for text in (section[1], bad_inputs.listing(results)))
+    assert shown == fresh, "run tests/bad_inputs.py --page docs/faults.md"
