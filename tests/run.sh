@@ -12,6 +12,7 @@ shell=false       #: tests of the shell scripts (bats)
 unit=false        #: unit tests (pytest)
 integration=false #: whole recipes at reduced size, minutes (pytest)
 #: Other
+with_slurm=false  #: also the tests on a real Slurm, which apt installs if it can; else they are skipped
 quick=false       #: lint, shell and unit, without the tests that are marked slow
 . utils/parse_options.sh
 
@@ -49,6 +50,33 @@ check_shell() {
   shellcheck -x -P SCRIPTDIR:SCRIPTDIR/.. "${kept[@]}"
 }
 
+# Debian's Slurm and munge, not started by the system: the tests start their own. Without them the tests are skipped, so
+# nothing here is an error.
+get_slurm() {
+  local program absent=() root=() output
+  for program in slurmctld slurmd munged sbatch; do
+    PATH=${PATH}:/usr/sbin:/sbin command -v "${program}" >/dev/null || absent+=("${program}")
+  done
+  ((${#absent[@]})) || return 0
+  if ! command -v apt-get >/dev/null; then
+    echo "tests/run.sh: no ${absent[*]} and no apt-get: the tests on Slurm will be skipped"
+    return 0
+  fi
+  if ((EUID != 0)); then
+    if ! sudo -n true 2>/dev/null; then
+      echo "tests/run.sh: no ${absent[*]} and no right to install them: the tests on Slurm will be skipped"
+      return 0
+    fi
+    root=(sudo -n)
+  fi
+  echo "tests/run.sh: installing slurm-wlm and munge with apt-get"
+  local apt=("${root[@]}" env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 timeout 240 apt-get
+    -o Acquire::Retries=1 -o Acquire::http::Timeout=20 -o DPkg::Lock::Timeout=60 -q)
+  if ! output=$({ "${apt[@]}" update || true; "${apt[@]}" install -y --no-install-recommends slurm-wlm munge; } 2>&1); then
+    printf '%s\n' "tests/run.sh: apt-get failed, the tests on Slurm will be skipped:" "$(tail -n 5 <<<"${output}")"
+  fi
+}
+
 if [[ ${lint} == true ]]; then
   part format ruff format --check .
   part lint ruff check .
@@ -61,6 +89,10 @@ fi
 pytest_paths=() pytest_options=()
 if [[ ${unit} == true && -d tests/unit ]]; then pytest_paths+=(tests/unit); fi
 if [[ ${integration} == true && -d tests/integration ]]; then pytest_paths+=(tests/integration); fi
+if [[ ${with_slurm} == true ]]; then
+  get_slurm
+  pytest_paths+=(tests/slurm)
+fi
 if [[ ${quick} == true ]]; then pytest_options+=(-m "not slow"); fi
 last_line=
 if ((${#pytest_paths[@]})); then

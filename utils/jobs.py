@@ -200,9 +200,12 @@ def start_job(command: list[str], log: Path, env: dict[str, str], index: int = 1
     return Running(index, process, log, start)
 
 
-def finish_job(job: Running, status: int, usage, note: str = "") -> int:
-    """Write the log's last line; returns the exit code, 128 + signal number for a job ended by a signal."""
-    code = os.waitstatus_to_exitcode(status)
+def finish_job(job: Running, status: int, usage, note: str = "", code: int | None = None) -> int:
+    """Write the log's last line; returns the exit code, 128 + signal number for a job ended by a signal.
+
+    A `code` that is given is told in place of the status's.
+    """
+    code = os.waitstatus_to_exitcode(status) if code is None else code
     job.process.returncode = code  # wait4 has already collected it
     what = f"exit code {code}" if code >= 0 else f"exit code {128 - code} (killed by {signal_name(-code)})"
     # The kernel counts the largest single process of the job, in KiB on Linux.

@@ -59,7 +59,7 @@ ENDED = {
 }
 # Reasons for waiting that pass by themselves; the others are shown.
 ORDINARY = {"None", "Resources", "Priority", "BeginTime", "Cleaning", "JobArrayTaskLimit", "Prolog", "Licenses"}
-# Slurm tells a command killed after srun's --kill-on-bad-exit as 143 or 137, and as 138 one that died of SIGUSR1.
+# How srun ends when it has killed ranks (--kill-on-bad-exit), and a command that does not know SIGUSR1.
 KILLED = {128 + signal.SIGTERM, 128 + signal.SIGKILL, 128 + signal.SIGUSR1}
 
 
@@ -106,10 +106,12 @@ def run_task(spec_file: str) -> int:
         for job, status, usage in jobs.reap(running):
             code = os.waitstatus_to_exitcode(status)
             code = code if code >= 0 else 128 - code
-            # When several ranks save and exit, the first to be gone makes srun kill the others: it ends otherwise then.
-            saved = code == jobs.EXIT_REQUEUE or (code in KILLED and (warned or a_rank_has_saved(log, before)))
+            # The first rank to be gone makes srun kill the others, and srun then tells of that.
+            of_ranks = code_of_ranks(log, before) if code in KILLED else None
+            code = of_ranks or code
+            saved = code == jobs.EXIT_REQUEUE or (code in KILLED and warned)
             queued = code != 0 and back_in_queue(saved)
-            return jobs.finish_job(job, status, usage, note=jobs.REQUEUED if queued else "")
+            return jobs.finish_job(job, status, usage, note=jobs.REQUEUED if queued else "", code=of_ranks)
 
 
 def meeting_port(job: int) -> int:
@@ -122,12 +124,16 @@ def meeting_port(job: int) -> int:
     return 20000 + job % 12000
 
 
-def a_rank_has_saved(log: Path, before: int) -> bool:
-    """Whether srun has told, since the log had `before` bytes, of ranks that exited with 75, and of no other code."""
+def code_of_ranks(log: Path, before: int) -> int | None:
+    """The exit code that ranks ended with by themselves, as srun has told since the log had `before` bytes.
+
+    None when srun told of none. 75 only if all of them had saved their state, else the first other one.
+    """
     with open(log, "rb") as f:
         f.seek(before)
-        codes = re.findall(rb"^srun: error: .*: Exited with exit code (\d+)\s*$", f.read(), re.M)
-    return bool(codes) and set(codes) == {str(jobs.EXIT_REQUEUE).encode()}
+        told = re.findall(rb"^srun: error: .*: Exited with exit code (\d+)\s*$", f.read(), re.M)
+    codes = [int(code) for code in told]
+    return next((code for code in codes if code != jobs.EXIT_REQUEUE), codes[0] if codes else None)
 
 
 def back_in_queue(wanted: bool) -> bool:

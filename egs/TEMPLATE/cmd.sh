@@ -14,7 +14,7 @@ case ${cmd_backend} in
   slurm)
     train_cmd="utils/slurm.py --mem 8G"
     decode_cmd="utils/slurm.py --mem 32G --num-threads 4"
-    cuda_cmd="utils/slurm.py --mem 64G --time 24:00:00 --requeue true"
+    cuda_cmd="utils/slurm.py --mem 64G --num-threads 4 --time 24:00:00 --requeue true"
     ;;
   *)
     echo "cmd.sh: error: cmd_backend is local or slurm, not '${cmd_backend}'" >&2

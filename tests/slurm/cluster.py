@@ -19,8 +19,8 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
 NODES = ("node1", "node2")
-CPUS = 4  # of each node, whatever the machine has
-MEMORY = 3000  # MB of each node
+CPUS = 16  # of each node, whatever the machine has
+MEMORY = 200_000  # MB of each node, likewise
 GPUS = 4  # of each node, for the scheduler's eyes only: their device files are plain files
 SYSTEM_FOLDERS = ("/usr/sbin", "/sbin", "/usr/local/sbin")  # where the daemons are; not on every user's PATH
 PATH = os.pathsep.join([os.environ.get("PATH", ""), *SYSTEM_FOLDERS])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,7 @@ def cluster() -> Iterator[Cluster]:
     if absent := missing():
         pytest.skip(f"Slurm is not installed (no {', '.join(absent)}); `tests/run.sh --with-slurm` installs it")
     cluster = Cluster()
+    signal.signal(signal.SIGTERM, lambda *_: pytest.exit("stopped by SIGTERM", 143))  # ends the cluster too
     try:
         cluster.start()
         yield cluster

@@ -123,6 +123,15 @@ def test_a_failing_task_is_told_with_reason_and_log(cluster, place):
     assert not cluster.jobs()
 
 
+def test_the_first_rank_to_fail_takes_the_others_down_and_gives_the_code(cluster, place):
+    script = "if [ $SLURM_PROCID = 2 ]; then echo what went wrong; exit 4; fi; sleep 100"
+    ranks = ["--num-nodes", 2, "--tasks-per-node", 2, "log/x.log", "srun", "--kill-on-bad-exit=1", "bash", "-c", script]
+    start = time.monotonic()
+    done = run(cluster, *ranks)
+    assert done.returncode == 4 and time.monotonic() - start < NOTICED_WITHIN
+    assert "exit code 4," in done.stderr and "what went wrong" in done.stderr and not cluster.jobs()
+
+
 def test_what_sbatch_refuses_is_told(cluster, place):
     done = run(cluster, "--mem", "lots", "log/x.log", "true")
     assert done.returncode == 2 and "sbatch refused: " in done.stderr and "--mem=lots" in done.stderr
