@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from sdumc.data.atomic import write_json, write_text
+from sdumc.data.atomic import disk_full, write_json, write_text
 from sdumc.data.kaldi_dir import check_id, write_table
 from sdumc.errors import UserError
 
@@ -518,8 +518,12 @@ class ShardWriter:
                 self.finish()
             else:
                 self.commit()
+        except OSError as e:
+            raise disk_full(self.partial, e) or e from None
         finally:
             self.close()
+        if isinstance(value, OSError) and (told := disk_full(self.partial, value)):
+            raise told from None
 
 
 def _compressed(array: np.ndarray, method: int, where: str) -> bytes:

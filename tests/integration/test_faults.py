@@ -16,6 +16,7 @@ from pathlib import Path
 
 import bad_inputs
 import faults
+import numpy as np
 import pytest
 import test_training as training
 from dumps import make_dump
@@ -236,6 +237,31 @@ def test_a_checkpoint_that_cannot_be_written_to_its_end(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert load_checkpoint(path) == {"step": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_features_that_do_not_fit(tmp_path):
+    """What was committed is kept; the job goes on from there when there is room again."""
+    from sdumc.data.ark import ShardWriter
+    from sdumc.errors import UserError
+
+    def write(ids: str) -> None:
+        with ShardWriter(tmp_path, "audio", 1, {}) as writer:
+            for utt in ids:
+                if utt not in writer.done:
+                    writer.write(utt, np.ones((100, 20)))
+                    writer.commit()
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"audio\.1\.ark\.partial: could not be written \(File too large\)"):
+            write("abc")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with contextlib.closing(ShardWriter(tmp_path, "audio", 1, {})) as writer:
+        assert writer.done == {"a", "b"}
+    write("abc")
+    assert (tmp_path / "ark/audio.1.ark").stat().st_size == 3 * (100 * 20 * 4 + 17)
 
 
 # ------------------------------------------------------------------------------------------ stages killed, bad input
