@@ -286,14 +286,16 @@ class Array:
                 found[int(task)] = (state, reason)
         return found
 
+    def scancel(self, *words: str) -> None:
+        command = ["scancel", "--quiet", *words, self.id]
+        subprocess.run(command, check=False, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
     def cancel(self) -> None:
         """Cancel all tasks and wait until they have ended: what they write may be what the next run reads.
 
         A training saves its state in that time. A stop signal meanwhile kills them.
         """
-        scancel = ["scancel", "--quiet"]
-        quiet = {"check": False, "stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        subprocess.run([*scancel, self.id], **quiet)
+        self.scancel()
         start, said = time.monotonic(), False
         while time.monotonic() < start + CANCEL_PATIENCE:
             states = self.states()
@@ -302,7 +304,7 @@ class Array:
                 self.id_file.unlink(missing_ok=True)
                 return
             # One that was being put back into the queue when it was cancelled.
-            subprocess.run([*scancel, "--state=PENDING", self.id], **quiet)
+            self.scancel("--state=PENDING")
             if not said and time.monotonic() > start + 3:
                 what = f"{len(left)} task(s) to end; once more to kill them" if left else "the scheduler's answer"
                 print(f"slurm.py: waiting for {what}", file=sys.stderr)
@@ -310,7 +312,7 @@ class Array:
             if jobs.is_stop(jobs.next_signal(POLL)):
                 if states is None:
                     break
-                subprocess.run([*scancel, "--signal=KILL", "--full", self.id], **quiet)
+                self.scancel("--signal=KILL", "--full")
         print(f"slurm.py: Slurm job {self.id} has still not ended; see squeue", file=sys.stderr)
 
     def reason(self, index: int) -> str:
@@ -405,6 +407,7 @@ def run(spec: jobs.Spec, conf: slurm_conf.SlurmConf) -> int:
             # The logs decide, not sbatch: it returns 0 for a job cancelled while pending.
             if not returned:
                 process.terminate()
+            array.scancel("--state=PENDING")  # one that was put back in the queue when it was about to end well
             array.id_file.unlink(missing_ok=True)
             return 0
 

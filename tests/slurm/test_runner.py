@@ -30,7 +30,7 @@ SAVER = """\
 trap 'echo saved; exit 75' TERM USR1
 echo "turn ${SLURM_RESTART_COUNT:-0}"
 if [[ -n ${SLURM_RESTART_COUNT-} ]]; then exit 0; fi
-while sleep 0.1; do :; done
+while :; do sleep 0.1; done
 """
 
 
