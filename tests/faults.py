@@ -190,7 +190,11 @@ def undisturbed(folder: Path, number: int, output: Path) -> Stage:
 
 
 def one_kill(folder: Path, stage: Stage, rng: random.Random, token: str, output: Path) -> Kill | None:
-    """Run the stage and kill it; None if it was quicker than that."""
+    """Run the stage and kill it; None if it ended before.
+
+    Raises:
+        RuntimeError: it failed.
+    """
     whole = rng.random() < 0.5
     target, moment = None, rng.uniform(0.02, 0.97) * stage.seconds
     if rng.random() < 0.5 and stage.seen:
@@ -208,6 +212,8 @@ def one_kill(folder: Path, stage: Stage, rng: random.Random, token: str, output:
                 break
         time.sleep(0.002)
     if process.poll() is not None:
+        if process.returncode:
+            raise RuntimeError(f"the run after a kill failed: {output.read_text()[-1500:]}")
         return None
     seconds = time.monotonic() - begin
     if whole:
@@ -220,26 +226,36 @@ def one_kill(folder: Path, stage: Stage, rng: random.Random, token: str, output:
     return Kill(seconds, f"on sight of `{target}`" if target else f"after {seconds:.1f} s", whole, during)
 
 
+def sizes_of_logs(folder: Path) -> dict[str, int]:
+    return {p: (folder / p).stat().st_size for p in paths(folder) if p.endswith(".log")}
+
+
 def trial(states: Path, folder: Path, stage: Stage, rng: random.Random, kills: int, label: str) -> Trial:
     """Kill a stage ``kills`` times, let it end, compare."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(states / str(stage.number), folder, symlinks=True)
     result, tokens, output = Trial(stage.number), [], folder.with_name("output")
-    while len(result.kills) < kills:
-        tokens.append(f"{os.getpid()}-{label}-{len(tokens)}")
-        kill = one_kill(folder, stage, rng, tokens[-1], output)
-        if kill is not None:
-            result.kills.append(kill)
-        elif not result.kills and len(tokens) < 6:  # too late: from the beginning
-            shutil.rmtree(folder)
-            shutil.copytree(states / str(stage.number), folder, symlinks=True)
+    logs: dict[str, int] = {}
+    try:
+        while len(result.kills) < kills:
+            logs = sizes_of_logs(folder)
+            tokens.append(f"{os.getpid()}-{label}-{len(tokens)}")
+            begin = time.monotonic()
+            kill = one_kill(folder, stage, rng, tokens[-1], output)
+            if kill is not None:
+                result.kills.append(kill)
+            elif not result.kills and len(tokens) < 6:  # too late: from the beginning
+                shutil.rmtree(folder)
+                shutil.copytree(states / str(stage.number), folder, symlinks=True)
+            else:  # it has been made good before the next kill came
+                break
         else:
-            break
-    logs = {p: len((folder / p).read_bytes()) for p in paths(folder) if p.endswith(".log")}
-    begin = time.monotonic()
-    process = start(folder, stage.number, tokens[0] + "-again", output)
-    if process.wait():
-        result.wrong.append(f"the next run failed: {output.read_text()[-1500:]}")
+            logs = sizes_of_logs(folder)
+            begin = time.monotonic()
+            if start(folder, stage.number, tokens[0] + "-again", output).wait():
+                raise RuntimeError(f"the run after a kill failed: {output.read_text()[-1500:]}")
+    except RuntimeError as e:
+        result.wrong.append(str(e))
         return result
     result.seconds = time.monotonic() - begin
     text = output.read_text()
@@ -261,6 +277,11 @@ def trial(states: Path, folder: Path, stage: Stage, rng: random.Random, kills: i
     return result
 
 
+def read_trial(line: str) -> Trial:
+    fields = json.loads(line)
+    return Trial(**{**fields, "kills": [Kill(**kill) for kill in fields["kills"]]})
+
+
 def campaign(
     work: Path, stages: list[int], kills: int, seed: int, say=print, features: Path | None = None
 ) -> tuple[list[Stage], list[Trial]]:
@@ -268,25 +289,41 @@ def campaign(
 
     With ``features``, a folder of dump folders from elsewhere, the recipe begins with stage 4.
     """
-    folder, states = make_small_mini(work), work / "states"
-    for name, text in SETTINGS.items():
-        (folder / "conf" / f"{name}.yaml").write_text(text)
-    if features is not None:
-        shutil.copytree(features, folder / "dump")
+    folder, states, first = work / "egs" / "mini", work / "states", work / "states" / ("0" if features is None else "4")
+    if not first.exists():
+        make_small_mini(work)
+        for name, text in SETTINGS.items():
+            (folder / "conf" / f"{name}.yaml").write_text(text)
+        if features is not None:
+            shutil.copytree(features, folder / "dump")
+        shutil.copytree(folder, first, symlinks=True)
     known = {}
     for number in range(0 if features is None else 4, max(stages) + 1):
-        shutil.copytree(folder, states / str(number), symlinks=True)
+        facts = work / f"stage-{number}.json"
+        if facts.exists():  # of a campaign that was cut short
+            known[number] = Stage(**json.loads(facts.read_text()))
+            continue
+        shutil.rmtree(folder)
+        if not (states / str(number)).exists():
+            raise SystemExit(f"{work}: no files to begin stage {number} with; choose another --work-dir")
+        shutil.copytree(states / str(number), folder, symlinks=True)
         known[number] = stage = undisturbed(folder, number, work / "output")
+        shutil.rmtree(states / str(number + 1), ignore_errors=True)
+        shutil.copytree(folder, states / str(number + 1), symlinks=True)
+        facts.write_text(json.dumps(asdict(stage)))
         say(f"stage {number}: {stage.seconds:.1f} s, {len(stage.seen)} files, {len(stage.passing)} passing")
-    shutil.copytree(folder, states / str(max(stages) + 1), symlinks=True)
-    trials = []
+    record = work / "trials.jsonl"
+    trials = [read_trial(line) for line in record.open()] if record.exists() else []
     for number in stages:
-        rng = random.Random(f"{seed} {number}")
-        left = kills // len(stages) + (stages.index(number) < kills % len(stages))
+        done = sum(len(t.kills) for t in trials if t.stage == number)
+        left = kills // len(stages) + (stages.index(number) < kills % len(stages)) - done
+        rng = random.Random(f"{seed} {number} {done}")
         while left > 0:
             count = min(left, 1 + len(trials) % 2)
-            trials.append(trial(states, work / "egs" / "trial", known[number], rng, count, f"{len(trials)}"))
-            t = trials[-1]
+            t = trial(states, work / "egs" / "trial", known[number], rng, count, f"{len(trials)}")
+            trials.append(t)
+            with record.open("a") as f:
+                f.write(json.dumps(asdict(t)) + "\n")
             left -= max(1, len(t.kills))
             for kill in t.kills:
                 who = "all processes" if kill.whole else "the recipe's group"
@@ -354,15 +391,12 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=35, help="over all stages (default 35)")
     parser.add_argument("--seed", type=int, default=1, help="of the moments (default 1)")
     parser.add_argument("--stages", type=int, nargs="+", default=list(range(7)), help="to kill (default all)")
-    parser.add_argument("--work-dir", type=Path, help="where to work (default a temporary folder, removed at the end)")
+    parser.add_argument("--work-dir", type=Path, help="where to work, and to go on when cut short")
     parser.add_argument("--page", type=Path, help="page to write the table into")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="sdumc-faults-") as temporary:
         work = args.work_dir or Path(temporary)
         stages, trials = campaign(work, args.stages, args.kills, args.seed, lambda line: print(line, flush=True))
-        if args.work_dir:
-            facts = {"stages": [asdict(s) for s in stages], "trials": [asdict(t) for t in trials]}
-            (work / "faults.json").write_text(json.dumps(facts, indent=1))
     print(content := table(stages, trials, args.seed))
     if args.page:
         replace_section(args.page, "kills", content)

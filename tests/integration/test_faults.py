@@ -267,16 +267,43 @@ def test_features_that_do_not_fit(tmp_path):
 # ------------------------------------------------------------------------------------------ stages killed, bad input
 
 
-def test_stages_killed_at_random_moments_end_with_the_same_files(tmp_path):
-    """A few kills of training and decoding; docs/faults.md has the table of tests/faults.py, with every stage."""
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A few kills of training and decoding: the folder they were done in, the trials, and what was said."""
+    root, lines = tmp_path_factory.mktemp("killed"), []
     for seed, (name, count) in enumerate((("train", 24), ("valid", 6), ("test", 6))):
-        make_dump(tmp_path / "features" / name, count, seed)
-    lines: list[str] = []
-    stages, trials = faults.campaign(tmp_path / "work", [4, 5], 4, 1, lines.append, tmp_path / "features")
-    assert sum(len(t.kills) for t in trials) >= 3, lines
-    assert not any(t.wrong for t in trials), "\n".join(lines)
+        make_dump(root / "features" / name, count, seed)
+    stages, trials = faults.campaign(root / "work", [4, 5], 4, 1, lines.append, root / "features")
+    return root / "work", stages, trials, "\n".join(lines)
+
+
+def test_stages_killed_at_random_moments_end_with_the_same_files(killed):
+    """docs/faults.md has the table of tests/faults.py, with every stage."""
+    _, stages, trials, said = killed
+    assert sum(len(t.kills) for t in trials) >= 3, said
+    assert not any(t.wrong for t in trials), said
     assert all(t.compared > 20 for t in trials)
     assert "| 4 train |" in faults.table(stages, trials, 1)
+
+
+def test_a_signal_to_the_ranks_of_a_recipe(killed):
+    """Stage 4 saves and ends with 75; the same command ends with the files of an undisturbed run."""
+    work = killed[0]
+    recipe, output, token = work / "egs/signal", work / "output", f"{os.getpid()}-signal"
+    shutil.copytree(work / "states/4", recipe, symlinks=True)
+    process = faults.start(recipe, 4, token, output)
+    while not (recipe / "exp/train_seed1/checkpoint.pt").exists():
+        assert process.poll() is None, output.read_text()
+        time.sleep(0.005)
+    for pid in faults.processes(token):
+        with contextlib.suppress(OSError):
+            if b"/ranks.py" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0", 4)[3]:
+                os.kill(pid, signal.SIGUSR1)
+    assert process.wait() == 75, output.read_text()
+    assert "the same command goes on from here" in output.read_text()
+    assert faults.start(recipe, 4, token, output).wait() == 0, output.read_text()
+    assert "going on" in output.read_text()
+    assert faults.differences(recipe, work / "states/5")[1] == []
 
 
 def test_a_difference_is_found(tmp_path):
