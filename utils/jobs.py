@@ -17,6 +17,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeGuard
 
 EXIT_REQUEUE = 75  # a command that saved its state on a signal and wants to be run again; as in sdumc/errors.py
 TAIL_LINES = 15
@@ -159,6 +160,7 @@ def die_with_parent() -> None:
         _PRCTL(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
+_PRCTL: Any
 try:
     _PRCTL = ctypes.CDLL(None).prctl
 except (AttributeError, OSError):  # not Linux
@@ -285,11 +287,11 @@ def next_signal(timeout: float | None = None) -> int | None:
     return info.si_signo if info else None
 
 
-def is_stop(number: int | None) -> bool:
+def is_stop(number: int | None) -> TypeGuard[int]:
     return number in _STOPPING
 
 
-def reap(running: dict[int, Running]) -> list[tuple[Running, int, object]]:
+def reap(running: dict[int, Running]) -> list[tuple[Running, int, Any]]:
     """Collect the jobs that have ended: (job, wait status, resource usage)."""
     found = []
     while running:

@@ -395,7 +395,7 @@ class ShardWriter:
             raise UserError(f"{where}: NaN or infinite values in the feature; check its input and the number format")
         compression = self.settings.get("compression")
         if compression:
-            header, body = b"", _compressed(array, COMPRESSION[compression], where)
+            header, body = b"", memoryview(_compressed(array, COMPRESSION[compression], where))
         else:
             header, body = _MATRIX.pack(b"\0B", b"FM ", 4, array.shape[0], 4, array.shape[1]), array.data
         self._begin(utt)

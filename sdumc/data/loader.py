@@ -36,7 +36,7 @@ class _Task(NamedTuple):
     archive: str
     offset: int
     name: str
-    index: int  # of the utterance
+    position: int  # of the utterance in the dataset
     rows: np.ndarray
     padding: np.ndarray
 
@@ -159,13 +159,15 @@ class BatchLoader:
                     fd >= 0
                     and task.archive not in self._converted
                     and read_float_matrix(fd, task.offset, task.rows)
-                    and (checked[task.index] or all_finite(task.rows))
+                    and (checked[task.position] or all_finite(task.rows))
                 ):
                     # Another type of matrix, or an error, which the careful way words.
-                    utt = self.dataset.dump.utterances[task.index]
-                    task.rows[:] = self.dataset.read(task.name, utt).numpy()
+                    utt = self.dataset.dump.utterances[task.position]
+                    matrix = self.dataset.read(task.name, utt)
+                    assert matrix is not None  # one that is absent has no rows
+                    task.rows[:] = matrix.numpy()
                     self._converted.add(task.archive)
-                checked[task.index] = True
+                checked[task.position] = True
         finally:
             if fd >= 0:
                 os.close(fd)
