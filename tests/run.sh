@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Usage: tests/run.sh [options] [-- pytest arguments]
 #
-# Installs what the tests need (without root) and runs them: format and lint, shellcheck, bats, then pytest, of which the
+# Installs what the tests need (without root) and runs them: format, lint and types, shellcheck, bats, then pytest, of which the
 # last line is the last line here. All parts run, also when one fails; the exit code is 1 when any has failed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 #: Parts (all of them when none is chosen)
-lint=false        #: format and lint of Python, shellcheck
+lint=false        #: format, lint and types of Python, shellcheck
 shell=false       #: tests of the shell scripts (bats)
 unit=false        #: unit tests (pytest)
 integration=false #: whole recipes at reduced size, minutes (pytest)
@@ -80,6 +80,7 @@ get_slurm() {
 if [[ ${lint} == true ]]; then
   part format ruff format --check .
   part lint ruff check .
+  part types mypy
   part shellcheck check_shell
 fi
 if [[ ${shell} == true ]]; then
