@@ -3,7 +3,7 @@
     python -m sdumc.bench                 every part
     python -m sdumc.bench step contrast   some
 
-Figures depend on the machine and on what else it does; compare ratios.
+Figures depend on the machine and on what else it does; compare ratios. The exit code is 1 when a goal is missed.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: no part {unknown[0]!r}; the parts are {', '.join(PARTS)}", file=sys.stderr)
         return 2
     print(machine())
+    reached = True
     for part in args.part or PARTS:
         print(f"\n## {part}\n", flush=True)
         if part == "loader":
             loader.main(args.repeats, args.utterances, args.dir, args.keep, args.workers)
         else:
-            PARTS[part](args.repeats)
-    return 0
+            reached &= PARTS[part](args.repeats)
+    return 0 if reached else 1
 
 
 if __name__ == "__main__":

@@ -94,6 +94,14 @@ def _high_water_mark() -> int:
         return next(int(line.split()[1]) for line in f if line.startswith("VmHWM"))
 
 
+def goal(what: str, value: float, least: float | None = None, most: float | None = None) -> bool:
+    """Print whether a measured ``value`` reaches what is aimed at, and return it."""
+    met = (least is None or value >= least) and (most is None or value <= most)
+    aim = f"at least {least:g}" if most is None else f"at most {most:g}"
+    print(f"Goal: {what} {aim}; measured {value:.3g}: {'reached' if met else 'MISSED'}")
+    return met
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdumc.bench.measure import interleaved, median, peak_memory, ratio, spread, table
+from sdumc.bench.measure import goal, interleaved, median, peak_memory, ratio, spread, table
 from sdumc.simulation.speech_llm import SpeechLLM
 
 BATCH, UTTERANCES, BEAM, NEW_TOKENS = 16, 32, 4, 40
@@ -75,19 +75,19 @@ def plain(llm: SpeechLLM, context: Tensor, limit: int) -> tuple[list[int], Tenso
     return tokens[: tokens.index(2)] if 2 in tokens else tokens, torch.stack(states)
 
 
-def ours(llm: SpeechLLM, contexts: list[Tensor], limit: int) -> list:
+def ours(llm: SpeechLLM, contexts: list[Tensor], limit: int, beam: int = BEAM) -> list:
     """The same for all, in batches."""
     found = []
     for i in range(0, len(contexts), BATCH):
-        found += llm.transcribe(contexts[i : i + BATCH], BEAM, limit)
+        found += llm.transcribe(contexts[i : i + BATCH], beam, limit)
     return found
 
 
 class _Peak:
     """One side of the memory comparison, made whole in its own process."""
 
-    def __init__(self, side: str, limit: int):
-        self.side, self.limit = side, limit
+    def __init__(self, limit: int, beam: int | None = None):
+        self.limit, self.beam = limit, beam  # no beam: the plain way
 
     def __call__(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -95,15 +95,16 @@ class _Peak:
             with torch.no_grad():
                 llm.model.lm_head.weight[2] = 0.0  # seldom ends
             contexts = make_contexts(llm, BATCH)
-            if self.side == "ours":
-                ours(llm, contexts, self.limit)
+            if self.beam:
+                ours(llm, contexts, self.limit, self.beam)
             else:
                 plain(llm, contexts[0], self.limit)
 
 
-def main(repeats: int) -> None:
-    """Print utterances per second of both ways, whether they agree, and peak memory at several answer lengths."""
-    rows = []
+def main(repeats: int) -> bool:
+    """Print utterances per second of both ways, whether they agree, and peak memory at several answer lengths; returns
+    whether the goals are reached."""
+    rows, ratios, agree = [], [], []
     for hidden, layers in SIZES:
         with tempfile.TemporaryDirectory() as folder:
             llm = make_llm(Path(folder), hidden, layers)
@@ -119,13 +120,15 @@ def main(repeats: int) -> None:
                 "ours": lambda m=llm, c=contexts: ours(m, c, NEW_TOKENS),
             }
             times = interleaved(calls, min(repeats, 3), warm_up=0)
+        ratios.append(ratio(times["plain"], times["ours"]))
+        agree.append(all(same) and apart < 1e-4)
         rows.append(
             [
                 f"{hidden} x {layers}",
                 f"{UTTERANCES / median(times['plain']):.2f}",
                 f"{UTTERANCES / median(times['ours']):.2f}",
                 spread(times["ours"]),
-                f"{ratio(times['plain'], times['ours']):.1f}",
+                f"{ratios[-1]:.1f}",
                 f"{sum(same)} of {len(same)}",
                 f"{apart:.1e}",
             ]
@@ -134,6 +137,10 @@ def main(repeats: int) -> None:
     print(table([*header, "states apart"], rows))
     memory = []
     for limit in (25, 50, 100, 200):
-        memory.append([str(limit), *(f"{peak_memory(_Peak(side, limit)):.0f}" for side in ("plain", "ours"))])
+        memory.append([str(limit), *(f"{peak_memory(_Peak(limit, beam)):.0f}" for beam in (None, BEAM, 2 * BEAM))])
+    print("\nPeak memory in MiB, the model's own included:\n")
+    header = [f"plain, 1 utterance, {BEAM} beams", *(f"ours, {BATCH} utterances, {b} beams" for b in (BEAM, 2 * BEAM))]
+    print(table(["most new tokens", *header], memory))
     print()
-    print(table(["most new tokens", "plain, 1 utterance (MiB)", f"ours, {BATCH} utterances (MiB)"], memory))
+    same_everywhere = goal("share of sizes with the same tokens and states", sum(agree) / len(agree), least=1)
+    return goal("times as fast as plain, each size,", min(ratios), least=6) and same_everywhere

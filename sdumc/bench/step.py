@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from sdumc.bench.measure import interleaved, median, peak_memory, ratio, seconds, spread, table
+from sdumc.bench.measure import goal, interleaved, median, peak_memory, ratio, seconds, spread, table
 from sdumc.bench.plain import PlainSDUMC, plain_objective
 from sdumc.losses.objective import ObjectiveWeights, sdumc_objective
 from sdumc.model.network import COMPLETE, MISSING, SDUMC, ModelConfig
@@ -58,8 +58,8 @@ def run_once(variant: str | None) -> None:
         step()
 
 
-def main(repeats: int) -> None:
-    """Print step time, peak memory and parameters of each variant, and the ceilings of the device."""
+def main(repeats: int) -> bool:
+    """Print step time, peak memory and parameters of each variant and the ceilings; whether the goals are reached."""
     steps = {variant: Step(variant) for variant in VARIANTS}
     if torch.cuda.is_available():
         steps["ours, bf16, compiled"] = Step("ours, bf16", compiled=True)
@@ -81,6 +81,9 @@ def main(repeats: int) -> None:
     print(table(header, rows))
     print(f"\nBatch {BATCH}; the batch itself is {inputs:.0f} MiB of the memory of each.")
     _ceilings(median(times["ours"]))
+    print()
+    fast = goal("times as fast as plain", ratio(times["plain"], times["ours"]), least=2.5)
+    return goal("share of plain's memory", memory["ours"] / memory["plain"], most=0.5) and fast
 
 
 def floating_point_operations() -> float:
