@@ -31,7 +31,7 @@ NAMES = ("audio", "text", "text_sim", "video")
 DIMS = {"audio": 1024, "text": 4096, "text_sim": 4096, "video": 1024}
 RATES = {"audio": 50.0, "text": 4.1, "text_sim": 4.1, "video": 30.0}  # frames a second; the mean clip has 7.3 seconds
 _JOBS = 4
-_RAW_BUFFER = 2**20  # small enough for the processor's cache: the fastest way to read on the machines tried
+_RAW_PIECE = 2**20  # bytes; small enough for the processor's cache: the fastest way to read on the machines tried
 _BUDGET = 60_000  # frames of a batch, padded: 96 clips of average length
 
 
@@ -74,13 +74,13 @@ def archives(dump: Dump) -> list[str]:
     return sorted({split_rxspecifier(e)[0] for feature in dump.features.values() for e in feature.entries.values()})
 
 
-def read_raw(paths: Sequence[str]) -> None:
-    """One byte after the other, into the same small buffer."""
-    buffer = bytearray(_RAW_BUFFER)
+def read_raw(paths: Sequence[str], memory: bytearray) -> None:
+    """One byte after the other into ``memory``, from its beginning again when it is full."""
+    view, place = memoryview(memory), 0
     for path in paths:
         with open(path, "rb", buffering=0) as f:
-            while f.readinto(buffer):
-                pass
+            while count := f.readinto(view[place : place + _RAW_PIECE]):
+                place = place + count if place + count + _RAW_PIECE <= len(view) else 0
 
 
 def plain_batches(dump: Dump) -> Iterator[dict[str, torch.Tensor]]:
@@ -109,7 +109,7 @@ def sampler_of(dataset: UtteranceDataset, budget: int | None = None) -> GlobalBa
 
 def process_loader(dataset: UtteranceDataset, workers: int) -> torch.utils.data.DataLoader:
     """The same batches by torch's DataLoader."""
-    sampler = sampler_of(dataset)
+    sampler = sampler_of(dataset, _BUDGET)
     return torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers)
 
 
@@ -126,14 +126,16 @@ def exhaust(batches) -> None:
         pass
 
 
-def epoch_of(folder: Path, count: int, workers: int) -> None:
-    """What memory is measured on: two epochs over the first ``count`` utterances, tables included."""
+def epochs_of(folder: Path, count: int, workers: int) -> None:
+    """What memory is measured on: tables of the corpus, and about as many batches whatever the number of utterances."""
     dump = load_dump(folder, NAMES)
+    epochs = -(-2 * len(dump.utterances) // count)
     dump.utterances = dump.utterances[:count]
     dataset = UtteranceDataset(dump, NAMES)
     loader = BatchLoader(dataset, sampler_of(dataset, _BUDGET), workers)
-    exhaust(loader)
-    exhaust(loader)
+    for epoch in range(epochs):
+        loader.sampler.set_epoch(epoch)
+        exhaust(loader)
 
 
 def forget(paths: Sequence[str]) -> None:
@@ -160,51 +162,78 @@ def main(repeats: int, utterances: int = 2000, folder: str | None = None, keep: 
         _measure(path, repeats, workers)
 
 
+def cpu_seconds() -> float:
+    """Of this process, its threads, and the processes that it has ended."""
+    return sum(os.times()[:4])
+
+
 def _measure(path: Path, repeats: int, workers: int) -> None:
     dump = load_dump(path, NAMES)
     paths = archives(dump)
     size = sum(os.path.getsize(p) for p in paths)
     dataset = UtteranceDataset(dump, NAMES)
-    loader = BatchLoader(dataset, sampler_of(dataset), workers)
-    count = len(loader)
-    raw, plain = "raw sequential read", "kaldiio.load_mat in file order, padded"
-    ours = f"training's loader, {workers} threads"
-    calls: dict[str, Callable[[], object]] = {
-        ours: lambda: exhaust(loader),
-        f"{ours}, first epoch (checks)": lambda: exhaust(unchecked(loader)),
-        raw: lambda: read_raw(paths),
-        plain: lambda: exhaust(plain_batches(dump)),
-        f"DataLoader, {workers} processes": lambda: exhaust(process_loader(dataset, workers)),
+    small, large = bytearray(_RAW_PIECE), bytearray(4 * _BUDGET * 1310)  # a frame has 1310 values on average
+    limited = BatchLoader(dataset, sampler_of(dataset, _BUDGET), workers)
+    whole = BatchLoader(dataset, sampler_of(dataset), workers)
+    ours, raw, plain = (
+        f"ours, {workers} threads",
+        "raw sequential read into 1 MiB",
+        "kaldiio.load_mat in file order, padded",
+    )
+    sides: dict[str, tuple[int, Callable[[], object]]] = {
+        ours: (len(limited), lambda: exhaust(limited)),
+        "ours, first epoch: checks values": (len(limited), lambda: exhaust(unchecked(limited))),
+        "ours, no limit of frames": (len(whole), lambda: exhaust(whole)),
+        raw: (0, lambda: read_raw(paths, small)),
+        "the same into memory of a batch": (0, lambda: read_raw(paths, large)),
+        plain: (-(-len(dataset) // BATCH), lambda: exhaust(plain_batches(dump))),
     }
-    print(f"{len(dataset)} utterances, {size / 1e9:.2f} GB, {count} batches of at most {BATCH}.\n")
-    times = interleaved(calls, repeats)
-    rows = [_row(name, t, times[raw], count, size) for name, t in times.items()]
-    header = ["page cache warm", "epoch (s)", "range (s)", "batches/s", "GB/s", "of the raw read", "range"]
+    print(f"{len(dataset)} utterances, {size / 1e9:.2f} GB; batches of {BATCH}, ours of {_BUDGET} frames at most.\n")
+    cpu: dict[str, list[float]] = {name: [] for name in sides}
+
+    def timed(name: str) -> None:
+        before = cpu_seconds()
+        sides[name][1]()
+        cpu[name].append(cpu_seconds() - before)
+
+    read_raw(paths, large)  # what was generated may not all be in the page cache
+    for loader in (limited, whole, limited):  # until they have the memory that they go on with
+        exhaust(loader)
+    times = interleaved({name: partial(timed, name) for name in sides}, repeats, warm_up=0)
+    rows = [_row(name, t, times[raw], sides[name][0], size, cpu[name]) for name, t in times.items()]
+    header = ["page cache warm", "epoch (s)", "range (s)", "batches/s", "GB/s", "of the raw read", "range", "CPU (s)"]
     print(table(header, rows), flush=True)
     pairs = [a / b for a, b in zip(times[plain], times[ours], strict=True)]
-    print(f"\nThe loader is {median(pairs):.1f} ({spread(pairs)}) times as fast as kaldiio with padding.\n")
+    processes = seconds(lambda: exhaust(process_loader(dataset, workers)))
+    print(
+        f"\nOurs is {median(pairs):.1f} ({spread(pairs)}) times as fast as kaldiio with padding. torch's DataLoader "
+        f"with {workers} worker processes took {processes:.1f} s for the same batches.\n"
+    )
 
     cold: dict[str, list[float]] = {name: [] for name in (ours, raw, plain)}
     for _ in range(min(repeats, 3)):
         for name in cold:
             forget(paths)
-            cold[name].append(seconds(calls[name]))
-    rows = [_row(name, t, cold[raw], count, size) for name, t in cold.items()]
-    print(table(["page cache cold", *header[1:]], rows), flush=True)
+            cold[name].append(seconds(sides[name][1]))
+    rows = [_row(name, t, cold[raw], sides[name][0], size) for name, t in cold.items()]
+    print(table(["page cache cold", *header[1:-1]], rows), flush=True)
 
     steps = sorted({min(500, len(dataset)), len(dataset)})
-    peaks = [f"{peak_memory(partial(epoch_of, path, n, workers)):.0f} MiB with {n} utterances" for n in steps]
-    print(f"\nResident memory at its peak, batches of at most {_BUDGET} frames: {', '.join(peaks)}.")
+    peaks = [f"{peak_memory(partial(epochs_of, path, n, workers)):.0f} MiB with {n} utterances" for n in steps]
+    print(f"\nResident memory at its peak, tables of the corpus and batches together: {', '.join(peaks)}.")
 
 
-def _row(name: str, times: list[float], raw: list[float], count: int, size: int) -> list[str]:
+def _row(
+    name: str, times: list[float], raw: list[float], count: int, size: int, cpu: list[float] | None = None
+) -> list[str]:
     shares = [100 * b / a for a, b in zip(times, raw, strict=True)]
     return [
         name,
         f"{median(times):.2f}",
         spread(times),
-        f"{count / median(times):.1f}",
+        f"{count / median(times):.1f}" if count else "-",
         f"{size / median(times) / 1e9:.2f}",
         f"{median(shares):.0f}%",
         f"{min(shares):.0f}-{max(shares):.0f}%",
+        *([f"{median(cpu):.2f}"] if cpu else []),
     ]
