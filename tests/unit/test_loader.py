@@ -291,3 +291,20 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
         run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
         peaks.append(int(run.stdout) / 1024)
     assert abs(peaks[1] - peaks[0]) < 20
+
+
+def test_the_benchmark_reads_the_same_on_every_side(tmp_path):
+    from sdumc.bench import loader as bench
+
+    bench.generate(tmp_path, 6)
+    dump = load_dump(tmp_path, bench.NAMES)
+    dataset = UtteranceDataset(dump, bench.NAMES)
+    (plain,) = bench.plain_batches(dump)
+    (ours,) = BatchLoader(dataset, [range(6)])
+    for name, values in plain.items():  # the order of utterances differs
+        rows, own = ({row.numpy().tobytes() for row in batch} for batch in (values, ours.features[name]))
+        assert rows == own and len(rows) == 6
+    assert sum(len(batch) for batch in BatchLoader(dataset, bench.sampler_of(dataset))) == 6
+    bench.read_raw(bench.archives(dump), bytearray(2**20))
+    with pytest.raises(UserError, match="GB free"):
+        bench.generate(tmp_path, 500_000)
