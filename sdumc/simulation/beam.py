@@ -9,8 +9,10 @@ those of transformers' ``generate(num_beams=K, do_sample=False, early_stopping=F
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +37,41 @@ def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill_(~allowed, torch.finfo(dtype).min).unsqueeze(1)
 
 
+@functools.cache
+def _cache_class() -> Callable[[], Any]:
+    from transformers.cache_utils import Cache, DynamicLayer
+
+    class RoomyLayer(DynamicLayer):
+        room: tuple[Tensor, Tensor] | None = None
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+            if not self.is_initialized:
+                self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+                self.keys, self.values = key_states, value_states
+                return key_states, value_states
+            old, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+            # Where rows or columns were taken out, keys and values are no longer a part of the room.
+            room = self.room
+            if room is None or self.keys.data_ptr() != room[0].data_ptr() or end > room[0].shape[2]:
+                self.room = room = self._widened(self.keys, end), self._widened(self.values, end)
+            room[0][:, :, old:end], room[1][:, :, old:end] = key_states, value_states
+            self.keys, self.values = room[0][:, :, :end], room[1][:, :, :end]
+            return self.keys, self.values
+
+        @staticmethod
+        def _widened(x: Tensor, end: int) -> Tensor:
+            wide = x.new_empty(*x.shape[:2], end + _PRUNE_AT, x.shape[3])
+            wide[:, :, : x.shape[2]] = x
+            return wide
+
+    return functools.partial(Cache, layer_class_to_replicate=RoomyLayer)
+
+
+def new_cache():
+    """A cache of transformers with room for the next columns; ``DynamicCache`` copies all it holds at every step."""
+    return _cache_class()()
+
+
 def _select_columns(cache, prompt_length: int, columns: Tensor) -> None:
     """Keep the prompt and the generated ``columns`` (R, n) of each row, in every layer of ``cache``."""
     for layer in cache.layers:
@@ -46,7 +83,7 @@ def _select_columns(cache, prompt_length: int, columns: Tensor) -> None:
             setattr(layer, name, kept)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def beam_search(
     model: torch.nn.Module,
     cache,
@@ -61,7 +98,7 @@ def beam_search(
 
     Args:
         model: a causal LM of transformers.
-        cache: its ``DynamicCache`` after the prompt, (B, ...) rows; it is used up.
+        cache: its cache (of :func:`new_cache`) after the prompt, (B, ...) rows; it is used up.
         prompt_mask: (B, P) bool, False on left padding.
         logits: (B, V) for the first new token.
         eos_ids: tokens that end a hypothesis.

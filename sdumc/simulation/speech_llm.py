@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sdumc.errors import UserError
-from sdumc.simulation.beam import Winner, additive_mask, beam_search
+from sdumc.simulation.beam import Winner, additive_mask, beam_search, new_cache
 from sdumc.simulation.checkpoints import load_model, load_tokenizer, model_folder
 from sdumc.simulation.options import PROMPTS
 from sdumc.simulation.states import StateTap, decoder_layers, layer_index
@@ -47,9 +47,7 @@ class _Prompted:
     states: Tensor
 
     def cache(self):
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
+        cache = new_cache()
         for i, (keys, values) in enumerate(self.past):
             cache.update(keys, values, i)
         return cache
@@ -145,7 +143,7 @@ class SpeechLLM:
         """Token ids -> input embeddings (N, D)."""
         return self.model.get_input_embeddings()(torch.tensor(list(ids), dtype=torch.long, device=self.device))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _read(self, contexts: Sequence[Tensor]) -> _Prompted:
         """Run the prompts through the LLM once, left padded."""
         longest = max(len(c) for c in contexts)
@@ -154,9 +152,7 @@ class SpeechLLM:
         for i, context in enumerate(contexts):
             embeds[i, longest - len(context) :] = context
             mask[i, longest - len(context) :] = True
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
+        cache = new_cache()
         with StateTap(self.base, self.layers, str(self.folder), last_only=True) as tap:
             output = self.model(
                 inputs_embeds=embeds,
@@ -171,7 +167,7 @@ class SpeechLLM:
         past = [(layer.keys, layer.values) for layer in layers]
         return _Prompted(past, mask, output.logits[:, -1], states)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _force(self, prompted: _Prompted, answers: Sequence[Sequence[int]]) -> list[Tensor]:
         """States at the prompt's end and at each token of ``answers``: float32 (len + 1, D) each."""
         longest = max(len(a) for a in answers)
