@@ -345,7 +345,7 @@ GROUPS: dict[str, list[Case]] = {
         Case("a stage that there is not", nothing, f"{RUN} --stop-stage 7", ("--stop-stage",), 2),
     ],
     "Jobs": [
-        Case("a job that fails", nothing, "utils/run.py JOB=1:3 x.JOB.log test JOB -ne 2", ("x.2.log",)),
+        Case("a job that fails", nothing, "utils/run.py JOB=2 x.JOB.log test JOB -ne 2", ("x.2.log",)),
         Case("no jobs at all", nothing, "utils/run.py JOB=3:1 x.JOB.log true", ("JOB=3:1",), 2),
         Case("one log for several jobs", nothing, "utils/run.py JOB=1:2 x.log true", ("x.log",), 2),
         Case("an unknown option of a job", nothing, "utils/run.py --memory 4G x.log true", ("--memory",), 2),

@@ -347,8 +347,8 @@ def table(stages: list[Stage], trials: list[Trial], seed: int) -> str:
         f"{total} kills in {len(trials)} trials ({again} with a second kill while the first was being made good), seed "
         f"{seed}: **{sum(len(t.wrong) for t in trials)} files or processes not as they should be**.",
         "",
-        "| stage | undisturbed, s | kills: all processes | recipe only | moments, s | during | steps kept | steps run again "
-        "| files compared | differ |",
+        "| stage | undisturbed, s | kills: all processes | recipe only | moments, s | during | steps kept "
+        "| steps run again | files compared | differ |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for stage in stages:
