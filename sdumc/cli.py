@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import configargparse
 import yaml
@@ -147,6 +148,20 @@ def setup_logging(verbose: bool = False, prefix: str = "") -> None:
     )
     for noisy in ("matplotlib", "PIL", "urllib3", "httpx", "libav"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def at_least(low: float, kind: type = float, below: float | None = None) -> Callable[[str], Any]:
+    """The ``type`` of an option that is a number from ``low`` up, and smaller than ``below``."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not (value >= low and (below is None or value < below)):
+            limit = f"at least {low}" + (f" and below {below}" if below is not None else "")
+            raise argparse.ArgumentTypeError(f"expected {limit}, not {text}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
 
 
 def run(main: Callable[[Sequence[str] | None], int | None]) -> None:

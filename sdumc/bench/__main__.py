@@ -9,13 +9,18 @@ Figures depend on the machine and on what else it does; compare ratios. The exit
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from sdumc.bench import contrast, loader, simulation, step
 from sdumc.bench.measure import machine
 from sdumc.cli import Parser, run
 
-PARTS = {"step": step.main, "contrast": contrast.main, "simulation": simulation.main, "loader": loader.main}
+PARTS: dict[str, Callable[..., bool]] = {
+    "step": step.main,
+    "contrast": contrast.main,
+    "simulation": simulation.main,
+    "loader": loader.main,
+}
 
 
 def get_parser() -> Parser:
@@ -40,9 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for part in args.part or PARTS:
         print(f"\n## {part}\n", flush=True)
         if part == "loader":
-            loader.main(args.repeats, args.utterances, args.dir, args.keep, args.workers)
+            met = loader.main(args.repeats, args.utterances, args.dir, args.keep, args.workers)
         else:
-            reached &= PARTS[part](args.repeats)
+            met = PARTS[part](args.repeats)
+        reached = reached and met
     return 0 if reached else 1
 
 

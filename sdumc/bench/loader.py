@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sdumc.bench.measure import interleaved, median, peak_memory, seconds, spread, table
+from sdumc.bench.measure import goal, interleaved, median, peak_memory, ratio, seconds, spread, table
 from sdumc.data.ark import ShardWriter, merge_shards, split_rxspecifier
 from sdumc.data.dataset import UtteranceDataset, collate
 from sdumc.data.dump import Dump, load_dump
@@ -132,9 +132,10 @@ def epochs_of(folder: Path, count: int, workers: int) -> None:
     epochs = -(-2 * len(dump.utterances) // count)
     dump.utterances = dump.utterances[:count]
     dataset = UtteranceDataset(dump, NAMES)
-    loader = BatchLoader(dataset, sampler_of(dataset, _BUDGET), workers)
+    sampler = sampler_of(dataset, _BUDGET)
+    loader = BatchLoader(dataset, sampler, workers)
     for epoch in range(epochs):
-        loader.sampler.set_epoch(epoch)
+        sampler.set_epoch(epoch)
         exhaust(loader)
 
 
@@ -149,8 +150,9 @@ def forget(paths: Sequence[str]) -> None:
             os.close(fd)
 
 
-def main(repeats: int, utterances: int = 2000, folder: str | None = None, keep: bool = False, workers: int = 2) -> None:
-    """Print throughput of each side with a warm and a cold page cache, and resident memory by size of the corpus."""
+def main(repeats: int, utterances: int = 2000, folder: str | None = None, keep: bool = False, workers: int = 2) -> bool:
+    """Print throughput of each side with a warm and a cold page cache, and resident memory by size of the corpus;
+    whether the goals are reached, with a warm one."""
     with contextlib.ExitStack() as stack:
         if keep and folder:
             path = Path(folder)
@@ -159,7 +161,7 @@ def main(repeats: int, utterances: int = 2000, folder: str | None = None, keep: 
             path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sdumc-bench-", dir=folder)))
         if not (path / "utt2label").exists():
             generate(path, utterances)
-        _measure(path, repeats, workers)
+        return _measure(path, repeats, workers)
 
 
 def cpu_seconds() -> float:
@@ -167,7 +169,7 @@ def cpu_seconds() -> float:
     return sum(os.times()[:4])
 
 
-def _measure(path: Path, repeats: int, workers: int) -> None:
+def _measure(path: Path, repeats: int, workers: int) -> bool:
     dump = load_dump(path, NAMES)
     paths = archives(dump)
     size = sum(os.path.getsize(p) for p in paths)
@@ -220,7 +222,9 @@ def _measure(path: Path, repeats: int, workers: int) -> None:
 
     steps = sorted({min(500, len(dataset)), len(dataset)})
     peaks = [f"{peak_memory(partial(epochs_of, path, n, workers)):.0f} MiB with {n} utterances" for n in steps]
-    print(f"\nResident memory at its peak, tables of the corpus and batches together: {', '.join(peaks)}.")
+    print(f"\nResident memory at its peak, tables of the corpus and batches together: {', '.join(peaks)}.\n")
+    share = goal("share of the raw read's bytes a second", ratio(times[raw], times[ours]), least=0.6)
+    return goal("times as fast as kaldiio with padding", median(pairs), least=3) and share
 
 
 def _row(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdumc.cli import Parser, log, run, setup_logging
+from sdumc.cli import Parser, at_least, log, run, setup_logging
 
 
 def get_parser() -> Parser:
@@ -35,7 +35,7 @@ def get_parser() -> Parser:
     g = parser.add_argument_group("running")
     g.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     g.add_argument("--batch-size", type=int, default=64, help="utterances at once; no effect on predictions")
-    g.add_argument("--num-workers", type=int, default=2, help="threads that read features ahead")
+    g.add_argument("--num-workers", type=at_least(0, int), default=2, help="threads that read features ahead")
     return parser
 
 

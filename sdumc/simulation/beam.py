@@ -49,6 +49,7 @@ def _cache_class() -> Callable[[], Any]:
                 self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
                 self.keys, self.values = key_states, value_states
                 return key_states, value_states
+            assert self.keys is not None and self.values is not None
             old, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
             # Where rows or columns were taken out, keys and values are no longer a part of the room.
             room = self.room

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from sdumc.cli import Parser, read_yaml
+from sdumc.cli import Parser, at_least, read_yaml
 from sdumc.data.atomic import write_text
 from sdumc.errors import UserError
 from sdumc.losses.objective import ObjectiveWeights
@@ -33,18 +33,6 @@ def _boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected true or false, not {text!r}")
 
 
-def _at_least(low: float, kind: type = float, below: float | None = None):
-    def parse(text: str):
-        value = kind(text)
-        if not (value >= low and (below is None or value < below)):
-            limit = f"at least {low}" + (f" and below {below}" if below is not None else "")
-            raise argparse.ArgumentTypeError(f"expected {limit}, not {text}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
 def get_parser() -> Parser:
     """All options of ``sdumc.bin.train``."""
     parser = Parser("Train SDUMC on a dump folder; killed at any moment, the same command goes on where it stopped.")
@@ -52,11 +40,11 @@ def get_parser() -> Parser:
     g.add_argument("--train-dir", metavar="DIR", help="dump folder to learn from")
     g.add_argument("--valid-dir", metavar="DIR", help="dump folder that chooses the model")
     g.add_argument("--exp-dir", metavar="DIR", help="where everything is written")
-    g.add_argument("--batch-size", type=_at_least(1, int), default=96, help="utterances in a batch, over all ranks")
+    g.add_argument("--batch-size", type=at_least(1, int), default=96, help="utterances in a batch, over all ranks")
     g.add_argument(
-        "--batch-frames", type=_at_least(0, int), default=0, help="padded frames in a batch at most (0: no limit)"
+        "--batch-frames", type=at_least(0, int), default=0, help="padded frames in a batch at most (0: no limit)"
     )
-    g.add_argument("--num-workers", type=_at_least(0, int), default=2, help="threads per rank that read features ahead")
+    g.add_argument("--num-workers", type=at_least(0, int), default=2, help="threads per rank that read features ahead")
     g.add_argument(
         "--missing-text",
         choices=("simulated", "none"),
@@ -65,7 +53,7 @@ def get_parser() -> Parser:
     )
     g.add_argument(
         "--modality-dropout",
-        type=_at_least(0, below=1),
+        type=at_least(0, below=1),
         default=0.1,
         help="chance that an utterance loses its audio, its video, or the missing flow's text, each on its own",
     )
@@ -76,14 +64,12 @@ def get_parser() -> Parser:
 
     g = parser.add_argument_group("model")
     for m in ("audio", "text", "video"):
-        g.add_argument(
-            f"--{m}-dim", type=_at_least(0, int), default=0, help=f"{m} features a frame (0: as in the dump)"
-        )
-    g.add_argument("--dim", type=_at_least(2, int), default=256, help="width d of everything before the content")
-    g.add_argument("--content-dim", type=_at_least(2, int), default=128, help="width e of the attended content")
-    g.add_argument("--dropout", type=_at_least(0, below=1), default=0.3, help="in the perceptrons")
-    g.add_argument("--attention-dropout", type=_at_least(0, below=1), default=0.5, help="around both attentions")
-    g.add_argument("--scale", type=_at_least(0), default=0.3, help="factor on attention scores")
+        g.add_argument(f"--{m}-dim", type=at_least(0, int), default=0, help=f"{m} features a frame (0: as in the dump)")
+    g.add_argument("--dim", type=at_least(2, int), default=256, help="width d of everything before the content")
+    g.add_argument("--content-dim", type=at_least(2, int), default=128, help="width e of the attended content")
+    g.add_argument("--dropout", type=at_least(0, below=1), default=0.3, help="in the perceptrons")
+    g.add_argument("--attention-dropout", type=at_least(0, below=1), default=0.5, help="around both attentions")
+    g.add_argument("--scale", type=at_least(0), default=0.3, help="factor on attention scores")
     g.add_argument(
         "--imagination", choices=("both", "utterance", "content", "none"), default="both", help="where MIA acts"
     )
@@ -105,27 +91,25 @@ def get_parser() -> Parser:
     default = ObjectiveWeights()
     for name, text in terms.items():
         value = getattr(default, name.replace("-", "_"))
-        g.add_argument(f"--{name}", type=_at_least(0), default=value, metavar="WEIGHT", help=text)
-    g.add_argument("--temperature", type=_at_least(1e-6), default=2.0, help="of Rank-N-Contrast")
+        g.add_argument(f"--{name}", type=at_least(0), default=value, metavar="WEIGHT", help=text)
+    g.add_argument("--temperature", type=at_least(1e-6), default=2.0, help="of Rank-N-Contrast")
 
     g = parser.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=_at_least(1, int), default=25, help="times that every utterance is seen")
-    g.add_argument("--lr", type=_at_least(0), default=1e-4, help="Adam's step size after warm-up")
-    g.add_argument("--weight-decay", type=_at_least(0), default=1e-5, help="of Adam (L2)")
-    g.add_argument("--clip-grad", type=_at_least(0), default=1.0, help="largest norm of the gradient (0: any)")
-    g.add_argument("--warmup-epochs", type=_at_least(0, int), default=5, help="epochs of linear warm-up")
-    g.add_argument("--decay", type=_at_least(0), default=0.9, help="factor on the step size ...")
-    g.add_argument("--decay-every", type=_at_least(1, int), default=10, help="... every so many epochs after warm-up")
-    g.add_argument("--average-best", type=_at_least(1, int), default=5, help="epochs in model.averaged, best on valid")
+    g.add_argument("--epochs", type=at_least(1, int), default=25, help="times that every utterance is seen")
+    g.add_argument("--lr", type=at_least(0), default=1e-4, help="Adam's step size after warm-up")
+    g.add_argument("--weight-decay", type=at_least(0), default=1e-5, help="of Adam (L2)")
+    g.add_argument("--clip-grad", type=at_least(0), default=1.0, help="largest norm of the gradient (0: any)")
+    g.add_argument("--warmup-epochs", type=at_least(0, int), default=5, help="epochs of linear warm-up")
+    g.add_argument("--decay", type=at_least(0), default=0.9, help="factor on the step size ...")
+    g.add_argument("--decay-every", type=at_least(1, int), default=10, help="... every so many epochs after warm-up")
+    g.add_argument("--average-best", type=at_least(1, int), default=5, help="epochs in model.averaged, best on valid")
     g.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast of matrix products")
     g.add_argument("--compile", type=_boolean, default=False, help="torch.compile the network")
-    g.add_argument("--seed", type=_at_least(0, int), default=1, help="of weights, order and dropout")
+    g.add_argument("--seed", type=at_least(0, int), default=1, help="of weights, order and dropout")
 
     g = parser.add_argument_group("running")
     g.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
-    g.add_argument(
-        "--save-every", type=_at_least(0, int), default=200, help="steps between checkpoints inside an epoch"
-    )
+    g.add_argument("--save-every", type=at_least(0, int), default=200, help="steps between checkpoints inside an epoch")
     g.add_argument("--dry-run", action="store_true", help="check the settings, build the model, do one step, stop")
     return parser
 
