@@ -46,7 +46,7 @@ def rank_n_contrast(features: Tensor, labels: Tensor, temperature: float = 2.0) 
     itself = torch.eye(n, dtype=torch.bool, device=x.device)
     others = logits.masked_fill(itself, float("-inf"))
     highest = others.detach().amax(dim=1, keepdim=True)
-    lowest = logits.detach().masked_fill(itself, float("inf")).amin(dim=1, keepdim=True)
+    lowest = logits.detach().amin(dim=1, keepdim=True)  # the diagonal is 0, which no logit exceeds
     if bool(((highest - lowest) < _WIDEST_RANGE).all()):
         mass = torch.exp(others - highest)  # exactly 0 on the diagonal
         per_group = mass.new_zeros(n, len(groups)).index_add(1, group_of, mass)
@@ -65,7 +65,7 @@ def rank_n_contrast(features: Tensor, labels: Tensor, temperature: float = 2.0) 
 
     # How many j != i of each group anchor i is compared with.
     count = group_size.expand(n, -1) - torch.nn.functional.one_hot(group_of, len(groups))
-    loss = (count * log_denominator).sum() - logits.masked_fill(itself, 0.0).sum()
+    loss = (count * log_denominator).sum() - logits.sum()  # the diagonal adds nothing
     return (loss / (n * (n - 1))).to(features.dtype)
 
 
@@ -98,7 +98,10 @@ def _distances(x: Tensor) -> Tensor:
 
     Not by way of a matrix product, whose cancellation would turn the distance of coincident points into noise.
     """
-    return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+    # The gradient goes through one side only, with that of the other side added to it: d_ij and d_ji are the same, so
+    # the second addend is 0, and going back through both sides would cost twice as much.
+    one_side = torch.cdist(x, x.detach(), compute_mode="donot_use_mm_for_euclid_dist")
+    return one_side + (one_side.t() - one_side.detach())
 
 
 def _pad_left(x: Tensor, value: float) -> Tensor:
