@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from sdumc.bench import contrast, loader, simulation, step
+from sdumc.bench import contrast, extraction, loader, simulation, step
 from sdumc.bench.measure import machine
 from sdumc.cli import Parser, run
 
@@ -20,6 +20,7 @@ PARTS: dict[str, Callable[..., bool]] = {
     "contrast": contrast.main,
     "simulation": simulation.main,
     "loader": loader.main,
+    "extraction": extraction.main,
 }
 
 

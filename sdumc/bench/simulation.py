@@ -16,21 +16,28 @@ BATCH, UTTERANCES, BEAM, NEW_TOKENS = 16, 32, 4, 40
 SIZES = ((128, 4), (256, 6))  # width, layers
 
 
-def make_llm(folder: Path, hidden: int, layers: int) -> SpeechLLM:
-    """A Llama with random weights (from a fixed seed) and a word tokenizer."""
+def write_tokenizer(folder: Path, size: int) -> None:
+    """A tokenizer of ``size`` made-up words: 1 is BOS, 2 EOS, 3 padding."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     words = ["<unk>", "<s>", "</s>", "<pad>", *["USER", ":", "ASSISTANT", "Transcribe", "speech", "to", "text", "."]]
-    words += [f"w{i}" for i in range(512 - len(words))]
+    words += [f"w{i}" for i in range(size - len(words))]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     ).save_pretrained(folder)
+
+
+def make_llm(folder: Path, hidden: int, layers: int) -> SpeechLLM:
+    """A Llama with random weights (from a fixed seed) and a word tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    write_tokenizer(folder, 512)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(words),
+        vocab_size=512,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=layers,
