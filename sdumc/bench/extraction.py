@@ -56,7 +56,7 @@ def _audio(folder: Path, device: str, dtype: torch.dtype, count: int):
         feat_extract_norm="layer",
         do_stable_layer_norm=True,
     )
-    WavLMModel(config).to(dtype).save_pretrained(folder)
+    WavLMModel(config).to(dtype=dtype).save_pretrained(folder)  # type: ignore[call-arg]
     Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True).save_pretrained(folder)
     encoder = SpeechEncoder(str(folder), dtype=dtype, device=device)
     waves = [np.random.default_rng(i).normal(size=int(16000 * SECONDS)).astype(np.float32) for i in range(count)]
@@ -76,7 +76,7 @@ def _pictures(folder: Path, device: str, dtype: torch.dtype, count: int):
         image_size=224,
         patch_size=14,
     )
-    CLIPVisionModel(config).to(dtype).save_pretrained(folder)
+    CLIPVisionModel(config).to(dtype=dtype).save_pretrained(folder)  # type: ignore[call-arg]
     settings = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 224}}
     (folder / "preprocessor_config.json").write_text(
         json.dumps({**settings, "crop_size": {"height": 224, "width": 224}})
