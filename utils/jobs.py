@@ -154,10 +154,10 @@ class Running:
     gpus: tuple[str, ...] = ()
 
 
-def die_with_parent() -> None:
-    """Let the kernel send this process SIGTERM when its parent dies: a killed recipe leaves nothing running."""
+def die_with_parent(number: int = signal.SIGTERM) -> None:
+    """Let the kernel send this process a signal when its parent dies: a killed recipe leaves nothing running."""
     if _PRCTL is not None:
-        _PRCTL(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        _PRCTL(1, number)  # PR_SET_PDEATHSIG
 
 
 _PRCTL: Any

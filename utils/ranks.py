@@ -13,7 +13,6 @@ writes to this command's own streams. It differs from torchrun in what a recipe 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import random
 import signal
@@ -51,8 +50,7 @@ def start(command: list[str], rank: int, size: int, port: int) -> subprocess.Pop
     def in_child() -> None:
         jobs.in_child()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; not SIGTERM, which a stuck rank only notes
+        jobs.die_with_parent(signal.SIGKILL)  # not SIGTERM, which a stuck rank only notes
         if os.getppid() != me:  # killed before it could be asked for
             os._exit(1)
 

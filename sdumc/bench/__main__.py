@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from sdumc.bench import contrast, extraction, loader, simulation, step
 from sdumc.bench.measure import machine
-from sdumc.cli import Parser, run
+from sdumc.cli import Parser, at_least, run
 
 PARTS: dict[str, Callable[..., bool]] = {
     "step": step.main,
@@ -27,12 +27,14 @@ PARTS: dict[str, Callable[..., bool]] = {
 def get_parser() -> Parser:
     parser = Parser(__doc__ or "")
     parser.add_argument("part", nargs="*", help=f"of {', '.join(PARTS)}; all without a word")
-    parser.add_argument("--repeats", type=int, default=7, help="interleaved repeats of each side")
+    parser.add_argument("--repeats", type=at_least(1, int), default=7, help="interleaved repeats of each side")
     group = parser.add_argument_group("loader")
-    group.add_argument("--utterances", type=int, default=2000, help="of the generated corpus; 2000 are 6.8 GB")
+    group.add_argument(
+        "--utterances", type=at_least(1, int), default=2000, help="of the generated corpus; 2000 are 6.8 GB"
+    )
     group.add_argument("--dir", metavar="DIR", help="where the corpus is generated (default: the temporary folder)")
     group.add_argument("--keep", action="store_true", help="leave the corpus in --dir, or use the one that is there")
-    group.add_argument("--workers", type=int, default=2, help="threads that read")
+    group.add_argument("--workers", type=at_least(0, int), default=2, help="threads that read")
     return parser
 
 

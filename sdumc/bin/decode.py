@@ -34,7 +34,9 @@ def get_parser() -> Parser:
     )
     g = parser.add_argument_group("running")
     g.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
-    g.add_argument("--batch-size", type=int, default=64, help="utterances at once; no effect on predictions")
+    g.add_argument(
+        "--batch-size", type=at_least(1, int), default=64, help="utterances at once; no effect on predictions"
+    )
     g.add_argument("--num-workers", type=at_least(0, int), default=2, help="threads that read features ahead")
     return parser
 

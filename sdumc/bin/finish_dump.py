@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdumc.cli import Parser, run, setup_logging
+from sdumc.cli import Parser, at_least, run, setup_logging
 from sdumc.errors import UserError
 
 log = logging.getLogger("sdumc")
@@ -28,7 +28,9 @@ def get_parser() -> Parser:
     group.add_argument("--data-dir", required=True, metavar="DIR", help="Kaldi data directory")
     group.add_argument("--dump-dir", required=True, metavar="DIR", help="where the shards are")
     group.add_argument("--name", required=True, help="feature: audio, text, text_sim, text_asr, video; asr_hyp for ASR")
-    group.add_argument("--num-jobs", type=int, default=1, metavar="N", help="how many shards there must be")
+    group.add_argument(
+        "--num-jobs", type=at_least(1, int), default=1, metavar="N", help="how many shards there must be"
+    )
     group.add_argument(
         "--max-drop",
         type=float,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sdumc.cli import Parser, run, setup_logging
+from sdumc.cli import Parser, at_least, run, setup_logging
 from sdumc.simulation.jobs import add_job_options
 
 
@@ -18,7 +18,7 @@ def get_parser() -> Parser:
     group.add_argument("--model", required=True, metavar="DIR", help="recogniser: a transformers folder")
     group.add_argument("--language", default="en", help="of the speech, for multilingual Whisper")
     group.add_argument(
-        "--max-new-tokens", type=int, default=200, metavar="N", help="Whisper's longest answer per window"
+        "--max-new-tokens", type=at_least(1, int), default=200, metavar="N", help="Whisper's longest answer per window"
     )
     return parser
 
