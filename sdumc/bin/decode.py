@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdumc.cli import Parser, at_least, log, run, setup_logging
+from sdumc.device import add_device_option, pick_device
 
 
 def get_parser() -> Parser:
@@ -33,7 +34,7 @@ def get_parser() -> Parser:
         "--checkpoint", choices=("valid-best", "averaged"), default="valid-best", help="both were chosen on valid"
     )
     g = parser.add_argument_group("running")
-    g.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
+    add_device_option(g)
     g.add_argument(
         "--batch-size", type=at_least(1, int), default=64, help="utterances at once; no effect on predictions"
     )
@@ -44,14 +45,12 @@ def get_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     setup_logging(args.verbose)
-    import torch
-
     from sdumc.scoring.attention import attend, worth_keeping
     from sdumc.scoring.attention_file import write_attention
     from sdumc.scoring.decoding import CONDITIONS, decode, inputs_for, load_for, write_decoded
     from sdumc.training.experiment import load_model
 
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = pick_device(args.device)
     model = load_model(Path(args.exp_dir), args.checkpoint).to(device)
     dump = load_for(Path(args.data_dir), args.condition)
     for condition in args.condition:

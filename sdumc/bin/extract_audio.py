@@ -26,8 +26,9 @@ def get_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     setup_logging(args.verbose)
+    from sdumc.device import pick_device
     from sdumc.features.audio import extract_audio
-    from sdumc.simulation.checkpoints import DTYPES, fingerprint, pick_device
+    from sdumc.simulation.checkpoints import DTYPES, fingerprint
     from sdumc.simulation.encoder import SpeechEncoder
     from sdumc.simulation.jobs import data_hash, durations, load_job, make_batches, open_shard
 

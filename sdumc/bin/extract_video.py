@@ -34,10 +34,11 @@ def get_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     setup_logging(args.verbose)
+    from sdumc.device import pick_device
     from sdumc.errors import UserError
     from sdumc.features.faces import FaceDetector
     from sdumc.features.video import VisionExtractor, extract_video
-    from sdumc.simulation.checkpoints import DTYPES, fingerprint, pick_device
+    from sdumc.simulation.checkpoints import DTYPES, fingerprint
     from sdumc.simulation.jobs import data_hash, load_job, open_shard
 
     if args.fps <= 0 or args.picture_batch < 1 or args.face_margin <= 0:

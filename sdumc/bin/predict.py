@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdumc.cli import Parser, run, setup_logging
+from sdumc.device import add_device_option
 from sdumc.errors import EXIT_USER_ERROR, UserError
 
 log = logging.getLogger("sdumc")
@@ -56,7 +57,7 @@ def get_parser() -> Parser:
     )
     group.add_argument("--output-dir", metavar="DIR", help="where subtitles go; default: beside the file")
     group = parser.add_argument_group("computing")
-    group.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
+    add_device_option(group)
     group.add_argument(
         "--dtype", choices=("fp32", "bf16", "fp16"), help="of the extractors; default: as the train set's features"
     )

@@ -26,8 +26,9 @@ def get_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     setup_logging(args.verbose)
+    from sdumc.device import pick_device
     from sdumc.simulation.asr import load_recogniser, recognise_shard
-    from sdumc.simulation.checkpoints import DTYPES, fingerprint, pick_device
+    from sdumc.simulation.checkpoints import DTYPES, fingerprint
     from sdumc.simulation.jobs import data_hash, durations, load_job, make_batches, open_shard
 
     data, utterances = load_job(args)

@@ -56,8 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from dataclasses import fields
 
     from sdumc.data.kaldi_dir import load_kaldi_dir
+    from sdumc.device import pick_device
     from sdumc.errors import UserError
-    from sdumc.simulation.checkpoints import DTYPES, fingerprint, pick_device
+    from sdumc.simulation.checkpoints import DTYPES, fingerprint
     from sdumc.simulation.encoder import SpeechEncoder
     from sdumc.simulation.jobs import data_hash
     from sdumc.simulation.options import prompt_text

@@ -16,6 +16,7 @@ import torch
 from sdumc.data.dataset import Utterance, collate
 from sdumc.data.kaldi_dir import MediaSpan
 from sdumc.data.media import MediaInfo, probe, read_audio
+from sdumc.device import pick_device
 from sdumc.errors import UserError
 from sdumc.model.network import MODALITIES, SDUMC
 from sdumc.prediction.activity import RATE, cut_speech, even_pieces, is_silent
@@ -24,7 +25,6 @@ from sdumc.prediction.package import open_experiment
 from sdumc.prediction.record import load_record
 from sdumc.prediction.subtitles import Cue, sentences
 from sdumc.scoring.decoding import CONDITIONS, run_batch
-from sdumc.simulation.checkpoints import pick_device
 from sdumc.simulation.jobs import make_batches
 from sdumc.training.experiment import load_model
 from sdumc.training.settings import load_config

@@ -21,15 +21,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SMALL_FILE = 256 * 2**20  # up to here a fingerprint reads a weight file whole
 
 
-def pick_device(name: str) -> torch.device:
-    """``auto`` is the first GPU where there is one; ``cuda`` without a GPU is a :class:`UserError`."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: PyTorch {torch.__version__} sees no GPU here; use --device cpu or auto")
-    return torch.device(name)
-
-
 def model_folder(name: str | os.PathLike) -> Path:
     """The folder of a model given as a folder, or by its hub name if its files are in the local hub cache.
 

@@ -17,6 +17,7 @@ import numpy as np
 from sdumc.cli import Parser
 from sdumc.data.ark import ShardWriter
 from sdumc.data.kaldi_dir import KaldiDir, load_kaldi_dir, shard
+from sdumc.device import add_device_option
 from sdumc.errors import UserError
 
 log = logging.getLogger("sdumc")
@@ -55,7 +56,7 @@ def add_job_options(parser: Parser, name: str, batch_size: int = 16) -> None:
 def add_compute_options(parser: Parser) -> None:
     """``--device`` and ``--dtype``."""
     group = parser.add_argument_group("computing")
-    group.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
+    add_device_option(group)
     group.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="number format of the models")
 
 

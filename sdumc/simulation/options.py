@@ -72,7 +72,8 @@ def load_reader(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     Raises:
         UserError: a folder is incomplete, parts do not fit, or the projector was trained with another prompt.
     """
-    from sdumc.simulation.checkpoints import DTYPES, fingerprint, pick_device
+    from sdumc.device import pick_device
+    from sdumc.simulation.checkpoints import DTYPES, fingerprint
     from sdumc.simulation.encoder import SpeechEncoder
     from sdumc.simulation.projector import projector_file
     from sdumc.simulation.simulate import SpeechReader, check_projector_prompt
@@ -95,7 +96,8 @@ def load_reader(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
 def load_llm(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The LLM of the command line, and what of it belongs into a feature's settings."""
-    from sdumc.simulation.checkpoints import DTYPES, fingerprint, pick_device
+    from sdumc.device import pick_device
+    from sdumc.simulation.checkpoints import DTYPES, fingerprint
     from sdumc.simulation.speech_llm import SpeechLLM
 
     prompt = prompt_text(args.prompt)

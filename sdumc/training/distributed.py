@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sdumc.device import pick_device
 from sdumc.errors import UserError
 
 
@@ -51,20 +52,14 @@ def join(device: str = "auto") -> Ranks:
     """Join the process group if a launcher started several ranks, and choose the device.
 
     Args:
-        device: ``auto`` (a GPU if there is one for this rank), ``cpu`` or ``cuda``.
+        device: as :func:`sdumc.device.pick_device` takes it.
 
     Raises:
         UserError: a GPU is asked for and there is none for this rank, or Slurm started several ranks without saying
             where they meet.
     """
     rank, size, local_rank = _environment() or (0, 1, 0)
-    # Slurm with --gpus-per-task shows each rank only its own card, which is then card 0.
-    cards = torch.cuda.device_count() if device != "cpu" else 0
-    if device == "cuda" and not cards:
-        raise UserError("--device cuda: no GPU is visible here; use --device cpu, or ask the cluster for a GPU")
-    if cards > 1 and local_rank >= cards:
-        raise UserError(f"rank {rank} is number {local_rank} on its machine, which shows only {cards} GPUs")
-    where = torch.device("cuda", local_rank % cards) if cards else torch.device("cpu")
+    where = pick_device(device, local_rank, size)
     if where.type == "cuda":
         torch.cuda.set_device(where)
     if size > 1:

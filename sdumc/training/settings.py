@@ -10,6 +10,7 @@ import yaml
 
 from sdumc.cli import Parser, at_least, read_yaml
 from sdumc.data.atomic import write_text
+from sdumc.device import add_device_option
 from sdumc.errors import UserError
 from sdumc.losses.objective import ObjectiveWeights
 from sdumc.model.network import ModelConfig
@@ -108,7 +109,7 @@ def get_parser() -> Parser:
     g.add_argument("--seed", type=at_least(0, int), default=1, help="of weights, order and dropout")
 
     g = parser.add_argument_group("running")
-    g.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
+    add_device_option(g)
     g.add_argument("--save-every", type=at_least(0, int), default=200, help="steps between checkpoints inside an epoch")
     g.add_argument("--dry-run", action="store_true", help="check the settings, build the model, do one step, stop")
     return parser

@@ -18,7 +18,7 @@ conditions="full missing"     #: conditions to decode, with spaces
 batch_size=1                  #: utterances at once
 imagination=none              #: where MIA acts: none (as in the public code), both, utterance, content
 mask_padding=false            #: false: attend over padding (as in the public code)
-device=auto                   #: auto, cpu or cuda
+device=auto                   #: auto, cpu, cuda or cuda:N
 . utils/parse_options.sh
 
 die() {
