@@ -7,12 +7,13 @@ import hashlib
 import numpy as np
 import pytest
 
-from sdumc.bin import make_mini_corpus, make_mini_data
+import make_corpus
+import make_data
+from mini import corpus, face, sentences, speech
+from mini.sentences import Clause, Sentence
 from sdumc.data.kaldi_dir import load_kaldi_dir
 from sdumc.data.media import probe, read_audio, read_frames
 from sdumc.errors import UserError
-from sdumc.mini import corpus, face, sentences, speech
-from sdumc.mini.sentences import Clause, Sentence
 
 SMALL = ["--num-train", "6", "--num-valid", "2", "--num-test", "2"]
 SMALL += ["--num-train-speakers", "2", "--num-valid-speakers", "1", "--num-test-speakers", "1"]
@@ -31,7 +32,7 @@ def plan():
 @pytest.fixture(scope="module")
 def small(tmp_path_factory, espeak):
     folder = tmp_path_factory.mktemp("mini") / "corpus"
-    make_mini_corpus.main(["--output-dir", str(folder), "--jobs", "2", *SMALL])
+    make_corpus.main(["--output-dir", str(folder), "--jobs", "2", *SMALL])
     return folder
 
 
@@ -169,12 +170,12 @@ def _digests(folder):
 
 
 def test_same_bytes_with_any_number_of_jobs(small, tmp_path):
-    make_mini_corpus.main(["--output-dir", str(tmp_path / "again"), "--jobs", "1", *SMALL])
+    make_corpus.main(["--output-dir", str(tmp_path / "again"), "--jobs", "1", *SMALL])
     assert _digests(tmp_path / "again") == _digests(small)
 
 
 def test_data_directories(small, tmp_path):
-    make_mini_data.main(["--corpus-dir", str(small), "--data-dir", str(tmp_path)])
+    make_data.main(["--corpus-dir", str(small), "--data-dir", str(tmp_path)])
     for name, count in (("train", 6), ("valid", 2), ("test", 2)):
         data = load_kaldi_dir(tmp_path / name)
         assert len(data.utterances) == count
@@ -187,7 +188,7 @@ def test_refusals(tmp_path, espeak):
         corpus.read_corpus(tmp_path)
     (tmp_path / "letters.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty"):
-        make_mini_corpus.main(["--output-dir", str(tmp_path), *SMALL])
+        make_corpus.main(["--output-dir", str(tmp_path), *SMALL])
     assert (tmp_path / "letters.txt").read_text() == "mine"
     (tmp_path / "corpus.tsv").write_text("\t".join(corpus.COLUMNS) + "\nspk01-0001\ttrain\n")
     with pytest.raises(UserError, match="line 2: 2 columns"):
@@ -199,5 +200,5 @@ def test_refusals(tmp_path, espeak):
 def test_nothing_appears_when_it_fails(tmp_path, monkeypatch, espeak):
     monkeypatch.setattr(corpus, "voice_of", lambda clip: (speech.Voice("xx-nobody", 180, 50, 50), 0.1))
     with pytest.raises(UserError, match="no voice"):
-        make_mini_corpus.main(["--output-dir", str(tmp_path / "corpus"), *SMALL])
+        make_corpus.main(["--output-dir", str(tmp_path / "corpus"), *SMALL])
     assert not (tmp_path / "corpus").exists()

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from sdumc.bin import make_mini_corpus, pretrain_mini
+import make_corpus
+import pretrain as pretrain_command
+from mini import pretrain
+from mini.corpus import read_corpus
 from sdumc.errors import UserError
-from sdumc.mini import pretrain
-from sdumc.mini.corpus import read_corpus
 
 TEXTS = ["the movie was not very good", "honestly the book was bad", "we thought the music was fine"]
 SMALL = ["--num-train", "8", "--num-valid", "1", "--num-test", "1"]
@@ -21,14 +22,14 @@ STEPS = ["--encoder-front-steps", "2", "--encoder-steps", "2", "--llm-steps", "2
 def corpus_dir(tmp_path_factory):
     pytest.importorskip("espeakng_loader")
     folder = tmp_path_factory.mktemp("mini") / "corpus"
-    make_mini_corpus.main(["--output-dir", str(folder), "--jobs", "1", *SMALL])
+    make_corpus.main(["--output-dir", str(folder), "--jobs", "1", *SMALL])
     return folder
 
 
 @pytest.fixture(scope="module")
 def models_dir(corpus_dir):
     folder = corpus_dir.parent / "models"
-    pretrain_mini.main(["--corpus-dir", str(corpus_dir), "--models-dir", str(folder), "--jobs", "1", *STEPS])
+    pretrain_command.main(["--corpus-dir", str(corpus_dir), "--models-dir", str(folder), "--jobs", "1", *STEPS])
     return folder
 
 
@@ -118,7 +119,7 @@ def _weights(folder):
 @pytest.mark.slow
 def test_same_seed_same_weights_also_in_parallel(models_dir, corpus_dir, tmp_path):
     again = ["--corpus-dir", str(corpus_dir), "--models-dir", str(tmp_path / "again"), "--jobs", "2", *STEPS]
-    pretrain_mini.main(again)
+    pretrain_command.main(again)
     assert _weights(tmp_path / "again") == _weights(models_dir)
     assert set(_weights(models_dir)) == {"encoder", "ctc", "llm", "vision"}
 
@@ -144,7 +145,7 @@ def test_refusals(tmp_path):
     options = ["--corpus-dir", str(tmp_path), "--models-dir", str(tmp_path / "models")]
     for what in ("encoder", "llm", "vision"):
         with pytest.raises(UserError, match="make the corpus first"):
-            pretrain_mini.main([*options, "--what", what])
+            pretrain_command.main([*options, "--what", what])
     with pytest.raises(UserError, match="--llm-steps must be at least 1"):
-        pretrain_mini.main([*options, "--llm-steps", "0"])
+        pretrain_command.main([*options, "--llm-steps", "0"])
     assert not (tmp_path / "models").exists()

@@ -86,7 +86,7 @@ def test_silence_and_steady_noise_are_no_speech():
 def test_spoken_sentences_are_found(gain, noise):
     pytest.importorskip("webrtcvad")
     pytest.importorskip("espeakng_loader")
-    from sdumc.mini.speech import Synthesiser, Voice
+    from mini.speech import Synthesiser, Voice
 
     speaker = Synthesiser()
     pieces, truth, at = [], [], 0

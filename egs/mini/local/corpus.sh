@@ -10,9 +10,9 @@ pretrain_config=${pretrain_config:-conf/pretrain.yaml}
 
 step "corpus" --settings "${corpus_config}" --outputs corpus/{corpus.tsv,speakers.json,clips} \
   -- ${train_cmd} "${expdir}/log/corpus.log" -- \
-  python3 -m sdumc.bin.make_mini_corpus --config "${corpus_config}" --output-dir corpus
+  python3 local/make_corpus.py --config "${corpus_config}" --output-dir corpus
 
 step "pretrained models" --inputs corpus/corpus.tsv corpus/speakers.json --settings "${pretrain_config}" \
   --outputs models/{encoder,ctc,llm,vision}/{config.json,model.safetensors} \
   -- ${train_cmd} "${expdir}/log/pretrain.log" -- \
-  python3 -m sdumc.bin.pretrain_mini --config "${pretrain_config}" --corpus-dir corpus --models-dir models
+  python3 local/pretrain.py --config "${pretrain_config}" --corpus-dir corpus --models-dir models

@@ -7,4 +7,4 @@ set -euo pipefail
 step "data" --inputs corpus/corpus.tsv \
   --outputs "${datadir}"/{train,valid,test}/{wav.scp,video.scp,text,utt2spk,spk2utt,utt2label,utt2dur} \
   -- ${train_cmd} "${expdir}/log/data.log" -- \
-  python3 -m sdumc.bin.make_mini_data --corpus-dir corpus --data-dir "${datadir}"
+  python3 local/make_data.py --corpus-dir corpus --data-dir "${datadir}"

@@ -21,7 +21,7 @@ from sdumc.processes import die_with
 def get_parser() -> Parser:
     parser = Parser(__doc__)
     group = parser.add_argument_group("input and output")
-    group.add_argument("--corpus-dir", required=True, help="folder that make_mini_corpus wrote")
+    group.add_argument("--corpus-dir", required=True, help="folder that make_corpus.py wrote")
     group.add_argument("--models-dir", required=True, help="folder for the models")
     group.add_argument(
         "--what",
@@ -50,7 +50,7 @@ def _train(what: str, args) -> None:
     import torch
     import transformers
 
-    from sdumc.mini import pretrain
+    from mini import pretrain
 
     transformers.utils.logging.disable_progress_bar()
 
@@ -86,7 +86,7 @@ def _train_in_processes(waiting: Sequence[str], argv: Sequence[str], jobs: int) 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     waiting = list(waiting)
     running: list[subprocess.Popen] = []
-    command = [sys.executable, "-m", "sdumc.bin.pretrain_mini", *argv, "--jobs", "1", "--what"]
+    command = [sys.executable, __file__, *argv, "--jobs", "1", "--what"]
     try:
         while waiting or running:
             while waiting and len(running) < jobs:

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mini import corpus, face, speech
 from sdumc.data import media
-from sdumc.mini import corpus, face, speech
 
 log = logging.getLogger("sdumc")
 
@@ -531,7 +531,7 @@ class VisionSettings:
 def train_vision(corpus_dir: Path, models_dir: Path, settings: VisionSettings) -> None:
     """Train a ViT to tell the drawn expression from pictures of the train speakers' faces; write ``vision``.
 
-    The class token and the mean of the patches each predict :data:`sdumc.mini.face.PARAMETERS` through a Linear that is
+    The class token and the mean of the patches each predict :data:`mini.face.PARAMETERS` through a Linear that is
     thrown away. Colours and noise are varied, as other speakers have other colours.
 
     Raises:

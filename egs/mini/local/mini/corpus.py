@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
+from mini import face, sentences, speech
 from sdumc.data import media
 from sdumc.data.atomic import write_json, write_text
 from sdumc.errors import UserError
-from sdumc.mini import face, sentences, speech
 from sdumc.processes import die_with
 
 SETS = ("train", "valid", "test")
@@ -99,9 +99,9 @@ def label_of(sentiment: float, arousal: float, expression: float, noise: float) 
     """The label of a clip: a multiple of 1/3 in [-3, 3].
 
     sentiment + 0.6 arousal + 0.8 expression + noise (normal, sd 0.15), clipped to [-3, 3], rounded to thirds.
-    Sentiment in [-3, 3] is what the words say (:func:`sdumc.mini.sentences.sentiment`); arousal in [-1, 1] is how
+    Sentiment in [-3, 3] is what the words say (:func:`mini.sentences.sentiment`); arousal in [-1, 1] is how
     high, fast, lively and loud the speaker talks, measured from this speaker's own voice (:func:`voice_of`);
-    expression in [-1, 1] is the peak of a brief movement of the face (:func:`sdumc.mini.face.expression_track`).
+    expression in [-1, 1] is the peak of a brief movement of the face (:func:`mini.face.expression_track`).
     Both lean to the sentiment by 0.12 of it, beside a uniform part in [-0.85, 0.85] of their own.
     """
     value = TEXT_WEIGHT * sentiment + VOICE_WEIGHT * arousal + FACE_WEIGHT * expression + noise

@@ -10,7 +10,7 @@ from sdumc.cli import Parser, run
 def get_parser() -> Parser:
     parser = Parser(__doc__)
     group = parser.add_argument_group("input and output")
-    group.add_argument("--corpus-dir", required=True, help="folder that make_mini_corpus wrote")
+    group.add_argument("--corpus-dir", required=True, help="folder that make_corpus.py wrote")
     group.add_argument("--data-dir", required=True, help="folder for train, valid and test")
     return parser
 
@@ -19,8 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     args = get_parser().parse_args(argv)
     from pathlib import Path
 
+    from mini.corpus import SETS, read_corpus
     from sdumc.data.kaldi_dir import finish_kaldi_dir, write_table
-    from sdumc.mini.corpus import SETS, read_corpus
 
     for name in SETS:
         rows = read_corpus(args.corpus_dir, name)

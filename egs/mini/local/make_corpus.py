@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         raise UserError("--noise-min and --noise-max: 0 < min <= max < 1 is needed")
     if args.frame_size < 32 or args.frame_size % 2 or args.fps <= 0:
         raise UserError("--frame-size must be an even number from 32 up, --fps above 0")
-    from sdumc.mini import corpus
+    from mini import corpus
 
     settings = corpus.Settings(
         seed=args.seed,

@@ -1,0 +1,1 @@
+"""The corpus of egs/mini and the small models that stand for pretrained ones."""
