@@ -1,4 +1,4 @@
-"""What all Python tests share. This file's being here also lets them import the helpers beside it."""
+"""What all Python tests share."""
 
 from __future__ import annotations
 

@@ -14,12 +14,11 @@ import sys
 import time
 from pathlib import Path
 
-import bad_inputs
-import faults
 import numpy as np
 import pytest
 import test_training as training
-from dumps import make_dump
+from helpers import bad_inputs, faults
+from helpers.dumps import make_dump
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = [sys.executable, "-S", "-E", str(ROOT / "utils/ranks.py"), "2", sys.executable]
@@ -278,7 +277,7 @@ def killed(tmp_path_factory):
 
 
 def test_stages_killed_at_random_moments_end_with_the_same_files(killed):
-    """docs/faults.md has the table of tests/faults.py, with every stage."""
+    """docs/faults.md has the table of tests/helpers/faults.py, with every stage."""
     _, stages, trials, said = killed
     assert sum(len(t.kills) for t in trials) == 3, said
     assert not any(t.wrong for t in trials), said
@@ -325,13 +324,12 @@ def test_a_difference_is_found(tmp_path):
 def test_what_bad_input_prints(tmp_path):
     """Every message names what it is about, and docs/faults.md shows it as it is."""
     output = tmp_path / "results.json"
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests/bad_inputs.py", "--json", output], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, ROOT / "tests/helpers/bad_inputs.py", "--json", output]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     results = [bad_inputs.Result(**r) for r in json.loads(output.read_text())]
     wrong = [f"{r.title}: {r.wrong}" for r in results if r.wrong]
     assert done.returncode == 0 and not wrong, "\n".join(wrong)
     page = (ROOT / "docs/faults.md").read_text()
     section = re.search(r"<!-- bad inputs: begin[^>]*-->\n(.*?)<!-- bad inputs: end -->", page, flags=re.S)
     shown, fresh = (bad_inputs.without_numbers(text).splitlines() for text in (section[1], bad_inputs.listing(results)))
-    assert shown == fresh, "run tests/bad_inputs.py --page docs/faults.md"
+    assert shown == fresh, "run tests/helpers/bad_inputs.py --page docs/faults.md"

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from small_mini import make_small_mini
+from helpers.small_mini import make_small_mini
 
 from sdumc.data.dump import load_dump
 

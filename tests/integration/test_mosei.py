@@ -8,11 +8,11 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import mosei_miniature as mini
 import pytest
 import torch
-from plain_network import released_weights
-from unit import tiny_models
+from helpers import mosei_miniature as mini
+from helpers import tiny_models
+from helpers.plain_network import released_weights
 
 from sdumc.corpora.audit import leave_out
 from sdumc.data.dump import load_dump

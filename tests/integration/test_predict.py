@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from tiny_recipe import ENV, clip, make_recipe, predictions
+from helpers.tiny_recipe import ENV, clip, make_recipe, predictions
 
 from sdumc import Scorer
 from sdumc.bin import pack, predict

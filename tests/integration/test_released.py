@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from plain_network import plain_forward, released_weights
+from helpers.plain_network import plain_forward, released_weights
 
 from sdumc.data.ark import ShardWriter, merge_shards
 from sdumc.data.kaldi_dir import write_table

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from dumps import make_dump
+from helpers.dumps import make_dump
 
 from sdumc.bin import decode, report, score
 from sdumc.scoring.attention_file import read_attention

@@ -6,7 +6,7 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-from cluster import Cluster, missing
+from helpers.cluster import Cluster, missing
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from cluster import Cluster
-from dumps import make_dump
-from tiny_recipe import clip  # also lets tiny_models be found
+from helpers.cluster import Cluster
+from helpers.dumps import make_dump
+from helpers.tiny_recipe import clip
 
 ROOT = Path(__file__).resolve().parents[2]
 FINAL = ("model.valid-best.safetensors", "model.averaged.safetensors", "metrics.jsonl")
@@ -66,8 +66,8 @@ def call(cluster: Cluster, recipe: Path, *words: object) -> str:
 
 def test_stages_3_to_5(cluster, tmp_path, monkeypatch):
     """A recipe on tiny models; stage 3 first with more jobs than utterances."""
-    import tiny_models
     import torch
+    from helpers import tiny_models
 
     from sdumc.data.dump import load_dump
     from sdumc.simulation.projector import Projector, save_projector

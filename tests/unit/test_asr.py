@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
+from helpers import tiny_models
 
 from sdumc.errors import UserError
 from sdumc.simulation.asr import RATE, load_recogniser, windows

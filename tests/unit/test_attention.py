@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from dumps import make_dump
+from helpers.dumps import make_dump
 
 from sdumc.bin.decode import main
 from sdumc.data.dataset import UtteranceDataset, collate

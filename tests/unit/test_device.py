@@ -6,8 +6,8 @@ import importlib
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
+from helpers import tiny_models
 
 from sdumc.device import pick_device
 from sdumc.errors import UserError

@@ -284,7 +284,7 @@ def test_settings_are_sound(path, capsys):
 
 def test_the_example_of_a_new_recipe(tmp_path):
     """docs/new_recipe.md, followed to the letter as far as stage 1."""
-    from tiny_recipe import clip
+    from helpers.tiny_recipe import clip
 
     (tmp_path / "egs").mkdir()
     (tmp_path / "tools").mkdir()

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-import tiny_models
+from helpers import tiny_models
 
 from sdumc.bin import extract_video, finish_dump
 from sdumc.data.ark import load_matrix

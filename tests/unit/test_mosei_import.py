@@ -9,9 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import mosei_miniature as mini
 import numpy as np
 import pytest
+from helpers import mosei_miniature as mini
 
 from sdumc.bin import import_authors, import_toolkit, prepare_mosei
 from sdumc.corpora import authors, raw, toolkit

@@ -7,8 +7,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import mosei_miniature as mini
 import pytest
+from helpers import mosei_miniature as mini
 
 from sdumc.bin import prepare_mosei
 from sdumc.corpora import raw

@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 import torch
+from helpers.plain_network import plain_forward, released_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain_network import plain_forward, released_weights
 
 from sdumc.model import attention
 from sdumc.model.network import COMPLETE, MISSING, SDUMC, ModelConfig

@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
-from report_tree import make_tree
+from helpers.report_tree import make_tree
 
 from sdumc.bin.report import common_title, main
 from sdumc.errors import UserError
@@ -224,7 +224,7 @@ def test_axes_of_attention(made, monkeypatch):
 
 
 def test_tokens_of_the_language_model(tmp_path):
-    from tiny_models import llama
+    from helpers.tiny_models import llama
 
     from sdumc.reporting.tokens import Tokeniser
 

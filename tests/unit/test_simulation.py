@@ -6,8 +6,8 @@ import shutil
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
+from helpers import tiny_models
 
 from sdumc.errors import UserError
 from sdumc.simulation.checkpoints import load_tokenizer, model_folder, weight_files, whole_weights

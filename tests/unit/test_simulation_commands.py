@@ -7,9 +7,9 @@ import shutil
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
 import yaml
+from helpers import tiny_models
 from test_features import make_clip, video_data_dir
 
 from sdumc.bin import extract_audio, extract_text, extract_video, finish_dump, recognize, simulate_text, train_projector

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Kill every stage of a small egs/mini at random moments, run it again, and compare with a run never killed.
 
-    tests/faults.py [--kills 35] [--seed 1] [--stages 0 1 2 3 4 5 6] [--work-dir DIR] [--page docs/faults.md]
+    tests/helpers/faults.py [--kills 35] [--seed 1] [--stages 0 1 2 3 4 5 6] [--work-dir DIR] [--page docs/faults.md]
 
 Each stage is first run undisturbed. A trial starts from the files that stood before the stage, kills the run once or
 twice with SIGKILL, then lets it end, and compares every file with the undisturbed run's, byte by byte. Half of the
@@ -28,8 +28,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from small_mini import make_small_mini
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from helpers.small_mini import make_small_mini
 
 # Small steps, saved often: there is much to be caught in the middle of.
 SETTINGS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
     "corpus": "num-train: 24\nnum-train-speakers: 3\nnum-valid: 6\nnum-valid-speakers: 1\nnum-test: 6\n"
     "num-test-speakers: 2\nnoise-min: 0.01\nnoise-max: 0.02\nframe-size: 64\n",

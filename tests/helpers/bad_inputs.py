@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Try every bad input of a list, and print what each command says: tests/bad_inputs.py [--page docs/faults.md].
+"""Try every bad input of a list, and print what each command says.
+
+    tests/helpers/bad_inputs.py [--page docs/faults.md]
 
 Each case starts from sound files (clips, data directory, features, a trained model), spoils one thing and runs a
 command as a user would. What has to be in the message stands beside it: the file, and the utterance if there is one.
@@ -32,8 +34,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "unit")]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -164,9 +166,9 @@ def feature_value(path: str, value: float) -> Callable[[], object]:
 
 
 def other_dimension() -> None:
-    from dumps import make_dump
+    from helpers.dumps import make_dump
 
-    with mock.patch.dict("dumps.DIMS", audio=7):
+    with mock.patch.dict("helpers.dumps.DIMS", audio=7):
         make_dump(Path("dump/other"), 6, 5)
     shutil.rmtree("dump/valid")
     os.rename("dump/other", "dump/valid")
@@ -362,9 +364,9 @@ GROUPS: dict[str, list[Case]] = {
 
 def make_sound_files(folder: Path) -> None:
     """Clips, a data directory, features, a trained model and an encoder, all of them as they should be."""
-    import tiny_models
-    from dumps import make_dump
-    from tiny_recipe import clip
+    from helpers import tiny_models
+    from helpers.dumps import make_dump
+    from helpers.tiny_recipe import clip
 
     folder.mkdir()
     os.chdir(folder)
@@ -507,7 +509,7 @@ def main() -> int:
     if output:
         output.write_text(json.dumps([asdict(r) for r in results], indent=1))
     if page:
-        from faults import replace_section
+        from helpers.faults import replace_section
 
         replace_section(page, "bad inputs", listing(results))
     return int(any(r.wrong for r in results))

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "unit"))  # tiny_models
+ROOT = Path(__file__).resolve().parents[2]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 SECONDS = (0.7, 1.3, 0.9, 1.1, 0.6, 1.0)
 SMALL = ["--dim", "16", "--content-dim", "8", "--batch-size", "3", "--lr", "2e-2", "--epochs", "15"]
@@ -19,8 +18,7 @@ SMALL += ["--warmup-epochs", "0", "--dropout", "0", "--attention-dropout", "0", 
 
 def clip(path: Path, seconds: float, seed: int) -> Path:
     """A little video: a moving gradient, and noise that changes its pitch."""
-    import tiny_models
-
+    from helpers import tiny_models
     from sdumc.data.media import write_clip
 
     rng = np.random.default_rng(seed)
@@ -39,9 +37,9 @@ def make_recipe(root: Path) -> Path:
 
     Must be called from ``root``: models' paths are recorded as the commands are given them, relative.
     """
-    import tiny_models
     import torch
 
+    from helpers import tiny_models
     from sdumc.bin import (
         decode,
         extract_audio,
