@@ -16,8 +16,8 @@ import configargparse
 import yaml
 
 from sdumc import __version__
-from sdumc.data.atomic import disk_full
 from sdumc.errors import EXIT_USAGE, EXIT_USER_ERROR, UserError
+from sdumc.files import disk_full, read_yaml
 
 log = logging.getLogger("sdumc")
 
@@ -103,39 +103,6 @@ def _config_files(args: Sequence[str]) -> list[str]:
 def _module_name() -> str:
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     return spec.name if spec else Path(sys.argv[0]).name
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Safe YAML in which a key given twice is an error: the second would silently win."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: str | os.PathLike) -> dict:
-    """Read a YAML mapping with plain values.
-
-    Raises:
-        UserError: the file is missing, is not YAML, gives a key twice, or is not a mapping.
-    """
-    try:
-        with open(path, encoding="utf-8") as f:
-            content = yaml.load(f, Loader=_UniqueKeyLoader)
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: not valid YAML: {e}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected `key: value` lines, found a {type(content).__name__}")
-    return content
 
 
 def setup_logging(verbose: bool = False, prefix: str = "") -> None:

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     import torch
 
-    from sdumc.data.atomic import write_text
+    from sdumc.files import write_text
     from sdumc.model.network import SDUMC
     from sdumc.model.released import import_released
     from sdumc.training.checkpoint import VALID_BEST, save_weights

@@ -34,9 +34,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     setup_logging(args.verbose)
     from sdumc.corpora.audit import compare, leave_out, ranked_table, video_table
-    from sdumc.data.atomic import write_text
     from sdumc.data.kaldi_dir import read_table
     from sdumc.errors import UserError
+    from sdumc.files import write_text
 
     if bool(args.dump_dir) != bool(args.clean_dump_dir):
         raise UserError("--dump-dir and --clean-dump-dir need each other")

@@ -7,7 +7,6 @@ Each experiment is the path of its exp folders without `_seed<N>`; the first is 
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from sdumc.cli import Parser, run
 from sdumc.errors import UserError
+from sdumc.files import read_json
 
 _LOWER_IS_BETTER = ("mae",)
 
@@ -51,10 +51,8 @@ def collect(experiment: str, test_set: str, condition: str, measure: str) -> dic
     for seed, folder in sorted(folders.items()):
         file = folder / f"decode_{test_set}" / condition / "score.json"
         try:
-            values[seed] = json.loads(file.read_text())[measure]
-        except FileNotFoundError:
-            raise UserError(f"{file}: missing; run stage 5 with --conditions {condition}") from None
-        except KeyError:
+            values[seed] = read_json(file, f"run stage 5 with --conditions {condition}")[measure]
+        except (KeyError, TypeError):
             raise UserError(f"{file}: has no measure {measure!r}") from None
     return values
 
@@ -92,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = make_table(args)
     print(text, end="")
     if args.output:
-        from sdumc.data.atomic import write_text
+        from sdumc.files import write_text
 
         write_text(args.output, text)
 

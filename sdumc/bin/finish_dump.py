@@ -120,7 +120,7 @@ def _meta(manifest: Path) -> dict:
 
 
 def _copy(source: Path, target: Path) -> None:
-    from sdumc.data.atomic import atomic_write
+    from sdumc.files import atomic_write
 
     if target.is_file() and target.read_bytes() == source.read_bytes():
         return  # its time stays, too: recipes see from that whether training has to be done again
@@ -130,8 +130,8 @@ def _copy(source: Path, target: Path) -> None:
 
 def _finish_transcripts(name: str, data, dump_dir: Path, merged) -> None:
     """Write DATA_DIR/<text file>, DUMP_DIR/<text file>.status.tsv and .quality.json from the shards' notes."""
-    from sdumc.data.atomic import write_json, write_text
     from sdumc.data.kaldi_dir import write_table
+    from sdumc.files import write_json, write_text
     from sdumc.simulation.quality import summarise, word_error_rate
 
     text_name = TEXT_FILES[name]

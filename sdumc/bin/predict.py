@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if files:
         _score(args, files, texts, results)
     if args.json:
-        from sdumc.data.atomic import json_ready
+        from sdumc.files import json_ready
 
         document = {"model": args.exp_dir, "scale": [-3, 3], "files": results}
         print(json.dumps(json_ready(document), indent=2, ensure_ascii=False))

@@ -38,7 +38,7 @@ def get_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     setup_logging(args.verbose)
-    from sdumc.data.atomic import write_text
+    from sdumc.files import write_text
     from sdumc.reporting.attention import attention_figure
     from sdumc.reporting.board import write_board
     from sdumc.reporting.collect import collect_runs, collect_set, used_set

@@ -34,7 +34,7 @@ def get_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
-    from sdumc.data.atomic import write_json
+    from sdumc.files import write_json
     from sdumc.scoring.metrics import read_predictions, score
 
     table = read_predictions(args.predictions)

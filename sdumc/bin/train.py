@@ -33,10 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
     from torch.utils.tensorboard import SummaryWriter
 
-    from sdumc.data.atomic import json_ready, write_text
     from sdumc.data.dataset import UtteranceDataset
     from sdumc.data.loader import BatchLoader
     from sdumc.data.sampler import GlobalBatchSampler
+    from sdumc.files import json_ready, write_text
     from sdumc.losses.objective import sdumc_objective
     from sdumc.model.network import COMPLETE, MISSING, SDUMC
     from sdumc.training import checkpoint as ckpt
@@ -334,7 +334,7 @@ def write_extractors(exp_dir: Path, dump) -> None:
     """Keep how the features were made beside the model: a new clip must be treated in the same way."""
     import yaml
 
-    from sdumc.data.atomic import write_text
+    from sdumc.files import write_text
 
     meta = {name: feature.meta for name, feature in dump.features.items() if feature.meta}
     write_text(exp_dir / "extractors.yaml", yaml.safe_dump(meta, sort_keys=True) if meta else "{}\n")

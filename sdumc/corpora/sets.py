@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sdumc.data.atomic import write_text
 from sdumc.data.dump import FEATURES
 from sdumc.data.kaldi_dir import append_dropped, check_id, label_problem, write_table
 from sdumc.errors import UserError
+from sdumc.files import write_text
 
 FOLDS = ("train", "valid", "test")
 DROPPED = "dropped.tsv"

@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from sdumc.data.atomic import disk_full, write_json, write_text
 from sdumc.data.kaldi_dir import check_id, write_table
 from sdumc.errors import UserError
+from sdumc.files import disk_full, read_json, write_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -296,7 +296,7 @@ class ShardWriter:
             log.debug("%s: file locks do not work here; two runs of the same job would not notice each other", path)
 
     def _start(self) -> None:
-        manifest = _read_json(self.manifest)
+        manifest = _read_manifest(self.manifest)
         if manifest and manifest.get("key") == self._key and not self.journal.exists() and self._whole(manifest):
             self._entries = _entries_of(manifest)
             self.dim, self._end, self._finished = manifest["dim"], manifest["size"], True
@@ -541,13 +541,8 @@ def _strings(notes: Mapping[str, Any]) -> dict[str, str]:
     return {k: str(v) for k, v in notes.items()}
 
 
-def _read_json(path: Path) -> dict | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        raise UserError(f"{path}: damaged manifest; remove it and run its job again") from None
+def _read_manifest(path: Path) -> dict | None:
+    return read_json(path, "remove it and run its job again", absent=None)
 
 
 def _entries_of(manifest: Mapping[str, Any]) -> list[_Entry]:
@@ -606,7 +601,7 @@ def merge_shards(
     manifests: list[dict[str, Any]] = []
     for job in range(1, num_jobs + 1):
         path = directory / "ark" / f"{name}.{job}.json"
-        manifest = _read_json(path)
+        manifest = _read_manifest(path)
         if manifest is None or path.with_suffix(".journal").exists():
             raise UserError(f"{path}: job {job} of {num_jobs} for {name} has not finished; run it (again)")
         ark = path.with_suffix(".ark")

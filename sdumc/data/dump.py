@@ -16,6 +16,7 @@ from typing import Any
 from sdumc.data.ark import matrix_shape, split_rxspecifier
 from sdumc.data.kaldi_dir import LABEL_RANGE, read_labels, read_table
 from sdumc.errors import UserError
+from sdumc.files import read_yaml
 
 FEATURES = ("audio", "text", "text_sim", "text_asr", "video")
 
@@ -201,8 +202,6 @@ def _frames(path: Path, entries: Mapping[str, str], scp: Path, dim: int) -> dict
 def _meta(path: Path, dim: int | None) -> dict[str, Any]:
     if not path.exists():
         return {}
-    from sdumc.cli import read_yaml
-
     meta = read_yaml(path)
     if dim is not None and meta.get("dim", dim) != dim:
         raise UserError(f"{path}: states dimension {meta['dim']}, but the matrices have {dim}; make the feature again")

@@ -29,8 +29,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sdumc.data.atomic import write_text
 from sdumc.errors import UserError
+from sdumc.files import write_text
 
 log = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sdumc.data.atomic import write_text
 from sdumc.errors import UserError
+from sdumc.files import write_text
 from sdumc.prediction.scorer import ScoredFile, ScoredUtterance
 from sdumc.prediction.subtitles import Cue, format_subtitles
 

@@ -20,9 +20,8 @@ from typing import Any, Literal
 
 import yaml
 
-from sdumc.cli import read_yaml
-from sdumc.data.atomic import atomic_write, write_text
 from sdumc.errors import UserError
+from sdumc.files import atomic_write, read_json, read_yaml, write_text
 from sdumc.prediction.card import model_card
 from sdumc.prediction.record import RECORD, ModelUse, Record, find_model, load_record
 from sdumc.training.checkpoint import PACKED
@@ -211,10 +210,7 @@ def measured_scores(exp_dir: Path) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise UserError(f"{path}: not JSON ({e}); make it again with stage 5, or remove it") from None
+    return read_json(path, "make it again with stage 5, or remove it")
 
 
 def _write_folder(output: Path, name: str, files: Mapping[str, Path], texts: Mapping[str, str]) -> None:

@@ -12,8 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sdumc.cli import read_yaml
 from sdumc.errors import UserError
+from sdumc.files import read_yaml
 
 RECORD = "extractors.yaml"
 # Settings of a feature that name a model, and what to call it.

@@ -6,7 +6,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sdumc.data.atomic import atomic_write
+from sdumc.files import atomic_write
 from sdumc.reporting.collect import Run
 from sdumc.reporting.figures import mean_curve
 

@@ -15,9 +15,9 @@ from urllib.parse import quote
 
 import numpy as np
 
-from sdumc.cli import read_yaml
 from sdumc.data.kaldi_dir import read_table
 from sdumc.errors import UserError
+from sdumc.files import read_json, read_yaml
 from sdumc.reporting.tokens import Tokeniser
 from sdumc.scoring.attention_file import read_attention
 from sdumc.scoring.metrics import MEASURES, read_predictions, score
@@ -273,12 +273,7 @@ def _read_score(folder: Path, table) -> dict:
     """``score.json`` of ``table``, refused when it is that of other predictions."""
     path = folder / "score.json"
     advice = f"run `python -m sdumc.bin.score --predictions {table.path} --output {path}` (stage 5)"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"{path}: not there; {advice}") from None
-    except ValueError:
-        raise UserError(f"{path}: not JSON; {advice}") from None
+    content = read_json(path, advice)
     try:
         measures = {key: math.nan if content[key] is None else float(content[key]) for key in MEASURES}
         measures["n"] = int(content["n"])

@@ -22,7 +22,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.transforms import ScaledTranslation
 
-from sdumc.data.atomic import atomic_write
+from sdumc.files import atomic_write
 from sdumc.reporting.collect import MODALITY_NAMES, QUERY_NAMES, Run, TestSet, condition_order
 from sdumc.reporting.summary import best_epoch, spread
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import itertools
-import json
 import math
 import platform
 from collections import Counter
@@ -18,6 +17,7 @@ from sdumc import __version__
 from sdumc.data.dump import Dump, load_dump
 from sdumc.data.kaldi_dir import read_dropped, read_table
 from sdumc.errors import UserError
+from sdumc.files import read_json
 from sdumc.reporting.baselines import fit_ridge, pooled
 from sdumc.reporting.collect import Run, TestSet
 from sdumc.scoring.metrics import MEASURES, score
@@ -344,12 +344,7 @@ def _per_cent(value: float | None) -> str:
 
 
 def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{path}: not JSON; run the stage that makes it again") from None
+    content = read_json(path, "run the stage that makes it again", absent={})
     return content if isinstance(content, dict) else {}
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from sdumc.data.atomic import atomic_write
 from sdumc.errors import UserError
+from sdumc.files import atomic_write
 
 FILE = "attention.npz"
 MODALITIES = ("audio", "text", "video")

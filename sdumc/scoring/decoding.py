@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sdumc.data.atomic import atomic_write
 from sdumc.data.dataset import Batch, UtteranceDataset
 from sdumc.data.dump import Dump, load_dump
 from sdumc.data.loader import BatchLoader
 from sdumc.data.sampler import GlobalBatchSampler
 from sdumc.errors import UserError
+from sdumc.files import atomic_write
 from sdumc.model.network import COMPLETE, MISSING, MODALITIES, SDUMC
 
 # Decoding holds no gradients, so a batch may be larger than in training; these frames are some 200 MB of features.

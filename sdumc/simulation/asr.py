@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from sdumc.data.ark import ShardWriter
 from sdumc.data.kaldi_dir import KaldiDir
 from sdumc.errors import UserError
+from sdumc.files import read_json
 from sdumc.simulation.checkpoints import load_model, load_tokenizer, model_folder, read_model_config
 from sdumc.simulation.encoder import MIN_SAMPLES, RATE, _RowByRow, normalise
 from sdumc.simulation.jobs import Progress, ahead, halving, read_waves
@@ -179,12 +179,7 @@ def windows(wave: np.ndarray) -> list[np.ndarray]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as e:
-        raise UserError(f"{path}: not valid JSON ({e}); fetch the model again") from None
+    return read_json(path, "fetch the model again", absent={})
 
 
 def _preprocessor(folder: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from sdumc.errors import UserError
+from sdumc.files import read_json
 
 log = logging.getLogger("sdumc")
 
@@ -48,12 +49,8 @@ def model_folder(name: str | os.PathLike) -> Path:
 def read_model_config(folder: Path) -> dict[str, Any]:
     """``config.json`` of a model folder as a dict; :class:`UserError` if it is missing or not JSON."""
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder}: not a model folder, it has no config.json") from None
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path}: cannot be read as JSON ({e}); fetch the model again") from None
+    if (config := read_json(path, "fetch the model again", absent=None)) is None:
+        raise UserError(f"{folder}: not a model folder, it has no config.json")
     if not isinstance(config, dict) or "model_type" not in config:
         raise UserError(f"{path}: no `model_type` in it; this is not a transformers model folder")
     return config

@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from sdumc.data.atomic import atomic_write
 from sdumc.errors import UserError
+from sdumc.files import atomic_write
 
 _PREFIX = "encoder_projector."
 _KEYS = ("linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias")

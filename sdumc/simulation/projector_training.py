@@ -21,9 +21,9 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from sdumc.data.atomic import atomic_write, write_text
 from sdumc.data.kaldi_dir import KaldiDir
 from sdumc.errors import UserError
+from sdumc.files import atomic_write, write_text
 from sdumc.simulation.encoder import SpeechEncoder
 from sdumc.simulation.jobs import ahead, halving, make_batches, read_waves
 from sdumc.simulation.projector import FILE_NAME, Projector, project, save_projector

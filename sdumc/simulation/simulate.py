@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from sdumc.cli import read_yaml
 from sdumc.data.ark import ShardWriter
 from sdumc.data.kaldi_dir import KaldiDir
 from sdumc.errors import UserError
+from sdumc.files import read_yaml
 from sdumc.simulation.encoder import SpeechEncoder
 from sdumc.simulation.jobs import Progress, ahead, halving, read_waves
 from sdumc.simulation.projector import Projector, load_projector, project

@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from sdumc.data.atomic import atomic_write
 from sdumc.errors import UserError
+from sdumc.files import atomic_write
 
 CHECKPOINT = "checkpoint.pt"
 VALID_BEST = "model.valid-best.safetensors"

@@ -8,10 +8,10 @@ from typing import Any
 
 import yaml
 
-from sdumc.cli import Parser, at_least, read_yaml
-from sdumc.data.atomic import write_text
+from sdumc.cli import Parser, at_least
 from sdumc.device import add_device_option
 from sdumc.errors import UserError
+from sdumc.files import read_yaml, write_text
 from sdumc.losses.objective import ObjectiveWeights
 from sdumc.model.network import ModelConfig
 

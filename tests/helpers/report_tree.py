@@ -9,8 +9,8 @@ import kaldiio
 import numpy as np
 import yaml
 
-from sdumc.data.atomic import write_json, write_text
 from sdumc.data.kaldi_dir import read_table
+from sdumc.files import write_json, write_text
 from sdumc.scoring.attention_file import write_attention
 from sdumc.scoring.metrics import score
 

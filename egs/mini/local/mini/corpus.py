@@ -24,8 +24,8 @@ import numpy as np
 
 from mini import face, sentences, speech
 from sdumc.data import media
-from sdumc.data.atomic import write_json, write_text
 from sdumc.errors import UserError
+from sdumc.files import write_json, write_text
 from sdumc.processes import die_with
 
 SETS = ("train", "valid", "test")

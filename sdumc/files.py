@@ -1,4 +1,4 @@
-"""Outputs appear under their final names only when whole."""
+"""Files: atomic writes (a file appears under its final name when it is whole), and strict reading of YAML and JSON."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import yaml
+
 from sdumc.errors import UserError
 
+_REQUIRED = object()
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -110,3 +113,60 @@ def json_ready(value: Any) -> Any:
     if isinstance(value, float) and value != value:
         return None
     return value
+
+
+def read_json(path: str | os.PathLike, advice: str, absent: Any = _REQUIRED) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: the file.
+        advice: what the user can do when it is damaged or missing, such as "run stage 5 again".
+        absent: what to return where there is no such file; an error if not given.
+
+    Raises:
+        UserError: the file is missing (without ``absent``), cannot be read, or is not JSON.
+    """
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except FileNotFoundError:
+        if absent is not _REQUIRED:
+            return absent
+        raise UserError(f"{path}: not there; {advice}") from None
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}); {advice}") from None
+    except ValueError as e:  # wrong UTF-8 too
+        raise UserError(f"{path}: not valid JSON ({e}); {advice}") from None
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Safe YAML in which a key given twice is an error: the second would silently win."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str | os.PathLike) -> dict:
+    """Read a YAML mapping with plain values.
+
+    Raises:
+        UserError: the file is missing, is not YAML, gives a key twice, or is not a mapping.
+    """
+    try:
+        with open(path, encoding="utf-8") as f:
+            content = yaml.load(f, Loader=_UniqueKeyLoader)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: not valid YAML: {e}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected `key: value` lines, found a {type(content).__name__}")
+    return content
