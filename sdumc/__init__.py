@@ -5,8 +5,17 @@
 >>> scorer.score("clip.mp4").overall
 """
 
+import os
+
 __version__ = "0.1.0"
 __all__ = ["Scorer", "__version__"]
+
+# How OpenMP's threads wait for each other; see docs/benchmarks.md. Unless the user says, they sleep: spinning, the
+# default, makes training up to 40 times slower beside one other busy process. The runtime reads its variables when it
+# is loaded, with torch, so this stands where every command and every process of a launcher comes by first.
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+if not any(name in os.environ for name in WAITING):
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def __getattr__(name: str):

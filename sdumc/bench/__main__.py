@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from sdumc.bench import contrast, extraction, loader, simulation, step
+from sdumc.bench import contrast, extraction, loader, neighbours, simulation, step
 from sdumc.bench.measure import machine
 from sdumc.cli import Parser, at_least, run
 
@@ -21,6 +21,7 @@ PARTS: dict[str, Callable[..., bool]] = {
     "simulation": simulation.main,
     "loader": loader.main,
     "extraction": extraction.main,
+    "neighbours": neighbours.main,
 }
 
 

@@ -8,6 +8,7 @@ import torch
 
 from sdumc.bench.measure import goal, interleaved, median, peak_memory, ratio, seconds, spread, table
 from sdumc.bench.plain import PlainSDUMC, plain_objective
+from sdumc.device import pick_device
 from sdumc.losses.objective import ObjectiveWeights, sdumc_objective
 from sdumc.model.network import COMPLETE, MISSING, SDUMC, ModelConfig
 
@@ -20,9 +21,9 @@ VARIANTS = ("plain", "ours", "ours, bf16")
 class Step:
     """A model, an optimiser and a fixed batch; calling it takes one training step."""
 
-    def __init__(self, variant: str, compiled: bool = False):
+    def __init__(self, variant: str, compiled: bool = False, device: str | None = None):
         torch.manual_seed(0)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = pick_device(device or "auto")
         self.variant = variant
         self.x = {n: torch.randn(BATCH, *shape, device=self.device) for n, shape in FRAMES.items()}
         self.lengths = {n: torch.full((BATCH,), shape[0], device=self.device) for n, shape in FRAMES.items()}
