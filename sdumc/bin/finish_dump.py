@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,10 +50,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--max-drop {args.max_drop}: a share between 0 and 1")
     data_dir, dump_dir = Path(args.data_dir), Path(args.dump_dir)
     data = load_kaldi_dir(data_dir)
-    meta = _meta(dump_dir / "ark" / f"{args.name}.1.json")
+    meta = _manifest(dump_dir / "ark" / f"{args.name}.1.json")["settings"]  # merge_shards checks that all agree
     recogniser = dump_dir / "ark" / "asr_hyp.1.json"
     if args.name == "text_sim" and recogniser.is_file() and (data_dir / "text_asr").is_file():
-        meta["asr"] = _meta(recogniser)  # whose transcripts replaced refusals and empty answers
+        asr = _manifest(recogniser)
+        meta["asr"] = {
+            **asr["settings"],
+            "versions": asr["versions"],
+        }  # whose transcripts replaced refusals and empty answers
     for name in ("utt2label", "utt2spk"):  # before the index: whoever sees the index finds them too
         if (data_dir / name).is_file():
             _copy(data_dir / name, dump_dir / name)
@@ -92,31 +95,14 @@ def _check_media(name: str, merged, max_drop: float) -> None:
     log.warning("%s: the media of %d of %d utterances could not be read, the first: %s", name, len(bad), count, first)
 
 
-def _meta(manifest: Path) -> dict:
-    """The first shard's settings and the versions at work; merge_shards checks that the others agree."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    from sdumc import __version__
-
-    def installed(package: str) -> str | None:  # asked without importing, which would take seconds
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
+def _manifest(path: Path) -> dict:
     try:
-        settings = json.loads(manifest.read_text(encoding="utf-8"))["settings"]
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        return {"settings": manifest["settings"], "versions": manifest.get("versions", {})}
     except FileNotFoundError:
-        raise UserError(f"{manifest}: not there; run the jobs of this feature first") from None
+        raise UserError(f"{path}: not there; run the jobs of this feature first") from None
     except (ValueError, KeyError):
-        raise UserError(f"{manifest}: damaged; remove it and run its job again") from None
-    versions = {
-        "sdumc": __version__,
-        "torch": installed("torch"),
-        "transformers": installed("transformers"),
-        "python": platform.python_version(),
-    }
-    return {**settings, "versions": versions}
+        raise UserError(f"{path}: damaged; remove it and run its job again") from None
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -82,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "encoder_layer": args.encoder_layer,
         "llm": args.llm,
         "llm_hash": fingerprint(llm.folder),
+        "embedding_scale": llm.embedding_scale,
         "prompt": prompt,
         "text_case": args.text_case,
         "dtype": args.dtype,

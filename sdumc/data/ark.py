@@ -30,6 +30,7 @@ import yaml
 from sdumc.data.kaldi_dir import check_id, write_table
 from sdumc.errors import UserError
 from sdumc.files import disk_full, read_json, write_json, write_text
+from sdumc.versions import all_versions, different_major
 
 log = logging.getLogger(__name__)
 
@@ -243,6 +244,9 @@ class ShardWriter:
         settings: whatever the values depend on; work left by a run with other settings is not continued but redone. Its
             ``compression``, if there is one, is a key of :data:`COMPRESSION`.
         utterances: what this job is to write. When given, work left by a run with another split is redone too.
+        versions: those of the packages that make the values. They are kept in the manifest. A shard that has been
+            finished stays as it is whatever made it; what a killed job left is not continued with another major
+            version of a package but redone.
 
     Raises:
         UserError: another process writes the same shard.
@@ -255,7 +259,9 @@ class ShardWriter:
         job: int,
         settings: Mapping[str, Any],
         utterances: Sequence[str] | None = None,
+        versions: Mapping[str, str] | None = None,
     ):
+        self.versions = dict(versions or {})
         self.directory, self.name, self.job = Path(directory), name, job
         base = self.directory / "ark" / f"{name}.{job}"
         self.ark = base.with_name(base.name + ".ark")
@@ -300,6 +306,7 @@ class ShardWriter:
         if manifest and manifest.get("key") == self._key and not self.journal.exists() and self._whole(manifest):
             self._entries = _entries_of(manifest)
             self.dim, self._end, self._finished = manifest["dim"], manifest["size"], True
+            self.versions = manifest.get("versions", {})
             self.done = {e.utt for e in self._entries}
             return
         committed = self._read_journal()
@@ -308,7 +315,7 @@ class ShardWriter:
             self.partial.unlink(missing_ok=True)
             self._ark_file = open(self.partial, "wb")  # noqa: SIM115
             self._journal_file = open(self.journal, "wb")  # noqa: SIM115
-            self._journal_line({"key": self._key})
+            self._journal_line({"key": self._key, "versions": self.versions})
             self._sync_journal()
             return
         end, journal_end = committed
@@ -325,6 +332,7 @@ class ShardWriter:
         self._journal_file.truncate(journal_end)
         self._journal_file.seek(journal_end)
         self._end = end
+        self._journal_line({"versions": self.versions})
         self.done = {e.utt for e in self._entries}
         log.info("%s: continuing after %d utterances", self.partial, len(self.done))
 
@@ -347,6 +355,7 @@ class ShardWriter:
         result: tuple[int, int] | None = None
         entries: list[_Entry] = []
         dim = None
+        earlier: dict[str, str] = {}
         position = 0
         for line in raw.split(b"\n")[:-1]:  # what follows the last line end is incomplete
             position += len(line) + 1
@@ -359,14 +368,21 @@ class ShardWriter:
                     log.info("%s: made with other settings; starting anew", self.journal)
                     return None
                 result = (0, position)
+            if "versions" in record:
+                if changed := different_major(record["versions"], self.versions):
+                    log.info("%s: begun with other versions (%s); starting anew", self.journal, changed)
+                    self._entries, self.dim = [], None
+                    return None
+                earlier = all_versions(earlier, record["versions"])
             elif "commit" in record:
                 if record["commit"] > size:
                     break  # the archive lost what was committed; an earlier commit may still be whole
                 self._entries, self.dim = list(entries), dim
                 result = (record["commit"], position)
-            else:
+            elif "utt" in record:
                 dim = record.pop("dim", dim)
                 entries.append(_Entry(**record))
+        self.versions = all_versions(earlier, self.versions)
         return result
 
     # -- adding
@@ -437,7 +453,7 @@ class ShardWriter:
         self._ark_file = open(self.partial, "r+b")  # noqa: SIM115
         self._ark_file.seek(self._end)
         self._journal_file = open(self.journal, "wb")  # noqa: SIM115
-        self._journal_line({"key": self._key})
+        self._journal_line({"key": self._key, "versions": self.versions})
         self._pending, self._entries = self._entries, []
         self._finished = False
         self.commit()
@@ -491,6 +507,7 @@ class ShardWriter:
                 "key": self._key,
                 "settings_hash": settings_hash(self.settings),
                 "settings": self.settings,
+                "versions": self.versions,
                 "size": self._end,
                 "dim": self.dim,
                 "scp": {e.utt: e.offset for e in self._entries if e.offset is not None},
@@ -579,7 +596,7 @@ def merge_shards(
 ) -> Merged:
     """Join the finished shards 1 to ``num_jobs`` of a feature under one index.
 
-    Writes, each atomically, ``<name>.frames``, ``<name>.yaml`` (``meta``, the dimension and the settings hash),
+    Writes, each atomically, ``<name>.frames``, ``<name>.yaml`` (``meta``, versions, dimension, settings hash),
     ``<name>.absent`` (utt and reason, only when there are any), and, last, ``<name>.scp``, which is empty when every
     utterance is absent. Shards that hold notes only get no index. Shards of higher numbers, left by a run with more
     jobs, are removed.
@@ -594,8 +611,8 @@ def merge_shards(
         check: called with what was found before anything is written; what it raises stops the joining.
 
     Raises:
-        UserError: a shard is not finished or was made with other settings, an utterance is missing, is there twice, or
-            does not belong to the set, or dimensions differ between shards.
+        UserError: a shard is not finished, or was made with other settings or another major version of a package; an
+            utterance is missing, is there twice, or does not belong to the set; dimensions differ between shards.
     """
     directory = Path(directory)
     manifests: list[dict[str, Any]] = []
@@ -612,6 +629,7 @@ def merge_shards(
         if manifest["settings_hash"] != (manifests or [manifest])[0]["settings_hash"]:
             raise UserError(f"{path}: job {job} was run with other settings than job 1; run all jobs again")
         manifests.append(manifest)
+    versions = _joint_versions(directory, name, manifests)
     merged, scp = _join(directory, name, manifests)
     _check_expected(directory, name, merged, set(expected))
     if check:
@@ -628,12 +646,29 @@ def merge_shards(
         if merged.absent:
             write_table(paths["absent"], merged.absent)
         dim = {} if merged.dim is None else {"dim": merged.dim}
-        described = {**meta, **dim, "settings_hash": manifests[0]["settings_hash"]}
+        made_by = {"versions": versions} if versions else {}
+        described = {**meta, **made_by, **dim, "settings_hash": manifests[0]["settings_hash"]}
         described = json.loads(json.dumps(described, default=str))
         write_text(paths["yaml"], yaml.safe_dump(described, sort_keys=False, allow_unicode=True))
         write_table(paths["scp"], scp)
     _remove_leftovers(directory, name, num_jobs)
     return merged
+
+
+def _joint_versions(directory: Path, name: str, manifests: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The versions that made the shards; a UserError if a package's first numbers differ between them."""
+    versions: dict[str, str] = {}
+    for job, manifest in enumerate(manifests, start=1):
+        made_by = manifest.get("versions", {})
+        if changed := different_major(versions, made_by):
+            raise UserError(
+                f"{directory / 'ark' / name}.{job}.json: made with another major version than the jobs before it "
+                f"({changed}), which may give other values; run the stage again with --force"
+            )
+        versions = all_versions(versions, made_by)
+    if several := [f"{package} {found}" for package, found in versions.items() if "," in found]:
+        log.warning("%s: shards made by several versions: %s", directory / name, "; ".join(several))
+    return versions
 
 
 def _join(directory: Path, name: str, manifests: Sequence[Mapping[str, Any]]) -> tuple[Merged, dict[str, str]]:

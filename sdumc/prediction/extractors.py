@@ -90,7 +90,7 @@ class Extractors:
         folder = str(self._place(s, "encoder", "encoder"))
         encoder = self._once(SpeechEncoder, folder, self._dtype(s), self.device, s.get("encoder_layer", -1))
         projector = str(projector_file(self._place(s, "projector", "projector")))
-        return self._once(SpeechReader.load, encoder, projector, llm)
+        return self._once(SpeechReader.load, encoder, projector, llm, s.get("embedding_scale"))
 
     def simulated_text(self, waves: Sequence[np.ndarray]) -> list[Simulated]:
         """Sound -> transcript, status and hidden states (N_i, D). A refusal or an empty answer is replaced by the

@@ -14,6 +14,7 @@ from sdumc.data.ark import ShardWriter
 from sdumc.data.kaldi_dir import KaldiDir
 from sdumc.errors import UserError
 from sdumc.files import read_json
+from sdumc.simulation.cache import call_with_cache, new_encoder_decoder_cache
 from sdumc.simulation.checkpoints import load_model, load_tokenizer, model_folder, read_model_config
 from sdumc.simulation.encoder import MIN_SAMPLES, RATE, _RowByRow, normalise
 from sdumc.simulation.jobs import Progress, ahead, halving, read_waves
@@ -146,10 +147,10 @@ class WhisperRecogniser:
         encoded = self.model.get_encoder()(features.to(self.device, self.dtype))
         tokens = torch.tensor([self.start] * len(pieces), device=self.device)
         done = torch.zeros(len(pieces), dtype=torch.bool, device=self.device)
-        cache, given, produced = None, tokens, []
+        cache, given, produced = new_encoder_decoder_cache(), tokens, []
         for step in range(self.max_new_tokens):
-            output = self.model(encoder_outputs=encoded, decoder_input_ids=given, past_key_values=cache, use_cache=True)
-            cache, logits = output.past_key_values, output.logits[:, -1].float()
+            output = call_with_cache(self.model, cache, encoder_outputs=encoded, decoder_input_ids=given)
+            logits = output.logits[:, -1].float()
             banned = self.suppress + (self.suppress_first if step == 0 else [])
             if banned:
                 logits[:, banned] = -torch.inf

@@ -9,13 +9,13 @@ those of transformers' ``generate(num_beams=K, do_sample=False, early_stopping=F
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from sdumc.simulation.cache import call_with_cache
 
 _IMPOSSIBLE = -1e9
 _PRUNE_AT = 32  # unused cache columns that are tolerated before they are dropped
@@ -35,42 +35,6 @@ def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, Q, C) bool, True where a query may look -> (B, 1, Q, C) with 0 there and the lowest number elsewhere."""
     mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return mask.masked_fill_(~allowed, torch.finfo(dtype).min).unsqueeze(1)
-
-
-@functools.cache
-def _cache_class() -> Callable[[], Any]:
-    from transformers.cache_utils import Cache, DynamicLayer
-
-    class RoomyLayer(DynamicLayer):
-        room: tuple[Tensor, Tensor] | None = None
-
-        def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-            if not self.is_initialized:
-                self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-                self.keys, self.values = key_states, value_states
-                return key_states, value_states
-            assert self.keys is not None and self.values is not None
-            old, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
-            # Where rows or columns were taken out, keys and values are no longer a part of the room.
-            room = self.room
-            if room is None or self.keys.data_ptr() != room[0].data_ptr() or end > room[0].shape[2]:
-                self.room = room = self._widened(self.keys, end), self._widened(self.values, end)
-            room[0][:, :, old:end], room[1][:, :, old:end] = key_states, value_states
-            self.keys, self.values = room[0][:, :, :end], room[1][:, :, :end]
-            return self.keys, self.values
-
-        @staticmethod
-        def _widened(x: Tensor, end: int) -> Tensor:
-            wide = x.new_empty(*x.shape[:2], end + _PRUNE_AT, x.shape[3])
-            wide[:, :, : x.shape[2]] = x
-            return wide
-
-    return functools.partial(Cache, layer_class_to_replicate=RoomyLayer)
-
-
-def new_cache():
-    """A cache of transformers with room for the next columns; ``DynamicCache`` copies all it holds at every step."""
-    return _cache_class()()
 
 
 def _select_columns(cache, prompt_length: int, columns: Tensor) -> None:
@@ -99,7 +63,7 @@ def beam_search(
 
     Args:
         model: a causal LM of transformers.
-        cache: its cache (of :func:`new_cache`) after the prompt, (B, ...) rows; it is used up.
+        cache: its cache (of :func:`sdumc.simulation.cache.new_cache`) after the prompt, (B, ...) rows; it is used up.
         prompt_mask: (B, P) bool, False on left padding.
         logits: (B, V) for the first new token.
         eos_ids: tokens that end a hypothesis.
@@ -186,12 +150,12 @@ def beam_search(
         own = torch.eye(beam, dtype=torch.bool, device=device).expand(len(rows), -1, -1)
         ancestors = torch.cat([ancestors, own], dim=2)
         allowed = torch.cat([prompt_mask[:, None].expand(-1, beam, -1), ancestors], dim=2)
-        output = model(
+        output = call_with_cache(
+            model,
+            cache,
             input_ids=next_tokens,
             attention_mask=additive_mask(allowed, dtype),
             position_ids=(num_prompt + step)[:, None].expand(-1, beam),
-            past_key_values=cache,
-            use_cache=True,
         )
         log_probs = torch.log_softmax(output.logits.float(), dim=-1)
     return winners  # type: ignore[return-value]  # every row was filled when it closed

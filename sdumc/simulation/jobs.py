@@ -19,6 +19,7 @@ from sdumc.data.ark import ShardWriter
 from sdumc.data.kaldi_dir import KaldiDir, load_kaldi_dir, shard
 from sdumc.device import add_device_option
 from sdumc.errors import UserError
+from sdumc.versions import installed_versions
 
 log = logging.getLogger("sdumc")
 T = TypeVar("T")
@@ -73,7 +74,7 @@ def open_shard(args: argparse.Namespace, settings: Mapping[str, Any], utterances
     job = int(args.shard.split("/")[0])
     if getattr(args, "compress", "no") != "no":
         settings = {**settings, "compression": args.compress}
-    return ShardWriter(args.dump_dir, args.name, job, settings, utterances)
+    return ShardWriter(args.dump_dir, args.name, job, settings, utterances, installed_versions())
 
 
 def data_hash(data: KaldiDir, *files: str | os.PathLike) -> str:

@@ -91,7 +91,10 @@ def load_reader(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         "projector": args.projector,
         "projector_hash": fingerprint(projector),
     }
-    return SpeechReader.load(encoder, str(projector), llm), settings
+    reader = SpeechReader.load(encoder, str(projector), llm)
+    if llm.scale_depends_on_version or reader.embedding_scale != 1:
+        settings["embedding_scale"] = reader.embedding_scale
+    return reader, settings
 
 
 def load_llm(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:

@@ -29,6 +29,7 @@ from sdumc.simulation.jobs import ahead, halving, make_batches, read_waves
 from sdumc.simulation.projector import FILE_NAME, Projector, project, save_projector
 from sdumc.simulation.quality import word_error_rate
 from sdumc.simulation.speech_llm import SpeechLLM
+from sdumc.versions import installed_versions
 
 log = logging.getLogger("sdumc")
 
@@ -210,7 +211,11 @@ def train_projector(
         handler.close()
     write_text(
         partial / "config.yaml",
-        yaml.safe_dump({**described, **asdict(settings), "result": result}, sort_keys=False, allow_unicode=True),
+        yaml.safe_dump(
+            {**described, **asdict(settings), "versions": installed_versions(), "result": result},
+            sort_keys=False,
+            allow_unicode=True,
+        ),
     )
     (partial / "checkpoint.pt").unlink(missing_ok=True)
     old = output.with_name(output.name + ".old")

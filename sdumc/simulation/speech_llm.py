@@ -5,6 +5,7 @@ Layout of the input, as in SLAM-LLM: ``[audio embeddings][BOS]"USER: {prompt}\\n
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor
 
 from sdumc.errors import UserError
-from sdumc.simulation.beam import Winner, additive_mask, beam_search, new_cache
+from sdumc.simulation.beam import Winner, additive_mask, beam_search
+from sdumc.simulation.cache import call_with_cache, new_cache
 from sdumc.simulation.checkpoints import load_model, load_tokenizer, model_folder
 from sdumc.simulation.options import PROMPTS
-from sdumc.simulation.states import StateTap, decoder_layers, layer_index
+from sdumc.simulation.states import StateTap, decoder_layers, embedding_scale, layer_index
 
 
 @dataclass
@@ -92,6 +94,16 @@ class SpeechLLM:
         self.chat_ids = self._ids(f"USER: {prompt}\n ASSISTANT:")
         self._chat_text = f"USER: {prompt}\n ASSISTANT:"
 
+    @functools.cached_property
+    def embedding_scale(self) -> float | None:
+        """What the LLM multiplies projected sound by: :func:`sdumc.simulation.states.embedding_scale`."""
+        return embedding_scale(self.base, self.dim, str(self.folder))
+
+    @property
+    def scale_depends_on_version(self) -> bool:
+        """Whether another version of transformers is known to have another :attr:`embedding_scale`."""
+        return self.model.config.model_type in ("gemma", "gemma2")
+
     def _eos_ids(self) -> list[int]:
         named = getattr(self.model.generation_config, "eos_token_id", None)
         named = named if isinstance(named, (list, tuple)) else [named]
@@ -154,12 +166,12 @@ class SpeechLLM:
             mask[i, longest - len(context) :] = True
         cache = new_cache()
         with StateTap(self.base, self.layers, str(self.folder), last_only=True) as tap:
-            output = self.model(
+            output = call_with_cache(
+                self.model,
+                cache,
                 inputs_embeds=embeds,
                 attention_mask=mask.long(),
                 position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-                past_key_values=cache,
-                use_cache=True,
                 logits_to_keep=1,
             )
             states = tap.take()
@@ -184,12 +196,12 @@ class SpeechLLM:
         )
         steps = torch.arange(longest, device=self.device)
         with StateTap(self.base, self.layers, str(self.folder)) as tap:
-            self.model(
+            call_with_cache(
+                self.model,
+                prompted.cache(),
                 input_ids=tokens,
                 attention_mask=additive_mask(allowed, self.dtype),
                 position_ids=prompted.mask.sum(1, keepdim=True) + steps,
-                past_key_values=prompted.cache(),
-                use_cache=True,
                 logits_to_keep=1,
             )
             states = torch.cat([first, tap.take()], dim=1)

@@ -40,6 +40,51 @@ def layer_index(layer: int, num_layers: int, name: str) -> int:
     return index
 
 
+class _FirstLayerReached(Exception):
+    """Ends a forward pass whose remaining layers are not needed."""
+
+
+@torch.inference_mode()
+def embedding_scale(base: nn.Module, dim: int, name: str) -> float | None:
+    """By what factor a model multiplies ``inputs_embeds`` before its first layer, found by a pass that ends there.
+
+    It is 1 for most models. Transformers 4 scales those of Gemma 1 and 2 by sqrt(dim), transformers 5 does not.
+
+    Args:
+        base: a headless transformers model. dim: the width D of its input embeddings.
+
+    Returns:
+        The factor, or None where the first layer's input is no multiple of the embeddings (a norm or a projection
+        stands between).
+    """
+    found: list[torch.Tensor] = []
+
+    def stop(_module, args, kwargs):
+        found.append((args[0] if args else kwargs["hidden_states"]).float())
+        raise _FirstLayerReached
+
+    parameter = next(base.parameters())
+    probe = torch.linspace(-1, 1, dim, device=parameter.device).to(parameter.dtype)
+    handle = decoder_layers(base, name)[0].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        # The zeros show what the model adds (position embeddings), the double whether a norm stands between.
+        rows = torch.stack([torch.zeros_like(probe), probe, 2 * probe])
+        base(inputs_embeds=rows[:, None], use_cache=False)
+    except _FirstLayerReached:
+        pass
+    finally:
+        handle.remove()
+    if not found or found[0].shape != (3, 1, dim):
+        return None
+    added, single, double = found[0][:, 0]
+    given = probe.float()
+    scale = float((single - added) @ given / (given @ given))
+    expected = torch.stack([scale * given, 2 * scale * given])
+    if float((torch.stack([single, double]) - added - expected).norm()) > 0.02 * float(expected.norm()):
+        return None
+    return 1.0 if abs(scale - 1) < 0.01 else round(scale, 4)
+
+
 class StateTap:
     """Sum of ``hidden_states[layer]`` over ``layers``, taken with hooks during forward passes of ``base``.
 

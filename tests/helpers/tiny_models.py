@@ -53,15 +53,13 @@ def _word_tokenizer(special: list[str], words: list[str], **names: str):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **names)
 
 
-def llama(folder: Path, seed: int = 0, layers: int = 4, eos_bias: float = 1.0, hidden: int = 48) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+def _causal_lm(folder: Path, model_class, config_class, seed: int, layers: int, eos_bias: float, hidden: int, **more):
     chat = ["USER", ":", "ASSISTANT", "Transcribe", "speech", "to", "text", "."]
     special = ["<unk>", "<s>", "</s>", "<pad>"]
     tokenizer = _word_tokenizer(special, chat + WORDS, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
+    model = model_class(
+        config_class(
             vocab_size=len(tokenizer),
             hidden_size=hidden,
             intermediate_size=2 * hidden,
@@ -72,6 +70,7 @@ def llama(folder: Path, seed: int = 0, layers: int = 4, eos_bias: float = 1.0, h
             bos_token_id=1,
             eos_token_id=2,
             pad_token_id=3,
+            **more,
         )
     )
     with torch.no_grad():
@@ -80,6 +79,19 @@ def llama(folder: Path, seed: int = 0, layers: int = 4, eos_bias: float = 1.0, h
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def llama(folder: Path, seed: int = 0, layers: int = 4, eos_bias: float = 1.0, hidden: int = 48) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return _causal_lm(folder, LlamaForCausalLM, LlamaConfig, seed, layers, eos_bias, hidden)
+
+
+def gemma(folder: Path, seed: int = 0) -> Path:
+    """A model that scales its embeddings: in transformers 4 also ``inputs_embeds``, in transformers 5 only tokens."""
+    from transformers import GemmaConfig, GemmaForCausalLM
+
+    return _causal_lm(folder, GemmaForCausalLM, GemmaConfig, seed, 2, 1.0, 48, head_dim=12, tie_word_embeddings=False)
 
 
 def whisper(folder: Path, seed: int = 0) -> Path:

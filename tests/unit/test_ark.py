@@ -14,6 +14,7 @@ from pathlib import Path
 import kaldiio
 import numpy as np
 import pytest
+import yaml
 
 from sdumc.data.ark import ShardWriter, load_matrix, matrix_shape, merge_shards, settings_hash, split_rxspecifier
 from sdumc.data.dump import load_dump
@@ -528,3 +529,67 @@ def test_the_option_is_part_of_the_settings(tmp_path):
         with open_shard(parser.parse_args(base + options), {}, ["a"]) as writer:
             assert writer.settings == settings and not writer.done
             writer.write("a", np.ones((2, 2)))
+
+
+# ---- versions
+
+
+def write_part(folder, job, utts, versions, kill_after=None):
+    writer = ShardWriter(folder, "audio", job, SETTINGS, utts, versions)
+    try:
+        for i, utt in enumerate(u for u in utts if u not in writer.done):
+            if i == kill_after:
+                return sorted(writer.done)
+            writer.write(utt, np.ones((2, 3)))
+            writer.commit()
+        writer.finish()
+        return []
+    finally:
+        writer.close()
+
+
+def versions_of(folder):
+    return yaml.safe_load((folder / "audio.yaml").read_text())["versions"]
+
+
+def test_versions_are_those_that_made_the_shards(tmp_path):
+    write_part(tmp_path, 1, ["a", "b"], {"transformers": "5.23.0", "torch": "2.13"})
+    manifest = (tmp_path / "ark/audio.1.json").read_bytes()
+    # A finished shard stays whatever is installed now, and so does what its manifest says.
+    write_part(tmp_path, 1, ["a", "b"], {"transformers": "6.1.0", "torch": "2.14"})
+    assert (tmp_path / "ark/audio.1.json").read_bytes() == manifest
+    merge_shards(tmp_path, "audio", 1, {"model": "m"}, ["a", "b"])
+    assert versions_of(tmp_path) == {"transformers": "5.23.0", "torch": "2.13"}
+
+
+def test_shards_of_different_versions(tmp_path, caplog):
+    write_part(tmp_path, 1, ["a"], {"transformers": "5.23.0"})
+    write_part(tmp_path, 2, ["b"], {"transformers": "5.24.0"})
+    merge_shards(tmp_path, "audio", 2, {}, ["a", "b"])
+    assert versions_of(tmp_path) == {"transformers": "5.23.0, 5.24.0"}
+    assert "shards made by several versions: transformers 5.23.0, 5.24.0" in caplog.text
+    write_part(tmp_path, 3, ["c"], {"transformers": "4.57.6"})
+    with pytest.raises(UserError, match=r"audio\.3\.json.*transformers 5\.23\.0, 5\.24\.0 and 4\.57\.6.*--force"):
+        merge_shards(tmp_path, "audio", 3, {}, ["a", "b", "c"])
+
+
+def test_killed_job_goes_on_only_with_the_same_major_version(tmp_path):
+    utts = ["a", "b", "c", "d"]
+    assert write_part(tmp_path, 1, utts, {"transformers": "5.23.0"}, kill_after=1) == ["a"]
+    assert write_part(tmp_path, 1, utts, {"transformers": "5.24.0"}, kill_after=1) == ["a", "b"]
+    assert write_part(tmp_path, 1, utts, {"transformers": "5.24.1"}) == []
+    merge_shards(tmp_path, "audio", 1, {}, utts)
+    assert versions_of(tmp_path) == {"transformers": "5.23.0, 5.24.0, 5.24.1"}
+
+    assert write_part(tmp_path, 2, utts, {"transformers": "4.57.0"}, kill_after=2) == ["a", "b"]
+    assert write_part(tmp_path, 2, utts, {"transformers": "5.24.0"}, kill_after=1) == ["a"]  # begun anew
+
+
+def test_manifests_without_versions_are_joined(tmp_path):
+    write_part(tmp_path, 1, ["a"], {"transformers": "5.23.0"})
+    path = tmp_path / "ark/audio.1.json"
+    manifest = json.loads(path.read_text())
+    del manifest["versions"]
+    path.write_text(json.dumps(manifest))
+    merge_shards(tmp_path, "audio", 1, {}, ["a"])
+    assert "versions" not in yaml.safe_load((tmp_path / "audio.yaml").read_text())

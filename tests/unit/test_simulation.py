@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 
 import numpy as np
@@ -10,9 +11,13 @@ import torch
 from helpers import tiny_models
 
 from sdumc.errors import UserError
+from sdumc.simulation import states
+from sdumc.simulation.asr import load_recogniser
+from sdumc.simulation.cache import call_with_cache
 from sdumc.simulation.checkpoints import load_tokenizer, model_folder, weight_files, whole_weights
 from sdumc.simulation.encoder import SpeechEncoder, normalise
 from sdumc.simulation.projector import Projector, load_projector, project, save_projector
+from sdumc.simulation.simulate import SpeechReader
 from sdumc.simulation.speech_llm import SpeechLLM
 
 
@@ -320,3 +325,105 @@ def test_folder_with_a_sentencepiece_model_alone(folders, tmp_path):
     assert llm.tokenizer.convert_ids_to_tokens(llm.plain_ids("the film"))[0].startswith("▁")
     assert llm.decode(ids) == "the film was good"
     assert llm.chat_ids[0] != llm.bos_id
+
+
+# ---- versions of transformers
+
+
+def test_no_argument_of_ours_is_deprecated(folders, llm, recwarn, caplog):
+    """Neither Python's warnings nor transformers' own log speak of our calls (its logger does not propagate)."""
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        llm.transcribe(random_contexts(llm, 2, seed=3), beam=2, max_new_tokens=4)
+        load_recogniser(str(folders["whisper"]), max_new_tokens=3)([tiny_models.wave(0.4)])
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert [str(w.message) for w in recwarn if "past_key_values" in str(w.message)] == []
+    assert caplog.text == ""
+
+
+def test_cache_argument_of_old_and_new_models():
+    class Old(torch.nn.Module):
+        def forward(self, input_ids, past_key_values=None, use_cache=None):
+            return past_key_values, use_cache
+
+    class New(torch.nn.Module):
+        def forward(self, input_ids, cache=None, use_cache=None):
+            return cache, use_cache
+
+    assert call_with_cache(Old(), "c", input_ids=1) == call_with_cache(New(), "c", input_ids=1) == ("c", True)
+
+
+@pytest.fixture
+def scaled(tmp_path):
+    """A Gemma, and the same one that scales its input embeddings as transformers 4 and 5 do."""
+    folder = str(tiny_models.gemma(tmp_path / "gemma"))
+
+    def load(factor):
+        llm = SpeechLLM(folder, layers=[-1])
+        already = llm.embedding_scale
+
+        def scale(_module, args, kwargs):
+            if kwargs.get("inputs_embeds") is not None:
+                kwargs["inputs_embeds"] = kwargs["inputs_embeds"] * (factor / already)
+            return args, kwargs
+
+        llm.base.register_forward_pre_hook(scale, with_kwargs=True)
+        del llm.embedding_scale  # measured again
+        return llm
+
+    return load(48**0.5), load(1.0)
+
+
+def test_scaling_of_input_embeddings_is_measured(folders, llm, scaled, tmp_path):
+    four, five = scaled
+    assert llm.embedding_scale == 1.0 and not llm.scale_depends_on_version
+    assert four.embedding_scale == pytest.approx(48**0.5, rel=1e-3) and five.embedding_scale == 1.0
+    assert four.scale_depends_on_version
+    bf16 = SpeechLLM(str(folders["llm"]), torch.bfloat16)
+    assert bf16.embedding_scale == 1.0
+
+    class Normed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.LayerNorm(8)
+            self.layers = torch.nn.ModuleList([torch.nn.Identity()])
+
+        def forward(self, inputs_embeds, use_cache):
+            return self.layers[0](self.norm(inputs_embeds) + 1)
+
+    assert states.embedding_scale(Normed(), 8, "normed") is None
+
+
+def test_projector_of_another_transformers_version_is_corrected_or_refused(folders, scaled, tmp_path, caplog):
+    four, five = scaled
+    encoder = SpeechEncoder(str(folders["layer"]))
+    torch.manual_seed(0)
+    path = tmp_path / "projector"
+    path.mkdir()
+    save_projector(path / "projector.safetensors", Projector(encoder.dim, four.dim, 5, 16))
+    waves = [tiny_models.wave(0.9, 1)]
+
+    def first_states(llm, **more):  # at the end of the prompt, behind the sound
+        reader = SpeechReader.load(encoder, str(path), llm, **more)
+        sound = project(reader.projector, encoder(waves))  # behind sound alone: tokens are scaled elsewhere
+        return llm.encode(sound, [[]])[0]
+
+    (path / "config.yaml").write_text("embedding_scale: 6.9282\n")
+    torch.testing.assert_close(first_states(five), first_states(four), rtol=1e-3, atol=1e-4)
+    (path / "config.yaml").write_text("embedding_scale: 1.0\n")
+    torch.testing.assert_close(first_states(four), first_states(five), rtol=1e-3, atol=1e-4)
+    untouched = first_states(five)
+    # What the feature's record says goes before, as a packed projector has no config.yaml.
+    assert not torch.allclose(first_states(five, embedding_scale=6.9282), untouched, rtol=1e-2)
+
+    for nonsense in ("null", "-2", "much"):
+        (path / "config.yaml").write_text(f"embedding_scale: {nonsense}\n")
+        with pytest.raises(UserError, match="scaled its input embeddings by"):
+            SpeechReader.load(encoder, str(path), five)
+
+    (path / "config.yaml").write_text("prompt: x\n")
+    caplog.clear()
+    assert SpeechReader.load(encoder, str(path), four).embedding_scale == four.embedding_scale
+    assert "does not say by what the LLM scaled" in caplog.text

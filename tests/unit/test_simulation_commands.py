@@ -19,6 +19,7 @@ from sdumc.errors import UserError
 from sdumc.simulation import jobs, simulate
 from sdumc.simulation.projector import Projector, save_projector
 from sdumc.simulation.simulate import Search, SpeechReader
+from sdumc.versions import installed_versions
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -98,6 +99,7 @@ def test_whole_stage_2_and_3(work, tmp_path):
     assert described["layers"] == [-2]
     assert described["prompt"] == "Transcribe speech to text. "
     assert described["dim"] == 48
+    assert described["versions"] == described["asr"]["versions"] == installed_versions()
     assert (dump / "utt2label").read_bytes() == (work / "data/utt2label").read_bytes()
 
 
@@ -327,6 +329,8 @@ def test_projector_training(work, tmp_path, monkeypatch):
     assert "valid loss" in files["train.log"].decode()
     config = yaml.safe_load(files["config.yaml"])
     assert config["result"]["valid_wer"] is not None
+    assert config["embedding_scale"] == 1.0
+    assert config["versions"] == installed_versions() and "transformers" in config["versions"]
     lines = files["train.log"].decode().splitlines()
     losses = [float(line.split()[-1]) for line in lines if ": valid loss" in line and "WER" not in line]
     assert losses[-1] < losses[0]
