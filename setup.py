@@ -23,6 +23,7 @@ CORE = [
     "scipy>=1.11",
     "PyYAML>=6",
     "ConfigArgParse>=1.7",
+    "argcomplete>=3.2",  # completion of the command sdumc in the shell
     "tensorboard>=2.16",
     "matplotlib>=3.8",
     "jinja2>=3.1",
@@ -55,6 +56,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["sdumc", "sdumc.*"]),
     package_data={"sdumc.reporting": ["page.html"]},
+    entry_points={"console_scripts": ["sdumc=sdumc.__main__:main"]},
     install_requires=CORE,
     extras_require=EXTRAS,
 )

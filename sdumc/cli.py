@@ -90,7 +90,7 @@ class Parser(configargparse.ArgumentParser):
             if key not in known:
                 self.exit(
                     EXIT_USAGE,
-                    f"error: {path}: unknown key {key!r}; `python -m {_module_name()} --help` lists the keys\n",
+                    f"error: {path}: unknown key {key!r}; `{_command()} --help` lists the keys\n",
                 )
         return {**inherited, **own}
 
@@ -100,9 +100,9 @@ def _config_files(args: Sequence[str]) -> list[str]:
     return found + [a.split("=", 1)[1] for a in args if a.startswith("--config=")]
 
 
-def _module_name() -> str:
+def _command() -> str:
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    return spec.name if spec else Path(sys.argv[0]).name
+    return f"python -m {spec.name}" if spec and spec.name != "sdumc.__main__" else Path(sys.argv[0]).name
 
 
 def setup_logging(verbose: bool = False, prefix: str = "") -> None:

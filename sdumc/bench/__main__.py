@@ -11,24 +11,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from sdumc.bench import contrast, extraction, loader, neighbours, simulation, step
-from sdumc.bench.measure import machine
 from sdumc.cli import Parser, at_least, run
 
-PARTS: dict[str, Callable[..., bool]] = {
-    "step": step.main,
-    "contrast": contrast.main,
-    "simulation": simulation.main,
-    "loader": loader.main,
-    "extraction": extraction.main,
-    "neighbours": neighbours.main,
-}
+PARTS = ("step", "contrast", "simulation", "loader", "extraction", "neighbours")
 
 
 def get_parser() -> Parser:
     parser = Parser(__doc__ or "")
-    parser.add_argument("part", nargs="*", help=f"of {', '.join(PARTS)}; all without a word")
-    parser.add_argument("--repeats", type=at_least(1, int), default=7, help="interleaved repeats of each side")
+    group = parser.add_argument_group("what is measured")
+    group.add_argument("part", nargs="*", help=f"of {', '.join(PARTS)}; all without a word")
+    group.add_argument("--repeats", type=at_least(1, int), default=7, help="interleaved repeats of each side")
     group = parser.add_argument_group("loader")
     group.add_argument(
         "--utterances", type=at_least(1, int), default=2000, help="of the generated corpus; 2000 are 6.8 GB"
@@ -44,15 +36,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := [p for p in args.part if p not in PARTS]:
         print(f"error: no part {unknown[0]!r}; the parts are {', '.join(PARTS)}", file=sys.stderr)
         return 2
+    from sdumc.bench import contrast, extraction, loader, neighbours, simulation, step
+    from sdumc.bench.measure import machine
+
+    measure: dict[str, Callable[[int], bool]] = {
+        "step": step.main,
+        "contrast": contrast.main,
+        "simulation": simulation.main,
+        "loader": lambda repeats: loader.main(repeats, args.utterances, args.dir, args.keep, args.workers),
+        "extraction": extraction.main,
+        "neighbours": neighbours.main,
+    }
     print(machine())
     reached = True
     for part in args.part or PARTS:
         print(f"\n## {part}\n", flush=True)
-        if part == "loader":
-            met = loader.main(args.repeats, args.utterances, args.dir, args.keep, args.workers)
-        else:
-            met = PARTS[part](args.repeats)
-        reached = reached and met
+        reached = measure[part](args.repeats) and reached
     return 0 if reached else 1
 
 

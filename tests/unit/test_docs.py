@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from sdumc.__main__ import COMMANDS, module_of
+
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path for path in (ROOT / "egs").iterdir() if path.is_dir() and not path.name.startswith("."))
-COMMANDS = sorted(path.stem for path in (ROOT / "sdumc/bin").glob("[a-z]*.py"))
 MINI_COMMANDS = ("make_corpus", "make_data", "pretrain")  # in egs/mini/local
 # Folders from which a script is called in the docs.
 PLACES = [ROOT, *RECIPES]
@@ -90,7 +91,7 @@ def test_every_page_is_in_the_index():
 
 @lru_cache
 def parser_of(command: str) -> argparse.ArgumentParser:
-    module = command if command in MINI_COMMANDS else f"sdumc.bin.{command}"
+    module = command if command in MINI_COMMANDS else module_of(command)
     return importlib.import_module(module).get_parser()
 
 
@@ -134,11 +135,6 @@ def all_options() -> frozenset[str]:
     found = set(FOREIGN)
     for command in COMMANDS:
         found |= {o for action in parser_of(command)._actions for o in action.option_strings}
-    found |= {
-        o
-        for action in importlib.import_module("sdumc.bench.__main__").get_parser()._actions
-        for o in action.option_strings
-    }
     scripts = [
         *ROOT.glob("utils/*.sh"),
         *ROOT.glob("tools/*.sh"),
@@ -177,19 +173,16 @@ def check_command(words: list[str], where: str, own: frozenset[str] = frozenset(
     """Fail if a command line has no such command, script or option; ``own`` are scripts that the page itself writes."""
     if words[0] in own:
         return
+    if words[0] == "sdumc" and len(words) > 1:
+        words = ["python", "-m", "sdumc", *words[1:]]
     if words[:2] in (["python", "-m"], ["python3", "-m"]) and len(words) > 2:
-        if words[2] == "sdumc.bench":
-            known = {
-                o
-                for a in importlib.import_module("sdumc.bench.__main__").get_parser()._actions
-                for o in a.option_strings
-            }
-        elif words[2].startswith("sdumc.bin."):
-            name = words[2].removeprefix("sdumc.bin.")
-            assert name in COMMANDS, f"{where}: there is no command {words[2]}"
-            known = {o for action in parser_of(name)._actions for o in action.option_strings}
-        else:
+        if words[2] == "sdumc" and re.match("[a-z]", words[-1] if len(words) == 3 else words[3]):
+            words = [*words[:2], f"sdumc.bin.{words[3]}", *words[4:]]
+        name = words[2].removeprefix("sdumc.bin.").replace("sdumc.bench", "bench")
+        if name == words[2]:
             return
+        assert name in COMMANDS, f"{where}: there is no command {words[2]}"
+        known = {o for action in parser_of(name)._actions for o in action.option_strings}
         unknown = long_options(words[3:]) - known
     elif re.match(r"(\./|\.\./|local/|utils/|tools/|tests/|egs/)\S+\.(sh|py)$", words[0]):
         found = [path for place in PLACES if (path := place / words[0]).is_file()]
