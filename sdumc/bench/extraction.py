@@ -46,7 +46,7 @@ def main(repeats: int) -> bool:
 def _audio(folder: Path, device: str, dtype: torch.dtype, count: int):
     from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMModel
 
-    from sdumc.simulation.encoder import SpeechEncoder
+    from sdumc.pretrained.speech_encoder import SpeechEncoder
 
     config = WavLMConfig(
         hidden_size=1024,
@@ -66,7 +66,7 @@ def _audio(folder: Path, device: str, dtype: torch.dtype, count: int):
 def _pictures(folder: Path, device: str, dtype: torch.dtype, count: int):
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    from sdumc.features.video import VisionExtractor
+    from sdumc.pretrained.vision import VisionExtractor
 
     config = CLIPVisionConfig(
         hidden_size=1024,
@@ -89,7 +89,7 @@ def _pictures(folder: Path, device: str, dtype: torch.dtype, count: int):
 def _texts(folder: Path, device: str, dtype: torch.dtype, count: int):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from sdumc.simulation.speech_llm import SpeechLLM
+    from sdumc.pretrained.llm import SpeechLLM
 
     write_tokenizer(folder, 32000)
     config = LlamaConfig(vocab_size=32000, bos_token_id=1, eos_token_id=2, pad_token_id=3)  # 4096 wide, 32 layers

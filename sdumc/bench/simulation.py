@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdumc.bench.measure import goal, interleaved, median, peak_memory, ratio, spread, table
-from sdumc.simulation.speech_llm import SpeechLLM
+from sdumc.pretrained.llm import SpeechLLM
 
 BATCH, UTTERANCES, BEAM, NEW_TOKENS = 16, 32, 4, 40
 SIZES = ((128, 4), (256, 6))  # width, layers

@@ -56,7 +56,7 @@ def sound(folder: Path) -> Call:
     """Features of two clips of 4 and 5 s with an encoder of WavLM-base's dimensions, random weights."""
     from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMModel
 
-    from sdumc.simulation.encoder import SpeechEncoder
+    from sdumc.pretrained.speech_encoder import SpeechEncoder
 
     WavLMModel(WavLMConfig()).save_pretrained(folder)
     Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True).save_pretrained(folder)
@@ -69,7 +69,7 @@ def text(folder: Path) -> Call:
     """States of 16 sentences with a language model of SmolLM2-135M's dimensions, random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from sdumc.simulation.speech_llm import SpeechLLM
+    from sdumc.pretrained.llm import SpeechLLM
 
     write_tokenizer(folder, 2000)
     config = LlamaConfig(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sdumc.cli import Parser, run, setup_logging
-from sdumc.simulation.jobs import add_job_options
+from sdumc.extraction.jobs import add_job_options
 
 
 def get_parser() -> Parser:
@@ -27,10 +27,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     setup_logging(args.verbose)
     from sdumc.device import pick_device
-    from sdumc.features.audio import extract_audio
-    from sdumc.simulation.checkpoints import DTYPES, fingerprint
-    from sdumc.simulation.encoder import SpeechEncoder
-    from sdumc.simulation.jobs import data_hash, durations, load_job, make_batches, open_shard
+    from sdumc.extraction.audio import extract_audio
+    from sdumc.extraction.jobs import data_hash, durations, load_job, make_batches, open_shard
+    from sdumc.pretrained.folders import DTYPES, fingerprint
+    from sdumc.pretrained.speech_encoder import SpeechEncoder
 
     data, utterances = load_job(args)
     device = pick_device(args.device)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sdumc.cli import Parser, run, setup_logging
-from sdumc.simulation.jobs import add_job_options
-from sdumc.simulation.options import add_reader_options, add_state_options
+from sdumc.extraction.jobs import add_job_options
+from sdumc.extraction.options import add_reader_options, add_state_options
 
 
 def get_parser() -> Parser:
@@ -38,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from pathlib import Path
 
     from sdumc.data.kaldi_dir import read_table
-    from sdumc.features.text import extract_text
-    from sdumc.simulation.jobs import data_hash, durations, load_job, make_batches, open_shard
-    from sdumc.simulation.options import load_llm, load_reader
+    from sdumc.extraction.jobs import data_hash, durations, load_job, make_batches, open_shard
+    from sdumc.extraction.options import load_llm, load_reader
+    from sdumc.extraction.text import extract_text
 
     data, utterances = load_job(args)
     text_file = Path(args.text) if args.text else Path(args.data_dir) / "text"

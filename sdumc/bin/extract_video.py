@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sdumc.cli import Parser, run, setup_logging
-from sdumc.simulation.jobs import add_job_options
+from sdumc.extraction.jobs import add_job_options
 
 
 def get_parser() -> Parser:
@@ -36,10 +36,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup_logging(args.verbose)
     from sdumc.device import pick_device
     from sdumc.errors import UserError
-    from sdumc.features.faces import FaceDetector
-    from sdumc.features.video import VisionExtractor, extract_video
-    from sdumc.simulation.checkpoints import DTYPES, fingerprint
-    from sdumc.simulation.jobs import data_hash, load_job, open_shard
+    from sdumc.extraction.faces import FaceDetector
+    from sdumc.extraction.jobs import data_hash, load_job, open_shard
+    from sdumc.extraction.video import extract_video
+    from sdumc.pretrained.folders import DTYPES, fingerprint
+    from sdumc.pretrained.vision import VisionExtractor
 
     if args.fps <= 0 or args.picture_batch < 1 or args.face_margin <= 0:
         raise UserError("--fps, --picture-batch and --face-margin must be positive")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sdumc.cli import Parser, at_least, run, setup_logging
-from sdumc.simulation.jobs import add_job_options
+from sdumc.extraction.jobs import add_job_options
 
 
 def get_parser() -> Parser:
@@ -27,9 +27,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     setup_logging(args.verbose)
     from sdumc.device import pick_device
-    from sdumc.simulation.asr import load_recogniser, recognise_shard
-    from sdumc.simulation.checkpoints import DTYPES, fingerprint
-    from sdumc.simulation.jobs import data_hash, durations, load_job, make_batches, open_shard
+    from sdumc.extraction.jobs import data_hash, durations, load_job, make_batches, open_shard
+    from sdumc.extraction.transcripts import recognise_shard
+    from sdumc.pretrained.folders import DTYPES, fingerprint
+    from sdumc.pretrained.recogniser import load_recogniser
 
     data, utterances = load_job(args)
     recogniser = load_recogniser(

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdumc.cli import Parser, run, setup_logging
-from sdumc.simulation.jobs import add_job_options
-from sdumc.simulation.options import add_reader_options, add_state_options
+from sdumc.extraction.jobs import add_job_options
+from sdumc.extraction.options import add_reader_options, add_state_options
 
 
 def get_parser() -> Parser:
@@ -39,9 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup_logging(args.verbose)
     from sdumc.data.kaldi_dir import read_table
     from sdumc.errors import UserError
-    from sdumc.simulation.jobs import data_hash, durations, load_job, make_batches, open_shard
-    from sdumc.simulation.options import load_reader
-    from sdumc.simulation.simulate import Search, simulate_shard
+    from sdumc.extraction.jobs import data_hash, durations, load_job, make_batches, open_shard
+    from sdumc.extraction.options import load_reader
+    from sdumc.extraction.simulation import Search, simulate_shard
 
     if args.beam < 1 or args.max_new_tokens < 1:
         raise UserError("--beam and --max-new-tokens must be at least 1")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sdumc.cli import Parser, run, setup_logging
-from sdumc.simulation.jobs import add_compute_options
-from sdumc.simulation.options import add_prompt_option
+from sdumc.extraction.jobs import add_compute_options
+from sdumc.extraction.options import add_prompt_option
 
 
 def get_parser() -> Parser:
@@ -58,12 +58,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     from sdumc.data.kaldi_dir import load_kaldi_dir
     from sdumc.device import pick_device
     from sdumc.errors import UserError
-    from sdumc.simulation.checkpoints import DTYPES, fingerprint
-    from sdumc.simulation.encoder import SpeechEncoder
-    from sdumc.simulation.jobs import data_hash
-    from sdumc.simulation.options import prompt_text
+    from sdumc.extraction.jobs import data_hash
+    from sdumc.pretrained.folders import DTYPES, fingerprint
+    from sdumc.pretrained.llm import SpeechLLM
+    from sdumc.pretrained.prompts import prompt_text
+    from sdumc.pretrained.speech_encoder import SpeechEncoder
     from sdumc.simulation.projector_training import Corpus, TrainingSettings, train_projector
-    from sdumc.simulation.speech_llm import SpeechLLM
 
     settings = TrainingSettings(**{f.name: getattr(args, f.name) for f in fields(TrainingSettings)})
     for name in ("steps", "batch_size", "learning_rate", "k", "hidden", "valid_interval", "checkpoint_interval"):

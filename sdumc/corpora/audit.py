@@ -15,7 +15,7 @@ from pathlib import Path
 from sdumc.data.kaldi_dir import append_dropped, read_table, write_table
 from sdumc.errors import UserError
 from sdumc.files import write_text
-from sdumc.simulation.quality import normalise
+from sdumc.pretrained.quality import normalise
 
 _NEIGHBOUR_GAIN = 0.3  # overlap by which another clip's transcript must fit better than the clip's own
 

@@ -10,17 +10,18 @@ import numpy as np
 import torch
 
 from sdumc.data.kaldi_dir import MediaSpan
-from sdumc.features.faces import FaceDetector
-from sdumc.features.text import encode_texts
-from sdumc.features.video import VisionExtractor, cut_pictures, locate_face
+from sdumc.extraction.faces import FaceDetector
+from sdumc.extraction.simulation import Search, Simulated, SpeechReader, simulate
+from sdumc.extraction.text import encode_texts
+from sdumc.extraction.video import cut_pictures, locate_face
 from sdumc.prediction.record import ModelUse, Record, find_model
-from sdumc.simulation.asr import load_recogniser
-from sdumc.simulation.checkpoints import DTYPES
-from sdumc.simulation.encoder import SpeechEncoder
-from sdumc.simulation.jobs import halving
-from sdumc.simulation.projector import projector_file
-from sdumc.simulation.simulate import Search, Simulated, SpeechReader, simulate
-from sdumc.simulation.speech_llm import SpeechLLM
+from sdumc.pretrained.folders import DTYPES
+from sdumc.pretrained.llm import SpeechLLM
+from sdumc.pretrained.memory import halving
+from sdumc.pretrained.projector import projector_file
+from sdumc.pretrained.recogniser import load_recogniser
+from sdumc.pretrained.speech_encoder import SpeechEncoder
+from sdumc.pretrained.vision import VisionExtractor
 
 
 class Extractors:

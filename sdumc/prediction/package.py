@@ -141,8 +141,8 @@ class _Models:
 
 def _model_files(place: Path, role: str) -> Iterator[tuple[str, Path]]:
     """What of a model is needed: its weights in the one format that is read, and all small files beside them."""
-    from sdumc.simulation.checkpoints import weight_files
-    from sdumc.simulation.projector import projector_file
+    from sdumc.pretrained.folders import weight_files
+    from sdumc.pretrained.projector import projector_file
 
     if role == "projector":
         file = projector_file(place)

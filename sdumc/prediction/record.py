@@ -133,7 +133,7 @@ def find_model(use: ModelUse, folder: Path, model_dir: Path | None = None) -> Pa
     )
     if not _is_hub_name(use.name):
         raise problem
-    from sdumc.simulation.checkpoints import model_folder
+    from sdumc.pretrained.folders import model_folder
 
     try:
         cached = model_folder(use.name)
@@ -151,7 +151,7 @@ def _is_hub_name(name: str) -> bool:
 @lru_cache(maxsize=64)
 def fingerprint(path: Path, role: str) -> str:
     """Short hash of a model's weights, as the extraction commands record it."""
-    from sdumc.simulation.checkpoints import fingerprint as of
-    from sdumc.simulation.projector import projector_file
+    from sdumc.pretrained.folders import fingerprint as of
+    from sdumc.pretrained.projector import projector_file
 
     return of(projector_file(path) if role == "projector" else path)

@@ -18,6 +18,7 @@ from sdumc.data.kaldi_dir import MediaSpan
 from sdumc.data.media import MediaInfo, probe, read_audio
 from sdumc.device import pick_device
 from sdumc.errors import UserError
+from sdumc.extraction.jobs import make_batches
 from sdumc.model.network import MODALITIES, SDUMC
 from sdumc.prediction.activity import RATE, cut_speech, even_pieces, is_silent
 from sdumc.prediction.extractors import Extractors
@@ -25,7 +26,6 @@ from sdumc.prediction.package import open_experiment
 from sdumc.prediction.record import load_record
 from sdumc.prediction.subtitles import Cue, sentences
 from sdumc.scoring.decoding import CONDITIONS, run_batch
-from sdumc.simulation.jobs import make_batches
 from sdumc.training.experiment import load_model
 from sdumc.training.settings import load_config
 

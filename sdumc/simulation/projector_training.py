@@ -23,12 +23,13 @@ from torch import Tensor, nn
 
 from sdumc.data.kaldi_dir import KaldiDir
 from sdumc.errors import UserError
+from sdumc.extraction.jobs import ahead, make_batches, read_waves
 from sdumc.files import atomic_write, write_text
-from sdumc.simulation.encoder import SpeechEncoder
-from sdumc.simulation.jobs import ahead, halving, make_batches, read_waves
-from sdumc.simulation.projector import FILE_NAME, Projector, project, save_projector
-from sdumc.simulation.quality import word_error_rate
-from sdumc.simulation.speech_llm import SpeechLLM
+from sdumc.pretrained.llm import SpeechLLM
+from sdumc.pretrained.memory import halving
+from sdumc.pretrained.projector import FILE_NAME, Projector, project, save_projector
+from sdumc.pretrained.quality import word_error_rate
+from sdumc.pretrained.speech_encoder import SpeechEncoder
 from sdumc.versions import installed_versions
 
 log = logging.getLogger("sdumc")

@@ -16,7 +16,7 @@ from helpers.plain_network import released_weights
 
 from sdumc.corpora.audit import leave_out
 from sdumc.data.dump import load_dump
-from sdumc.simulation.projector import Projector
+from sdumc.pretrained.projector import Projector
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = {

@@ -22,8 +22,8 @@ from sdumc.data.dump import load_dump
 from sdumc.data.kaldi_dir import MediaSpan, read_table
 from sdumc.data.media import read_audio
 from sdumc.errors import UserError
+from sdumc.extraction.simulation import simulate
 from sdumc.prediction.scorer import overall_score
-from sdumc.simulation.simulate import simulate
 
 
 @pytest.fixture(scope="module")

@@ -520,7 +520,7 @@ def test_values_too_far_apart_to_compress(tmp_path):
 
 def test_the_option_is_part_of_the_settings(tmp_path):
     from sdumc.cli import Parser
-    from sdumc.simulation.jobs import add_job_options, open_shard
+    from sdumc.extraction.jobs import add_job_options, open_shard
 
     parser = Parser("x")
     add_job_options(parser, "audio")

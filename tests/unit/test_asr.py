@@ -8,7 +8,7 @@ import torch
 from helpers import tiny_models
 
 from sdumc.errors import UserError
-from sdumc.simulation.asr import RATE, load_recogniser, windows
+from sdumc.pretrained.recogniser import RATE, load_recogniser, windows
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,7 +30,7 @@ def test_ctc(tmp_path, waves, norm):
     together = recogniser(waves)
     assert together == [recogniser([w])[0] for w in waves]
     # Greedy CTC by hand: most likely letter per frame, repeats merged, blanks left out.
-    from sdumc.simulation.encoder import normalise
+    from sdumc.pretrained.speech_encoder import normalise
 
     with torch.no_grad():
         logits = recogniser.model(torch.from_numpy(normalise(waves[0]))[None]).logits[0]

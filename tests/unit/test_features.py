@@ -13,8 +13,8 @@ from sdumc.data.ark import load_matrix
 from sdumc.data.dump import load_dump
 from sdumc.data.media import read_frames, write_clip
 from sdumc.errors import UserError
-from sdumc.features.faces import FaceDetector, crop, overlap, track_face
-from sdumc.features.video import VisionExtractor
+from sdumc.extraction.faces import FaceDetector, crop, overlap, track_face
+from sdumc.pretrained.vision import VisionExtractor
 
 
 @pytest.fixture(scope="module", autouse=True)

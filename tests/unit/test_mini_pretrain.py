@@ -106,7 +106,7 @@ def test_models_load_as_any_others_do(models_dir, corpus_dir):
     words = {w for row in read_corpus(corpus_dir, "train") for w in row.text.split()}
     assert all(len(tokenizer(w, add_special_tokens=False).input_ids) == 1 for w in words)
 
-    from sdumc.features.video import VisionExtractor
+    from sdumc.pretrained.vision import VisionExtractor
 
     extract = VisionExtractor(str(models_dir / "vision"))
     assert extract([np.zeros((96, 96, 3), np.uint8)] * 2).shape == (2, 64)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sdumc.simulation.quality import find_loop, judge, normalise, summarise, word_error_rate
+from sdumc.pretrained.quality import find_loop, judge, normalise, summarise, word_error_rate
 
 
 @pytest.mark.parametrize(

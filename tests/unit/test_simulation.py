@@ -11,14 +11,14 @@ import torch
 from helpers import tiny_models
 
 from sdumc.errors import UserError
-from sdumc.simulation import states
-from sdumc.simulation.asr import load_recogniser
-from sdumc.simulation.cache import call_with_cache
-from sdumc.simulation.checkpoints import load_tokenizer, model_folder, weight_files, whole_weights
-from sdumc.simulation.encoder import SpeechEncoder, normalise
-from sdumc.simulation.projector import Projector, load_projector, project, save_projector
-from sdumc.simulation.simulate import SpeechReader
-from sdumc.simulation.speech_llm import SpeechLLM
+from sdumc.extraction.simulation import SpeechReader
+from sdumc.pretrained import states
+from sdumc.pretrained.cache import call_with_cache
+from sdumc.pretrained.folders import load_tokenizer, model_folder, weight_files, whole_weights
+from sdumc.pretrained.llm import SpeechLLM
+from sdumc.pretrained.projector import Projector, load_projector, project, save_projector
+from sdumc.pretrained.recogniser import load_recogniser
+from sdumc.pretrained.speech_encoder import SpeechEncoder, normalise
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -16,9 +16,10 @@ from sdumc.bin import extract_audio, extract_text, extract_video, finish_dump, r
 from sdumc.data.ark import ShardWriter, load_matrix
 from sdumc.data.dump import load_dump
 from sdumc.errors import UserError
-from sdumc.simulation import jobs, simulate
-from sdumc.simulation.projector import Projector, save_projector
-from sdumc.simulation.simulate import Search, SpeechReader
+from sdumc.extraction import jobs
+from sdumc.extraction.simulation import Search, SpeechReader, simulate
+from sdumc.pretrained import memory
+from sdumc.pretrained.projector import Projector, save_projector
 from sdumc.versions import installed_versions
 
 
@@ -157,8 +158,10 @@ def test_killed_job_goes_on_to_identical_files(work, tmp_path, monkeypatch, name
     assert any(n.endswith(".journal") for n in contents(killed))
     seen = []
     original = jobs.read_waves
-    for module in ("simulation.simulate", "features.audio", "simulation.asr", "features.text"):
-        monkeypatch.setattr(f"sdumc.{module}.read_waves", lambda d, b, m: seen.extend(b) or original(d, b, m))
+    for module in ("simulation", "audio", "transcripts", "text"):
+        monkeypatch.setattr(
+            f"sdumc.extraction.{module}.read_waves", lambda d, b, m: seen.extend(b) or original(d, b, m)
+        )
     command.main(arguments(killed))
     assert len(seen) == 3  # only what was not committed
     assert contents(whole) == contents(killed)
@@ -174,7 +177,7 @@ class FakeLLM:
         self.texts, self.ended = texts, ended
 
     def transcribe(self, contexts, *_):
-        from sdumc.simulation.speech_llm import Transcript
+        from sdumc.pretrained.llm import Transcript
 
         found = []
         for text in self.texts:
@@ -198,7 +201,7 @@ def test_failures_are_replaced():
     reader = SpeechReader(None, None, FakeLLM(texts))
     reader.contexts = lambda waves: list(waves)
     asr = [None, "spoken words here", "heard", "", None]
-    results = simulate.simulate(reader, [0] * 5, asr, Search())
+    results = simulate(reader, [0] * 5, asr, Search())
     assert [r.status for r in results] == ["ok", "refusal", "empty", "empty", "repeat"]
     assert [r.fallback for r in results] == ["none", "asr", "asr", "prompt", "cut"]
     assert [r.text for r in results] == ["all is well", "spoken words here", "heard", "", "go round"]
@@ -206,7 +209,7 @@ def test_failures_are_replaced():
     assert results[0].states[:, 0].tolist() == [1, 2, 3]  # the first state is dropped
     assert results[3].states[:, 0].tolist() == [0]  # the prompt's end
     assert results[4].states[:, 0].tolist() == [1, 2]
-    kept = simulate.simulate(reader, [0] * 5, asr, Search(), keep_first=True)
+    kept = simulate(reader, [0] * 5, asr, Search(), keep_first=True)
     assert [len(r.states) for r in kept] == [4, 4, 2, 1, 3]
 
 
@@ -219,7 +222,7 @@ def test_out_of_memory_halves_the_batch(caplog):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return [i * 2 for i in items]
 
-    assert jobs.halving(list(range(10)), work_) == [2 * i for i in range(10)]
+    assert memory.halving(list(range(10)), work_) == [2 * i for i in range(10)]
     assert sizes == [10, 5, 3, 2, 5, 3, 2]
     assert "batches of 5" in caplog.text
 
@@ -227,16 +230,16 @@ def test_out_of_memory_halves_the_batch(caplog):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     with pytest.raises(UserError, match="'u1' alone does not fit"):
-        jobs.halving(["u1"], never)
+        memory.halving(["u1"], never)
 
 
 @pytest.mark.parametrize("name", ["audio", "recognize", "simulate", "text", "video"])
 def test_every_command_goes_on_when_the_gpu_s_memory_is_too_small(work, tmp_path, monkeypatch, capsys, name):
     """Two at once are too many: each command says so, halves the batch, and writes what it would have written."""
-    from sdumc.features.video import VisionExtractor
-    from sdumc.simulation.asr import CtcRecogniser
-    from sdumc.simulation.encoder import SpeechEncoder
-    from sdumc.simulation.speech_llm import SpeechLLM
+    from sdumc.pretrained.llm import SpeechLLM
+    from sdumc.pretrained.recogniser import CtcRecogniser
+    from sdumc.pretrained.speech_encoder import SpeechEncoder
+    from sdumc.pretrained.vision import VisionExtractor
 
     target, method, command, arguments = {
         "audio": (SpeechEncoder, "__call__", extract_audio, ["--model", str(work / "encoder"), "--layer", "1"]),

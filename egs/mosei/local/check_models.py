@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from sdumc.errors import UserError
-from sdumc.simulation.checkpoints import model_folder, read_model_config, whole_weights
+from sdumc.pretrained.folders import model_folder, read_model_config, whole_weights
 
 # Beside configuration and weights, by what the model is for: one file of each group.
 TOKENISER = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")

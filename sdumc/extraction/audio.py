@@ -7,8 +7,9 @@ from operator import itemgetter
 
 from sdumc.data.ark import ShardWriter
 from sdumc.data.kaldi_dir import KaldiDir
-from sdumc.simulation.encoder import SpeechEncoder
-from sdumc.simulation.jobs import Progress, ahead, halving, read_waves
+from sdumc.extraction.jobs import Progress, ahead, read_waves
+from sdumc.pretrained.memory import halving
+from sdumc.pretrained.speech_encoder import SpeechEncoder
 
 
 def extract_audio(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdumc.simulation.cache import call_with_cache
+from sdumc.pretrained.cache import call_with_cache
 
 _IMPOSSIBLE = -1e9
 _PRUNE_AT = 32  # unused cache columns that are tolerated before they are dropped
@@ -63,7 +63,7 @@ def beam_search(
 
     Args:
         model: a causal LM of transformers.
-        cache: its cache (of :func:`sdumc.simulation.cache.new_cache`) after the prompt, (B, ...) rows; it is used up.
+        cache: its cache (of :func:`sdumc.pretrained.cache.new_cache`) after the prompt, (B, ...) rows; it is used up.
         prompt_mask: (B, P) bool, False on left padding.
         logits: (B, V) for the first new token.
         eos_ids: tokens that end a hypothesis.

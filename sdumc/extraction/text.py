@@ -10,11 +10,10 @@ from torch import Tensor
 from sdumc.data.ark import ShardWriter
 from sdumc.data.kaldi_dir import KaldiDir
 from sdumc.errors import UserError
-from sdumc.simulation.jobs import Progress, ahead, halving, read_waves
-from sdumc.simulation.simulate import SpeechReader, without_first
-from sdumc.simulation.speech_llm import SpeechLLM
-
-CONTEXTS = ("audio+prompt", "prompt", "none")
+from sdumc.extraction.jobs import Progress, ahead, read_waves
+from sdumc.extraction.simulation import SpeechReader, without_first
+from sdumc.pretrained.llm import SpeechLLM
+from sdumc.pretrained.memory import halving
 
 
 def encode_texts(

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from sdumc.errors import UserError
-from sdumc.simulation.beam import Winner, additive_mask, beam_search
-from sdumc.simulation.cache import call_with_cache, new_cache
-from sdumc.simulation.checkpoints import load_model, load_tokenizer, model_folder
-from sdumc.simulation.options import PROMPTS
-from sdumc.simulation.states import StateTap, decoder_layers, embedding_scale, layer_index
+from sdumc.pretrained.beam_search import Winner, additive_mask, beam_search
+from sdumc.pretrained.cache import call_with_cache, new_cache
+from sdumc.pretrained.folders import load_model, load_tokenizer, model_folder
+from sdumc.pretrained.prompts import PROMPTS
+from sdumc.pretrained.states import StateTap, decoder_layers, embedding_scale, layer_index
 
 
 @dataclass
@@ -96,7 +96,7 @@ class SpeechLLM:
 
     @functools.cached_property
     def embedding_scale(self) -> float | None:
-        """What the LLM multiplies projected sound by: :func:`sdumc.simulation.states.embedding_scale`."""
+        """What the LLM multiplies projected sound by: :func:`sdumc.pretrained.states.embedding_scale`."""
         return embedding_scale(self.base, self.dim, str(self.folder))
 
     @property

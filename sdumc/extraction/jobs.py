@@ -22,7 +22,6 @@ from sdumc.errors import UserError
 from sdumc.versions import installed_versions
 
 log = logging.getLogger("sdumc")
-T = TypeVar("T")
 R = TypeVar("R")
 
 
@@ -149,31 +148,6 @@ def read_waves(data: KaldiDir, batch: Sequence[str], bad_media: str) -> tuple[di
             log.warning("%s: taken as absent: %s", utt, e)
             reasons[utt] = str(e)
     return waves, reasons
-
-
-def halving(items: Sequence[T], work: Callable[[Sequence[T]], list[R]], name: Callable[[T], str] = str) -> list[R]:
-    """``work(items)``; when memory runs out on the GPU, the two halves one after another, and so on.
-
-    Raises:
-        UserError: memory does not suffice for a single item.
-    """
-    import torch
-
-    try:
-        return work(items)
-    except torch.cuda.OutOfMemoryError as e:
-        message = str(e).splitlines()[0]
-    # Outside the handler: the exception would keep the failed pass's tensors alive.
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if len(items) <= 1:
-        raise UserError(
-            f"utterance {name(items[0])!r} alone does not fit into the GPU's memory ({message}); "
-            "use --dtype bf16, a larger GPU, or --device cpu"
-        )
-    half = (len(items) + 1) // 2
-    log.warning("out of GPU memory with %d utterances; going on with batches of %d", len(items), half)
-    return halving(items[:half], work, name) + halving(items[half:], work, name)
 
 
 class Progress:

@@ -7,14 +7,7 @@ from typing import Any
 
 from sdumc.cli import Parser
 from sdumc.errors import UserError
-
-PROMPTS = {
-    "short": "Transcribe speech to text. ",
-    "long": (
-        "Transcribe speech to text. Output the transcription directly without redundant content. "
-        "Ensure that the output is not duplicated. "
-    ),
-}
+from sdumc.pretrained.prompts import prompt_text
 
 
 def add_prompt_option(group: Any) -> None:
@@ -26,11 +19,6 @@ def add_prompt_option(group: Any) -> None:
         help="between 'USER: ' and '\\n ASSISTANT:'; `short` and `long` stand for the prompts in circulation "
         "(released projector; SDUMC authors). Use the one that the projector was trained with",
     )
-
-
-def prompt_text(value: str) -> str:
-    """The text of ``--prompt``."""
-    return PROMPTS.get(value, value)
 
 
 def add_state_options(parser: Parser) -> None:
@@ -73,10 +61,10 @@ def load_reader(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         UserError: a folder is incomplete, parts do not fit, or the projector was trained with another prompt.
     """
     from sdumc.device import pick_device
-    from sdumc.simulation.checkpoints import DTYPES, fingerprint
-    from sdumc.simulation.encoder import SpeechEncoder
-    from sdumc.simulation.projector import projector_file
-    from sdumc.simulation.simulate import SpeechReader, check_projector_prompt
+    from sdumc.extraction.simulation import SpeechReader, check_projector_prompt
+    from sdumc.pretrained.folders import DTYPES, fingerprint
+    from sdumc.pretrained.projector import projector_file
+    from sdumc.pretrained.speech_encoder import SpeechEncoder
 
     if not args.encoder or not args.projector:
         raise UserError("this needs --encoder and --projector (or, for extract_text, another --context)")
@@ -100,8 +88,8 @@ def load_reader(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 def load_llm(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The LLM of the command line, and what of it belongs into a feature's settings."""
     from sdumc.device import pick_device
-    from sdumc.simulation.checkpoints import DTYPES, fingerprint
-    from sdumc.simulation.speech_llm import SpeechLLM
+    from sdumc.pretrained.folders import DTYPES, fingerprint
+    from sdumc.pretrained.llm import SpeechLLM
 
     prompt = prompt_text(args.prompt)
     llm = SpeechLLM(args.llm, DTYPES[args.dtype], pick_device(args.device), prompt, args.layers)

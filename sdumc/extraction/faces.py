@@ -13,7 +13,6 @@ import numpy as np
 
 from sdumc.errors import UserError
 
-DETECTORS = ("none", "opencv")
 _WIDTH = 480  # pixels to which wider pictures are reduced for detection; faces of a speaker are large
 _SMALLEST = 0.08  # of the picture's shorter side
 _LINK = 0.3  # overlap (intersection over union) from which a box continues a track

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sdumc.errors import UserError
-from sdumc.simulation.checkpoints import load_model, model_folder, read_model_config
-from sdumc.simulation.states import decoder_layers, layer_index
+from sdumc.pretrained.folders import load_model, model_folder, read_model_config
+from sdumc.pretrained.states import decoder_layers, layer_index
 
 RATE = 16000  # Hz; every encoder here listens at this rate
 MIN_SAMPLES = 2000  # shorter clips are filled up with silence to 0.125 s: six frames, enough for one projector group

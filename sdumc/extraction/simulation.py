@@ -16,12 +16,13 @@ from torch import Tensor
 from sdumc.data.ark import ShardWriter
 from sdumc.data.kaldi_dir import KaldiDir
 from sdumc.errors import UserError
+from sdumc.extraction.jobs import Progress, ahead, read_waves
 from sdumc.files import read_yaml
-from sdumc.simulation.encoder import SpeechEncoder
-from sdumc.simulation.jobs import Progress, ahead, halving, read_waves
-from sdumc.simulation.projector import Projector, load_projector, project
-from sdumc.simulation.quality import judge, normalise
-from sdumc.simulation.speech_llm import SpeechLLM, Transcript
+from sdumc.pretrained.llm import SpeechLLM, Transcript
+from sdumc.pretrained.memory import halving
+from sdumc.pretrained.projector import Projector, load_projector, project
+from sdumc.pretrained.quality import judge, normalise
+from sdumc.pretrained.speech_encoder import SpeechEncoder
 
 log = logging.getLogger("sdumc")
 

@@ -1,24 +1,20 @@
-"""Speech recognition for the `asr` condition: a CTC model folder or a Whisper folder of transformers."""
+"""Speech recognisers: a CTC model folder or a Whisper folder of transformers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from sdumc.data.ark import ShardWriter
-from sdumc.data.kaldi_dir import KaldiDir
 from sdumc.errors import UserError
 from sdumc.files import read_json
-from sdumc.simulation.cache import call_with_cache, new_encoder_decoder_cache
-from sdumc.simulation.checkpoints import load_model, load_tokenizer, model_folder, read_model_config
-from sdumc.simulation.encoder import MIN_SAMPLES, RATE, _RowByRow, normalise
-from sdumc.simulation.jobs import Progress, ahead, halving, read_waves
-from sdumc.simulation.quality import find_loop, judge
+from sdumc.pretrained.cache import call_with_cache, new_encoder_decoder_cache
+from sdumc.pretrained.folders import load_model, load_tokenizer, model_folder, read_model_config
+from sdumc.pretrained.quality import find_loop
+from sdumc.pretrained.speech_encoder import MIN_SAMPLES, RATE, _RowByRow, normalise
 
 _WINDOW = 30 * RATE  # Whisper hears 30 s at once
 _SEARCH = 5 * RATE  # a longer clip is cut at the quietest moment of a window's last 5 s
@@ -187,32 +183,3 @@ def _preprocessor(folder: Path) -> dict[str, Any]:
     """Settings of the feature extractor; transformers 5 writes them into ``processor_config.json``."""
     nested = _json(folder / "processor_config.json").get("feature_extractor")
     return _json(folder / "preprocessor_config.json") or (nested if isinstance(nested, dict) else {})
-
-
-def recognise_shard(
-    data: KaldiDir,
-    batches: Sequence[list[str]],
-    recogniser: CtcRecogniser | WhisperRecogniser,
-    writer: ShardWriter,
-    bad_media: str = "stop",
-) -> None:
-    """Note the transcript of every utterance in ``batches`` that ``writer`` does not have yet; commit each batch.
-
-    Raises:
-        UserError: a media file cannot be read, or one clip alone does not fit into the GPU's memory.
-    """
-    todo = [b for b in ([u for u in batch if u not in writer.done] for batch in batches) if b]
-    progress = Progress(sum(map(len, batches)), len(writer.done))
-    for batch, (waves, reasons) in ahead(todo, lambda b: read_waves(data, b, bad_media)):
-        utts = [u for u in batch if u in waves]
-        items = [(u, waves[u]) for u in utts]
-        texts = halving(items, lambda part: recogniser([w for _, w in part]), itemgetter(0)) if items else []
-        found = dict(zip(utts, texts, strict=True))
-        for utt in batch:
-            if utt in reasons:
-                writer.note(utt, hyp="", status="empty", fallback="absent", bad_media=reasons[utt])
-            else:
-                status, _ = judge(found[utt], found[utt].split())
-                writer.note(utt, hyp=found[utt], status="empty" if status == "empty" else "ok")
-        writer.commit()
-        progress.step(len(batch))

@@ -1,0 +1,38 @@
+"""Going on where a GPU's memory is too small for a batch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+
+from sdumc.errors import UserError
+
+log = logging.getLogger("sdumc")
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def halving(items: Sequence[T], work: Callable[[Sequence[T]], list[R]], name: Callable[[T], str] = str) -> list[R]:
+    """``work(items)``; when memory runs out on the GPU, the two halves one after another, and so on.
+
+    Raises:
+        UserError: memory does not suffice for a single item.
+    """
+    try:
+        return work(items)
+    except torch.cuda.OutOfMemoryError as e:
+        message = str(e).splitlines()[0]
+    # Outside the handler: the exception would keep the failed pass's tensors alive.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if len(items) <= 1:
+        raise UserError(
+            f"utterance {name(items[0])!r} alone does not fit into the GPU's memory ({message}); "
+            "use --dtype bf16, a larger GPU, or --device cpu"
+        )
+    half = (len(items) + 1) // 2
+    log.warning("out of GPU memory with %d utterances; going on with batches of %d", len(items), half)
+    return halving(items[:half], work, name) + halving(items[half:], work, name)
