@@ -81,6 +81,7 @@ done
 
 . ./path.sh
 . ./cmd.sh
+problem=$(python3 -m sdumc.conditions check "${conditions}" 2>&1) || die "--conditions: ${problem#error: }"
 
 if [[ ${ngpu} == auto ]]; then
   [[ ${cmd_backend} == local ]] || die "--cmd-backend ${cmd_backend} needs --ngpu N (0: none)"
@@ -347,16 +348,7 @@ if chosen 4; then
 fi
 
 # possible_conditions SET: those of --conditions that the set's features allow.
-possible_conditions() {
-  local condition dump=${dumpdir}/$1
-  for condition in ${conditions}; do
-    case ${condition} in
-      full | *text*) [[ -e ${dump}/text.scp ]] || continue ;;
-      asr) [[ -e ${dump}/text_asr.scp ]] || continue ;;
-    esac
-    echo "${condition}"
-  done
-}
+possible_conditions() { python3 -m sdumc.conditions possible "${dumpdir}/$1" "${conditions}"; }
 
 if chosen 5; then
   begin_stage 5 decode

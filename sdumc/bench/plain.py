@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sdumc.conditions import MODALITIES
 from sdumc.model.layers import Imagination, mlp
-from sdumc.model.network import MODALITIES, ModelConfig
+from sdumc.model.network import ModelConfig
 
 
 class PlainPooling(nn.Module):

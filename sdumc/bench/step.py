@@ -8,9 +8,10 @@ import torch
 
 from sdumc.bench.measure import goal, interleaved, median, peak_memory, ratio, seconds, spread, table
 from sdumc.bench.plain import PlainSDUMC, plain_objective
+from sdumc.conditions import COMPLETE, MISSING
 from sdumc.device import pick_device
 from sdumc.losses.objective import ObjectiveWeights, sdumc_objective
-from sdumc.model.network import COMPLETE, MISSING, SDUMC, ModelConfig
+from sdumc.model.network import SDUMC, ModelConfig
 
 BATCH = 96
 RELEASED = ModelConfig(audio_dim=1024, text_dim=4096, video_dim=1024)

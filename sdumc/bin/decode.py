@@ -1,9 +1,4 @@
-"""Predict sentiment with a trained model under one or more conditions.
-
-full      audio, real text, video            missing   audio, simulated text, video
-asr       audio, recognised text, video      none      audio and video, no text
-and every subset of the true modalities: audio, text, video, audio+text, audio+video, text+video.
-"""
+"""Predict sentiment with a trained model under one or more conditions."""
 
 from __future__ import annotations
 
@@ -11,18 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdumc.cli import Parser, at_least, log, run, setup_logging
+from sdumc.conditions import CONDITIONS
 from sdumc.device import add_device_option, pick_device
 
 
 def get_parser() -> Parser:
     """Options of decoding."""
-    from sdumc.scoring.decoding import CONDITIONS
-
-    parser = Parser(__doc__ or "")
+    width = max(map(len, CONDITIONS))
+    conditions = [f"  {c.name:{width}}  {c.given}" for c in CONDITIONS.values()]
+    parser = Parser("\n".join([__doc__ or "", "", "conditions:", *conditions]))
     g = parser.add_argument_group("input and output")
     g.add_argument("--exp-dir", required=True, metavar="DIR", help="folder that training wrote")
     g.add_argument("--data-dir", required=True, metavar="DIR", help="dump folder to score")
-    g.add_argument("--condition", required=True, nargs="+", choices=tuple(CONDITIONS), metavar="NAME", help="see above")
+    g.add_argument("--condition", required=True, nargs="+", choices=CONDITIONS, metavar="NAME", help="see above")
     g.add_argument(
         "--output-dir",
         required=True,
@@ -47,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup_logging(args.verbose)
     from sdumc.scoring.attention import attend, worth_keeping
     from sdumc.scoring.attention_file import write_attention
-    from sdumc.scoring.decoding import CONDITIONS, decode, inputs_for, load_for, write_decoded
+    from sdumc.scoring.decoding import decode, inputs_for, load_for, write_decoded
     from sdumc.training.experiment import load_model
 
     device = pick_device(args.device)
@@ -73,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = Path(args.output_dir) / (condition if len(args.condition) > 1 else "")
         write_attention(attend(model, dump, condition, worth_keeping(decoded), device), folder)
         write_decoded(decoded, folder)
-        log.info("%s: %d utterances (%s) -> %s", condition, len(decoded.ids), CONDITIONS[condition].meaning, folder)
+        log.info("%s: %d utterances (%s) -> %s", condition, len(decoded.ids), CONDITIONS[condition].given, folder)
 
 
 if __name__ == "__main__":

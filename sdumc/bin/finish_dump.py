@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdumc.cli import Parser, at_least, run, setup_logging
+from sdumc.conditions import TRANSCRIPTS
 from sdumc.errors import UserError
 
 log = logging.getLogger("sdumc")
 
 BAD_MEDIA = "bad_media"  # the note of an utterance whose media could not be read: why
-TEXT_FILES = {"asr_hyp": "text_asr", "text_sim": "text_sim"}  # feature -> its transcripts in the data directory
 
 
 def get_parser() -> Parser:
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     merged = merge_shards(
         dump_dir, args.name, args.num_jobs, meta, data.utterances, lambda m: _check_media(args.name, m, args.max_drop)
     )
-    if args.name in TEXT_FILES:
+    if args.name in TRANSCRIPTS:
         _finish_transcripts(args.name, data, dump_dir, merged)
     if merged.absent and not merged.frames:
         log.warning("%s: absent in all %d utterances", dump_dir / f"{args.name}.scp", len(merged.absent))
@@ -120,7 +120,7 @@ def _finish_transcripts(name: str, data, dump_dir: Path, merged) -> None:
     from sdumc.files import write_json, write_text
     from sdumc.pretrained.quality import summarise, word_error_rate
 
-    text_name = TEXT_FILES[name]
+    text_name = TRANSCRIPTS[name]
     texts = {u: merged.notes.get(u, {}).get("hyp", "") for u in data.utterances}
     raw = {u: merged.notes.get(u, {}).get("raw", texts[u]) for u in texts}
     status = {u: merged.notes.get(u, {}).get("status", "empty") for u in texts}

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from sdumc.cli import log, run, setup_logging
+from sdumc.conditions import COMPLETE, MISSING, MODALITIES, VALID_CONDITIONS
 from sdumc.errors import EXIT_REQUEUE, UserError
 from sdumc.processes import die_with
 from sdumc.training.settings import get_parser
-
-_VALID_CONDITIONS = ("full", "missing")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sdumc.data.sampler import GlobalBatchSampler
     from sdumc.files import json_ready, write_text
     from sdumc.losses.objective import sdumc_objective
-    from sdumc.model.network import COMPLETE, MISSING, SDUMC
+    from sdumc.model.network import SDUMC
     from sdumc.training import checkpoint as ckpt
     from sdumc.training import settings as st
     from sdumc.training.data import drop_modalities, load_sets, model_inputs, set_normalisation
@@ -205,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 save(epoch, batches_done)
 
         # --- validate, record, save -----------------------------------------------------------------------------------
-        scores = evaluate(model, valid, _VALID_CONDITIONS if MISSING in flows else ("full",), ranks)
+        scores = evaluate(model, valid, [VALID_CONDITIONS[flow] for flow in flows], ranks)
         choice = sum(s["mae"] for s in scores.values()) / len(scores)
         record: dict[str, Any] = {
             "epoch": epoch,
@@ -354,11 +353,11 @@ def dry_run(args) -> int:
     import torch
 
     from sdumc.losses.objective import sdumc_objective
-    from sdumc.model.network import COMPLETE, MISSING, SDUMC
+    from sdumc.model.network import SDUMC
     from sdumc.training import settings as st
 
     config = st.model_config(args)
-    dims = {m: getattr(config, f"{m}_dim") or 8 for m in ("audio", "text", "video")}
+    dims = {m: getattr(config, f"{m}_dim") or 8 for m in MODALITIES}
     model = SDUMC(dataclasses.replace(config, audio_dim=dims["audio"], text_dim=dims["text"], video_dim=dims["video"]))
     dims["text_sim"] = dims["text"]
     features = {name: torch.randn(4, 3, d) for name, d in dims.items()}

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sdumc.data.dump import FEATURES
+from sdumc.conditions import FEATURES
 from sdumc.data.kaldi_dir import append_dropped, check_id, label_problem, write_table
 from sdumc.errors import UserError
 from sdumc.files import write_text

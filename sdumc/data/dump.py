@@ -1,8 +1,8 @@
 """A dump folder: features as Kaldi archives and their labels, all that training and decoding need.
 
-``dump/<set>/`` needs ``<name>.scp`` for one or more of :data:`FEATURES`, and ``utt2label`` for training and scoring.
-What :func:`sdumc.data.ark.merge_shards` writes beside it (``.frames``, ``.yaml``, ``.absent``) and ``utt2spk`` may be
-absent: a folder with features from elsewhere is as good.
+``dump/<set>/`` needs ``<name>.scp`` for one or more of :data:`sdumc.conditions.FEATURES`, and ``utt2label`` for
+training and scoring. What :func:`sdumc.data.ark.merge_shards` writes beside it (``.frames``, ``.yaml``, ``.absent``)
+and ``utt2spk`` may be absent: a folder with features from elsewhere is as good.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sdumc.conditions import FEATURES
 from sdumc.data.ark import matrix_shape, split_rxspecifier
 from sdumc.data.kaldi_dir import LABEL_RANGE, read_labels, read_table
 from sdumc.errors import UserError
 from sdumc.files import read_yaml
-
-FEATURES = ("audio", "text", "text_sim", "text_asr", "video")
 
 
 @dataclass

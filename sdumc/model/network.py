@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdumc.conditions import COMPLETE, FUSED_QUERIES, MISSING, MODALITIES, QUERIES, TEXT_OF_FLOW, modality
 from sdumc.model.layers import (
     AttentivePooling,
     CrossAttention,
@@ -26,12 +27,9 @@ from sdumc.model.layers import (
     mlp,
 )
 
-MODALITIES = ("audio", "text", "video")
-QUERIES = ("fused", "audio+text", "text+video", "audio+video", "audio", "text", "video")
-TEXT_QUERY = QUERIES.index("text")
-# Which modalities (rows of MODALITIES) each of the first four queries sums over.
-_FUSIONS = ((1, 1, 1), (1, 1, 0), (0, 1, 1), (1, 0, 1))
-COMPLETE, MISSING = "complete", "missing"
+_TEXT_QUERY = QUERIES.index("text")
+# 1 where the fused query of the row sums over the modality of the column.
+_FUSIONS = [[float(m in summed) for m in MODALITIES] for summed in FUSED_QUERIES.values()]
 
 
 @dataclass(frozen=True)
@@ -206,7 +204,7 @@ class SDUMC(nn.Module):
         parts = {
             "text_feature": z["text"],
             "modality_weights": w,
-            "text_query": queries[:, TEXT_QUERY],
+            "text_query": queries[:, _TEXT_QUERY],
             "text_content": content["text"],
             "query_weights": beta,
         }
@@ -219,7 +217,7 @@ class SDUMC(nn.Module):
     def _check(self, features: dict[str, Tensor], lengths: dict[str, Tensor]) -> int:
         sizes = set()
         for name, x in features.items():
-            m = "text" if name == "text_sim" else name
+            m = modality(name)
             if m not in self.available:
                 raise ValueError(f"this model was made without {m}, but {name} was given")
             want = self.frame_projection[m].in_features
@@ -245,7 +243,7 @@ class SDUMC(nn.Module):
                 hidden[m] = self.frame_projection[m](features[m])
                 mask[m] = frame_mask(lengths[m], features[m].shape[1], self.config.mask_padding)
                 present[m] = (lengths[m] > 0).repeat(len(flows))
-        names = ["text" if flow == COMPLETE else "text_sim" for flow in flows]
+        names = [TEXT_OF_FLOW[flow] for flow in flows]
         given = [n for n in names if n in features]
         if given:
             frames = max(features[n].shape[1] for n in given)

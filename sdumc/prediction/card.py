@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from sdumc import __version__
-from sdumc.scoring.decoding import CONDITIONS
+from sdumc.conditions import CONDITIONS
 
 _MEASURES = (
     ("mae", "MAE"),
@@ -108,7 +108,7 @@ def _score_table(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
         known = [c for c in CONDITIONS if c in conditions]
         for condition in [*known, *(c for c in conditions if c not in CONDITIONS)]:
             values = conditions[condition]
-            meaning = CONDITIONS[condition].meaning if condition in CONDITIONS else ""
+            meaning = CONDITIONS[condition].given if condition in CONDITIONS else ""
             cells = [_number(key, values.get(key)) for key, _ in _MEASURES]
             lines.append(
                 f"| {test_set} | {condition} | {meaning} | {values.get('n', '-')} | " + " | ".join(cells) + " |"

@@ -13,19 +13,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from sdumc.conditions import CONDITIONS, MODALITIES, modality
 from sdumc.data.dataset import Utterance, collate
 from sdumc.data.kaldi_dir import MediaSpan
 from sdumc.data.media import MediaInfo, probe, read_audio
 from sdumc.device import pick_device
 from sdumc.errors import UserError
 from sdumc.extraction.jobs import make_batches
-from sdumc.model.network import MODALITIES, SDUMC
+from sdumc.model.network import SDUMC
 from sdumc.prediction.activity import RATE, cut_speech, even_pieces, is_silent
 from sdumc.prediction.extractors import Extractors
 from sdumc.prediction.package import open_experiment
 from sdumc.prediction.record import load_record
 from sdumc.prediction.subtitles import Cue, sentences
-from sdumc.scoring.decoding import CONDITIONS, run_batch
+from sdumc.scoring.decoding import run_batch
 from sdumc.training.experiment import load_model
 from sdumc.training.settings import load_config
 
@@ -112,9 +113,7 @@ class Scorer:
         self.model, self.extractors, self.device = model, extractors, torch.device(device)
         self.batch_size, self.notes = batch_size, list(notes)
         self._keep = keep  # a folder that lives as long as this does
-        self.features = [
-            name for name in extractors.record.features if ("text" if name == "text_sim" else name) in model.available
-        ]
+        self.features = [name for name in extractors.record.features if modality(name) in model.available]
 
     @classmethod
     def load(
@@ -335,7 +334,7 @@ class Scorer:
         if not math.isfinite(score):
             raise UserError(f"{part.span.path}: the score is not a finite number; try --dtype fp32")
         text = "real" if "text" in part.features else "simulated" if "text_sim" in part.features else None
-        kinds = {"text" if f == "text_sim" else f for f, x in part.features.items() if x is not None}
+        kinds = {modality(f) for f, x in part.features.items() if x is not None}
         present = tuple(m for m in MODALITIES if m in kinds)
         return ScoredUtterance(
             round(part.start, 3), round(part.end, 3), score, part.transcript, present, text, part.status

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-STATUSES = ("ok", "empty", "refusal", "repeat", "limit")
+from sdumc.conditions import TEXT_STATUSES
 
 # What chat models answer instead of a transcript. Kept narrow: people in real clips do say "I'm sorry, but I ...".
 _REFUSALS = [
@@ -120,6 +120,6 @@ def summarise(statuses: Mapping[str, str], fallbacks: Mapping[str, str]) -> dict
     counts = Counter(statuses.values())
     return {
         "n": len(statuses),
-        "counts": {s: counts.get(s, 0) for s in STATUSES},
+        "counts": {s: counts.get(s, 0) for s in TEXT_STATUSES},
         "fallbacks": dict(sorted(Counter(f for f in fallbacks.values() if f and f != "none").items())),
     }

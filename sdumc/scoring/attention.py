@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from sdumc.conditions import CONDITIONS, modality
 from sdumc.data.dataset import UtteranceDataset, collate
 from sdumc.data.dump import Dump
 from sdumc.model.network import SDUMC
 from sdumc.scoring.attention_file import DRAWN, drawn_at_random
-from sdumc.scoring.decoding import CONDITIONS, Decoded, inputs_for, run_batch
+from sdumc.scoring.decoding import Decoded, inputs_for, run_batch
 
 WORST = 24  # kept by every run, so that the few that are worst on average over runs are among them
 _BATCH = 6
@@ -52,7 +53,7 @@ def attend(
             for name, feature in inputs.items():
                 frames = int(batch.lengths[feature][row])
                 if frames:
-                    m = name.removesuffix("_sim")
+                    m = modality(name)
                     kept[utt][m] = found[m][row, :, :frames].float().cpu().numpy()
     model.train(was_training)
     return kept

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from sdumc.conditions import MODALITIES
 from sdumc.errors import UserError
 from sdumc.files import atomic_write
 
 FILE = "attention.npz"
-MODALITIES = ("audio", "text", "video")
 DRAWN = 6
 
 # By utterance and modality (7, T); each row is a softmax over the T frames. Absent modalities are left out.

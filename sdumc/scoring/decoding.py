@@ -9,50 +9,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sdumc.conditions import CONDITIONS, MODALITIES, modality
 from sdumc.data.dataset import Batch, UtteranceDataset
 from sdumc.data.dump import Dump, load_dump
 from sdumc.data.loader import BatchLoader
 from sdumc.data.sampler import GlobalBatchSampler
 from sdumc.errors import UserError
 from sdumc.files import atomic_write
-from sdumc.model.network import COMPLETE, MISSING, MODALITIES, SDUMC
+from sdumc.model.network import SDUMC
 
 # Decoding holds no gradients, so a batch may be larger than in training; these frames are some 200 MB of features.
 _BATCH_FRAMES = 50_000
-
-
-@dataclass(frozen=True)
-class Condition:
-    """What a model is given: dump features by the network's input names, and the flow they go through."""
-
-    inputs: dict[str, str]
-    flow: str
-    meaning: str
-
-
-def _condition(meaning: str, text: str | None = None, audio: bool = True, video: bool = True) -> Condition:
-    inputs = {"audio": "audio"} if audio else {}
-    if text:
-        # An ASR transcript is encoded like real text and read as such; only simulated text takes the missing flow.
-        inputs["text_sim" if text == "text_sim" else "text"] = text
-    if video:
-        inputs["video"] = "video"
-    return Condition(inputs, COMPLETE if text in ("text", "text_asr") else MISSING, meaning)
-
-
-CONDITIONS = {
-    "full": _condition("audio, real text, video", "text"),
-    "missing": _condition("audio, simulated text, video", "text_sim"),
-    "asr": _condition("audio, recognised text, video", "text_asr"),
-    "none": _condition("audio and video, no text"),
-    "audio": _condition("audio only", video=False),
-    "text": _condition("real text only", "text", audio=False, video=False),
-    "video": _condition("video only", audio=False),
-    "audio+text": _condition("audio and real text", "text", video=False),
-    "audio+video": _condition("audio and video: the same as none"),
-    "text+video": _condition("real text and video", "text", audio=False),
-}
-MAIN_CONDITIONS = ("full", "missing", "asr", "none")
 
 
 def inputs_for(condition: str, dump: Dump, available: Iterable[str] = MODALITIES) -> dict[str, str]:
@@ -64,17 +31,17 @@ def inputs_for(condition: str, dump: Dump, available: Iterable[str] = MODALITIES
     Raises:
         UserError: the dump lacks a feature that the condition is about, or has none of its modalities.
     """
-    wanted = CONDITIONS[condition].inputs
-    there = {name for name, feature in dump.features.items() if feature.entries}  # not those absent throughout
-    found = {name: feature for name, feature in wanted.items() if feature in there}
-    if "text" in wanted and "text" not in found:
+    wanted = CONDITIONS[condition]
+    present = {name for name, feature in dump.features.items() if feature.entries}  # not those absent throughout
+    if wanted.required and wanted.required not in present:
         raise UserError(
-            f"{dump.path / (wanted['text'] + '.scp')}: missing, but condition {condition} needs it; run stage 3, or "
-            "decode another condition"
+            f"{dump.path / wanted.required}.scp: missing, but condition {condition} needs it; run stage 3, or decode "
+            "another condition"
         )
-    found = {name: feature for name, feature in found.items() if name.removesuffix("_sim") in set(available)}
+    modalities = set(available)
+    found = {n: f for n, f in wanted.inputs.items() if f in present and modality(f) in modalities}
     if not found:
-        needed = ", ".join(wanted.values())
+        needed = ", ".join(wanted.features)
         raise UserError(f"{dump.path}: condition {condition} needs one of {needed}; the dump or the model has none")
     return found
 
@@ -183,7 +150,7 @@ def _label(y: float) -> str:
 
 def features_needed(conditions: Iterable[str]) -> Sequence[str]:
     """Dump features that any of the conditions reads."""
-    return sorted({feature for c in conditions for feature in CONDITIONS[c].inputs.values()})
+    return sorted({feature for c in conditions for feature in CONDITIONS[c].features})
 
 
 def load_for(data_dir: Path, conditions: Iterable[str]) -> Dump:

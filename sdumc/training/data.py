@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdumc.conditions import MODALITIES
 from sdumc.data.dataset import Batch, UtteranceDataset
 from sdumc.data.dump import Dump, load_dump
 from sdumc.errors import UserError
-from sdumc.model.network import MODALITIES, SDUMC
+from sdumc.model.network import SDUMC
 
 _STATISTICS_UTTERANCES = 500
 
@@ -22,7 +23,7 @@ def load_sets(args: argparse.Namespace) -> tuple[Dump, Dump, list[str]]:
     Raises:
         UserError: the sets differ in features or dimensions, or the train set lacks what the settings need.
     """
-    names = ["audio", "text", "video"]
+    names = list(MODALITIES)
     if args.flows == "both" and args.missing_text == "simulated":
         names.append("text_sim")
     train = load_dump(args.train_dir, names, require=("utt2label",))

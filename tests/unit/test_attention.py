@@ -8,9 +8,10 @@ import torch
 from helpers.dumps import make_dump
 
 from sdumc.bin.decode import main
+from sdumc.conditions import MISSING
 from sdumc.data.dataset import UtteranceDataset, collate
 from sdumc.errors import UserError
-from sdumc.model.network import MISSING, SDUMC, ModelConfig
+from sdumc.model.network import SDUMC, ModelConfig
 from sdumc.scoring.attention import attend, worth_keeping
 from sdumc.scoring.attention_file import drawn_at_random, read_attention, write_attention
 from sdumc.scoring.decoding import decode, load_for

@@ -10,8 +10,9 @@ from helpers.plain_network import plain_forward, released_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sdumc.conditions import COMPLETE, MISSING
 from sdumc.model import attention
-from sdumc.model.network import COMPLETE, MISSING, SDUMC, ModelConfig
+from sdumc.model.network import SDUMC, ModelConfig
 from sdumc.model.released import import_released
 
 DIMS = {"audio": 12, "text": 20, "video": 9}

@@ -1,0 +1,145 @@
+"""Every name of a modality, feature, text, query, flow, condition and text status, once. Quick to import: no torch.
+
+Shell scripts ask this module, ``python3 -m sdumc.conditions``, instead of keeping lists of their own.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdumc.errors import EXIT_USAGE, UserError
+
+USAGE = """usage:
+  python3 -m sdumc.conditions check "NAME ..."              exit code 2 for an unknown name, with a list of the known
+  python3 -m sdumc.conditions possible DUMP_DIR "NAME ..."  the conditions that the dump's features allow, one a line"""
+
+MODALITIES = ("audio", "text", "video")
+
+# Text that a set can have, as data/<set>/<name> in words and dump/<set>/<name>.scp in features; what people call it.
+TEXTS = {"text": "real text", "text_sim": "simulated text", "text_asr": "ASR text"}
+FEATURES = ("audio", *TEXTS, "video")  # of a dump folder
+
+# Jobs over a set that write transcripts, and the file of data/<set>/ that these become.
+TRANSCRIPTS = {"asr_hyp": "text_asr", "text_sim": "text_sim"}
+
+# What became of a transcript that a model wrote; sdumc.extraction.quality tells them apart.
+TEXT_STATUSES = ("ok", "empty", "refusal", "repeat", "limit")
+
+# The seven queries of cross-attention. The first four sum the weighted vectors of several modalities.
+FUSED_QUERIES = {
+    "fused": MODALITIES,
+    "audio+text": ("audio", "text"),
+    "text+video": ("text", "video"),
+    "audio+video": ("audio", "video"),
+}
+QUERIES = (*FUSED_QUERIES, *MODALITIES)
+
+# The two flows of the network, and the text that each of them reads.
+COMPLETE, MISSING = "complete", "missing"
+TEXT_OF_FLOW = {COMPLETE: "text", MISSING: "text_sim"}
+
+
+def modality(feature: str) -> str:
+    """The modality of a feature or of an input of the network: ``text`` for all kinds of text."""
+    return "text" if feature in TEXTS else feature
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a trained model is given when it is scored."""
+
+    name: str
+    features: tuple[str, ...]  # of the dump, in the order of MODALITIES
+    given: str  # the features in words
+    short: str  # which text it is, or what is left out, in two words
+
+    @property
+    def required(self) -> str | None:
+        """The feature without which the condition makes no sense: real or ASR text.
+
+        Simulated text is not required: without it, ``missing`` means the same as ``none``.
+        """
+        return next((f for f in self.features if f in ("text", "text_asr")), None)
+
+    @property
+    def flow(self) -> str:
+        """ASR text is encoded like real text and read as such; without either, the missing flow is asked."""
+        return COMPLETE if self.required else MISSING
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """The features by the network's input names: audio, text (real or ASR), text_sim, video."""
+        return {f if f == "text_sim" else modality(f): f for f in self.features}
+
+    def is_possible(self, features: Collection[str]) -> bool:
+        """Whether a set with these features can be scored under the condition."""
+        return any(f in features for f in self.features) and self.required in (None, *features)
+
+
+# In the order of tables and legends.
+CONDITIONS = {
+    c.name: c
+    for c in (
+        Condition("full", ("audio", "text", "video"), "audio, real text, video", "real text"),
+        Condition("missing", ("audio", "text_sim", "video"), "audio, simulated text, video", "simulated text"),
+        Condition("asr", ("audio", "text_asr", "video"), "audio, ASR text, video", "ASR text"),
+        Condition("none", ("audio", "video"), "audio and video, no text", "no text"),
+        Condition("audio", ("audio",), "audio only", "nothing else"),
+        Condition("text", ("text",), "real text only", "nothing else"),
+        Condition("video", ("video",), "video only", "nothing else"),
+        Condition("audio+text", ("audio", "text"), "audio and real text", "no video"),
+        Condition("audio+video", ("audio", "video"), "audio and video: the same as none", "no text"),
+        Condition("text+video", ("text", "video"), "real text and video", "no audio"),
+    )
+}
+MAIN_CONDITIONS = ("full", "missing", "asr", "none")  # what recipes decode, and figures show
+# What training scores on the valid set after every epoch, by the flow that it trains.
+VALID_CONDITIONS = {COMPLETE: "full", MISSING: "missing"}
+
+
+def known_conditions(names: Iterable[str]) -> list[Condition]:
+    """The conditions of these names.
+
+    Raises:
+        UserError: a name is unknown; the known ones are listed.
+    """
+    names = list(names)
+    for name in names:
+        if name not in CONDITIONS:
+            raise UserError(f"there is no condition {name!r}; the conditions are: {', '.join(CONDITIONS)}")
+    return [CONDITIONS[name] for name in names]
+
+
+def possible_conditions(dump_dir: Path, names: Iterable[str]) -> list[str]:
+    """Those of the named conditions that the features of a dump folder allow.
+
+    A feature that all utterances lack has an empty table, and counts as not there.
+    """
+    scps = {f: dump_dir / f"{f}.scp" for f in FEATURES}
+    features = [f for f, scp in scps.items() if scp.is_file() and scp.stat().st_size]
+    return [c.name for c in known_conditions(names) if c.is_possible(features)]
+
+
+def main(arguments: list[str]) -> int:
+    """Answer a shell script; see :data:`USAGE`."""
+    try:
+        match arguments:
+            case ["check", *words]:
+                known_conditions(" ".join(words).split())
+            case ["possible", dump_dir, *words]:
+                for name in possible_conditions(Path(dump_dir), " ".join(words).split()):
+                    print(name)
+            case _:
+                print(USAGE, file=sys.stderr)
+                return EXIT_USAGE
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return EXIT_USAGE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
