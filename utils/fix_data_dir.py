@@ -28,7 +28,8 @@ def main() -> int:
     args = parser.parse_args()
     if not 0 <= args.max_drop <= 1:
         parser.error(f"--max-drop {args.max_drop}: a share between 0 and 1")
-    from sdumc.data.kaldi_dir import fix_kaldi_dir, load_kaldi_dir
+    from sdumc.data.fixing import fix_kaldi_dir
+    from sdumc.data.kaldi_dir import load_kaldi_dir
     from sdumc.errors import UserError
 
     dropped = args.dropped or Path(args.data_dir) / "dropped.tsv"

@@ -25,11 +25,16 @@ def main() -> int:
     )
     args = parser.parse_args()
     from sdumc.data.kaldi_dir import load_kaldi_dir, validate_kaldi_dir
+    from sdumc.errors import UserError
 
     label_range = (args.label_range[0], args.label_range[1])
     failed = False
     for path in args.data_dir:
-        problems = validate_kaldi_dir(path, check_media=not args.no_media, label_range=label_range)
+        problems: list[object] = []
+        try:
+            problems += validate_kaldi_dir(path, check_media=not args.no_media, label_range=label_range)
+        except UserError as e:  # nothing there that can be read
+            problems.append(e)
         for problem in problems:
             print(f"error: {problem}", file=sys.stderr)
         if problems:

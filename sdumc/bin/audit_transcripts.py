@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     setup_logging(args.verbose)
     from sdumc.corpora.audit import compare, leave_out, ranked_table, video_table
-    from sdumc.data.kaldi_dir import read_table
+    from sdumc.data.tables import read_table
     from sdumc.errors import UserError
     from sdumc.files import write_text
 

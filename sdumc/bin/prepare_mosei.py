@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 from sdumc.cli import Parser, run, setup_logging
-from sdumc.corpora.options import add_media_options, add_output_options
-
-log = logging.getLogger("sdumc")
+from sdumc.corpora.importing import add_media_options, add_output_options, import_corpus
 
 
 def get_parser() -> Parser:
@@ -36,65 +32,9 @@ def get_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     setup_logging(args.verbose)
-    from sdumc.corpora.folds import read_folds
-    from sdumc.corpora.raw import (
-        collect_fold,
-        drop_broken_media,
-        find_labels,
-        find_media,
-        give_times,
-        media_tables,
-        raw_root,
-        read_labels,
-        read_transcripts,
-        strays,
-    )
-    from sdumc.corpora.sets import (
-        DROPPED,
-        STAGE,
-        SUMMARY,
-        check_share,
-        write_dropped,
-        write_set,
-        write_summary,
-    )
-    from sdumc.data.kaldi_dir import append_dropped
+    from sdumc.corpora.raw import read_raw
 
-    root, data_dir = raw_root(args.corpus_dir), Path(args.data_dir)
-    (data_dir / SUMMARY).unlink(missing_ok=True)  # an older one says nothing about this run
-    members = read_folds(args.folds)
-    labels = read_labels(args.labels or find_labels(root))
-    transcripts = read_transcripts(root)
-    give_times(transcripts, labels)
-    media = find_media(root, args.media)
-    log.info("%s: %d transcripts, %d videos", root, len(transcripts.clips), len(media.video))
-
-    folds, tables = [], {}
-    for name, videos in members.items():
-        fold, sources = collect_fold(name, videos, transcripts, labels, media)
-        if labels.by_time and not fold.label and any(len(labels.by_time.get(v, ())) for v in videos):
-            log.warning("%s: not one label row has the times of a transcript clip", name)
-        drop_broken_media(data_dir / f".{name}.partial", fold, sources, media.segmented)
-        tables[name] = media_tables(fold, sources, media.segmented)
-        write_dropped(data_dir / name / DROPPED, fold)
-        folds.append(fold)
-
-    assigned = {v for videos in members.values() for v in videos}
-    (data_dir / DROPPED).unlink(missing_ok=True)
-    rows = [(name, STAGE, reason) for name, reason in strays(assigned, transcripts, labels, media).items()]
-    if rows:
-        append_dropped(data_dir / DROPPED, rows)
-    notes = [*labels.notes, f"media: {'a file a clip' if media.segmented else 'clips are cut from whole videos'}"]
-    if not media.has_video:
-        notes.append("media: only sound; there is no folder of videos")
-    if rows:
-        notes.append(f"{len(rows)} videos or files belong to no fold ({data_dir / DROPPED})")
-    write_summary(data_dir, folds, args.counts, notes)
-    print((data_dir / SUMMARY).read_text(encoding="utf-8"), end="")
-    for fold in folds:
-        check_share(fold, args.max_drop, data_dir / fold.name / DROPPED)
-    for fold in folds:
-        write_set(data_dir / fold.name, tables[fold.name])
+    import_corpus(lambda: read_raw(args.corpus_dir, args.folds, args.labels, args.media), args)
 
 
 if __name__ == "__main__":

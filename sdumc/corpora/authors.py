@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sdumc.corpora.sets import Fold, split_name
+from sdumc.corpora.sets import Corpus, FeatureWriter, Fold, split_name
 from sdumc.data.ark import Merged, ShardWriter, merge_shards, settings_hash
 from sdumc.data.kaldi_dir import shard
 from sdumc.data.pickles import load_npy, load_npz_dicts
@@ -30,7 +30,62 @@ CORPORA = {"train": "train_corpus", "valid": "val_corpus", "test": "test_corpus"
 _COMMIT_EVERY = 64
 
 
-def read_corpus(labels: Path, transcripts: Path | None) -> tuple[dict[str, Fold], dict[str, dict[str, str]]]:
+def read_authors(
+    features_dir: str,
+    labels: str,
+    transcripts: str | None,
+    folders: Mapping[str, str],
+    num_jobs: int,
+    max_absent: float,
+) -> Corpus:
+    """Read the label file and the transcript table, and list the feature files.
+
+    Args:
+        features_dir: the folder that holds the feature folders.
+        labels: ``label_official.npz``.
+        transcripts: CSV table with the columns name and english.
+        folders: feature -> name of its folder; features whose folder is not there are left out.
+        num_jobs: processes that convert.
+        max_absent: largest share of a fold's utterances that may lack a feature.
+
+    Raises:
+        UserError: a file is not of the expected form, or there is none of the folders.
+    """
+    if num_jobs < 1:
+        raise UserError("--num-jobs must be at least 1")
+    root = Path(features_dir)
+    folds, files = read_labels(Path(labels), Path(transcripts) if transcripts else None)
+    found = {name: list_features(root / folder) for name, folder in folders.items() if (root / folder).is_dir()}
+    if not found:
+        raise UserError(f"{root}: has none of the folders {', '.join(folders.values())}")
+    result = Corpus(list(folds.values()))
+    result.notes = [
+        f"{name}: left out, there is no {root / folder}" for name, folder in folders.items() if name not in found
+    ]
+    for fold in result.folds:
+        for utt in list(fold.utterances):
+            if not any(files[fold.name][utt] in present for present in found.values()):
+                fold.leave_out(utt, "label without a single feature file")
+    labelled = {theirs for by_utterance in files.values() for theirs in by_utterance.values()}
+    for name, present in found.items():
+        result.unused.update(dict.fromkeys(present.keys() - labelled, f"feature file without a label ({name})"))
+
+    def writer(name: str) -> FeatureWriter:
+        def write(fold: Fold, folder: Path) -> list[str]:
+            names = {utt: files[fold.name][utt] for utt in fold.utterances}
+            merged = import_feature(name, root / folders[name], found[name], names, folder, num_jobs, max_absent)
+            if not merged.absent:
+                return []
+            first, reason = next(iter(merged.absent.items()))
+            return [f"{name}: {len(merged.absent)} utterances have none, such as {first}: {reason}"]
+
+        return write
+
+    result.features = {name: writer(name) for name in found}
+    return result
+
+
+def read_labels(labels: Path, transcripts: Path | None) -> tuple[dict[str, Fold], dict[str, dict[str, str]]]:
     """Folds from ``label_official.npz`` and the transcript table.
 
     Returns:
@@ -40,29 +95,28 @@ def read_corpus(labels: Path, transcripts: Path | None) -> tuple[dict[str, Fold]
         UserError: a file is not of the expected form, an utterance is twice in it, or a label is missing.
     """
     content = load_npz_dicts(labels)
-    words = read_transcripts(transcripts) if transcripts else {}
-    folds, names = {}, {}
+    texts = read_transcripts(transcripts) if transcripts else {}
+    folds: dict[str, Fold] = {}
+    files: dict[str, dict[str, str]] = {}
     for name, key in CORPORA.items():
         corpus = content.get(key)
         if not isinstance(corpus, dict) or not corpus:
             raise UserError(f"{labels}: has no dict {key!r}; is it the authors' label_official.npz?")
-        fold, files = Fold(name), {}
-        without_text = []
+        fold, files[name] = Fold(name), {}
         for theirs, entry in corpus.items():
             value = entry.get("val") if isinstance(entry, dict) else None
             if not isinstance(value, (int, float, np.number)):
                 raise UserError(f"{labels}: {key}: {theirs!r}: has no number 'val'; is it the authors' file?")
             speaker, utt = split_name(str(theirs))
-            fold.add(utt, speaker, float(value), words.get(str(theirs), ""))
-            files[utt] = str(theirs)
-            if transcripts and str(theirs) not in words:
-                without_text.append(str(theirs))
-        if without_text:
+            fold.add(utt, speaker, float(value), texts.get(str(theirs), ""))
+            files[name][utt] = str(theirs)
+        without_text = [str(theirs) for theirs in corpus if str(theirs) not in texts]
+        if transcripts and without_text:
             fold.notes.append(
                 f"{len(without_text)} utterances have no line in {transcripts}, such as {without_text[0]}"
             )
-        folds[name], names[name] = fold, files
-    return folds, names
+        folds[name] = fold
+    return folds, files
 
 
 def read_transcripts(path: Path) -> dict[str, str]:

@@ -1,45 +1,141 @@
-"""What every importer shares: utterance ids, who was left out and why, the table of what was found per fold."""
+"""What an importer yields: a corpus of folds of utterances, and what was left out with its reason."""
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sdumc.conditions import FEATURES
-from sdumc.data.kaldi_dir import append_dropped, check_id, label_problem, write_table
+from sdumc.data.kaldi_dir import utterances_by_speaker
+from sdumc.data.tables import LABEL_RANGE, check_id, label_problem
 from sdumc.errors import UserError
-from sdumc.files import write_text
 
 FOLDS = ("train", "valid", "test")
-DROPPED = "dropped.tsv"
-SUMMARY = "folds.txt"
-STAGE = "data"  # the stage column of dropped.tsv
-_TABLES = ("segments", "video.scp", "text", "utt2label", "utt2spk", "spk2utt", "utt2dur", "wav.scp")
 
 
 @dataclass(frozen=True)
-class Known:
-    """Counts that others have published for a fold, to compare with; nothing depends on them."""
+class ClipMedia:
+    """The media files of one clip: its sound, and its pictures if there are any.
 
-    videos: int
-    clips: int
+    ``start`` and ``end`` are the clip's place in ``recording`` in seconds, None when the files hold this clip alone.
+    """
+
+    recording: str
+    sound: Path
+    pictures: Path | None = None
+    start: float | None = None
+    end: float | None = None
 
 
-# Official folds, and the segments in the common toolkit's files.
-KNOWN_COUNTS = {
-    "mosei": {"train": Known(2249, 16326), "valid": Known(300, 1871), "test": Known(678, 4659)},
-    "mosi": {"train": Known(52, 1284), "valid": Known(10, 229), "test": Known(31, 686)},
-    "none": {},
-}
+@dataclass(frozen=True)
+class Utterance:
+    """One labelled utterance; ``text`` may be empty, ``media`` is None in a source of features alone."""
+
+    speaker: str
+    label: float
+    text: str = ""
+    media: ClipMedia | None = None
+
+
+@dataclass
+class Fold:
+    """One fold of a corpus.
+
+    ``left_out`` is utterance -> reason for those that have a label and should have been there; ``unlabelled`` is the
+    same for clips without label, which are listed but do not count against the share that may be left out. ``speakers``
+    are those of all utterances ever added. A label outside ``label_range`` leaves its utterance out.
+    """
+
+    name: str
+    utterances: dict[str, Utterance] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    unlabelled: dict[str, str] = field(default_factory=dict)
+    speakers: set[str] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
+    label_range: tuple[float, float] = LABEL_RANGE
+
+    def add(self, utt: str, speaker: str, label: float, text: str = "", media: ClipMedia | None = None) -> None:
+        """Add an utterance, or leave it out if its label is not a number in range.
+
+        Raises:
+            UserError: the id was there before, or cannot be the first column of a table.
+        """
+        check_id(utt, self.name)
+        if utt in self.utterances or utt in self.left_out:
+            raise UserError(f"{self.name}: utterance {utt!r} is there twice; ids must be unique: correct the corpus")
+        if problem := label_problem(repr(float(label)), self.label_range):
+            self.left_out[utt] = problem
+            return
+        self.speakers.add(speaker)
+        self.utterances[utt] = Utterance(speaker, float(label), " ".join(text.split()), media)
+
+    def leave_out(self, utt: str, reason: str) -> None:
+        """Move an utterance to ``left_out``."""
+        self.utterances.pop(utt, None)
+        self.left_out[utt] = reason
+
+    @property
+    def expected(self) -> int:
+        """Labelled utterances, kept or not."""
+        return len(self.utterances) + len(self.left_out)
+
+    def tables(self) -> dict[str, dict[str, str]]:
+        """The tables of a data directory, by file name; the media tables only where there are media.
+
+        ``segments`` and ``utt2dur`` are there when clips are cut from longer recordings, ``text`` when at least one
+        utterance has one.
+        """
+        found = self.utterances
+        speakers = {utt: u.speaker for utt, u in found.items()}
+        tables = {
+            "utt2label": {utt: format_number(u.label) for utt, u in found.items()},
+            "utt2spk": speakers,
+            "spk2utt": utterances_by_speaker(speakers),
+        }
+        if any(u.text for u in found.values()):
+            tables["text"] = {utt: u.text for utt, u in found.items()}
+        return tables | _media_tables({utt: u.media for utt, u in found.items() if u.media})
+
+
+def _media_tables(media: Mapping[str, ClipMedia]) -> dict[str, dict[str, str]]:
+    if not media:
+        return {}
+    times = {utt: (m.start, m.end) for utt, m in media.items() if m.start is not None and m.end is not None}
+    keys = {utt: m.recording if times else utt for utt, m in media.items()}
+    tables = {"wav.scp": {keys[utt]: os.path.abspath(m.sound) for utt, m in media.items()}}
+    if pictures := {keys[utt]: os.path.abspath(m.pictures) for utt, m in media.items() if m.pictures}:
+        tables["video.scp"] = pictures
+    if times:
+        tables["segments"] = {
+            utt: f"{keys[utt]} {format_number(start)} {format_number(end)}" for utt, (start, end) in times.items()
+        }
+        tables["utt2dur"] = {utt: f"{end - start:.3f}" for utt, (start, end) in times.items()}
+    return tables
+
+
+# Writes one feature of a fold into a dump folder and returns notes about it, one string each.
+FeatureWriter = Callable[[Fold, Path], list[str]]
+
+
+@dataclass
+class Corpus:
+    """What a source yields, before anything is written.
+
+    ``unused`` are names of videos and files that belong to no utterance of a fold, with what they are. ``features``
+    are written to dump folders, by name; a source of media has none.
+    """
+
+    folds: list[Fold]
+    notes: list[str] = field(default_factory=list)
+    unused: dict[str, str] = field(default_factory=dict)
+    features: dict[str, FeatureWriter] = field(default_factory=dict)
 
 
 def utterance_id(video: str, clip: str) -> str:
     """The utterance id of a clip: ``video-clip``, of which the speaker, the video, is the beginning.
 
-    The hyphen sorts before letters, digits and underscore, so that utterances stand in the order of their speakers.
+    The hyphen sorts before letters, digits and underscore, so that utterances are in the order of their speakers.
     """
     return f"{video}-{clip}"
 
@@ -63,168 +159,15 @@ def split_name(name: str) -> tuple[str, str]:
     return video, utterance_id(video, clip) if clip else name
 
 
-@dataclass
-class Fold:
-    """One fold while it is being imported.
-
-    ``text`` and ``label`` are those of the utterances that are kept; ``left_out`` is utterance -> reason for those
-    that have a label and should have been there; ``unlabelled`` is the same for clips without label, which are listed
-    but do not count against the share that may be left out.
-    """
-
-    name: str
-    videos: set[str] = field(default_factory=set)
-    speaker: dict[str, str] = field(default_factory=dict)
-    text: dict[str, str] = field(default_factory=dict)
-    label: dict[str, float] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
-    unlabelled: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def add(self, utt: str, speaker: str, label: float, text: str) -> None:
-        """Keep an utterance, or leave it out if its label is no number in range.
-
-        Raises:
-            UserError: the id was there before.
-        """
-        if utt in self.speaker or utt in self.left_out:
-            raise UserError(f"{self.name}: utterance {utt!r} is there twice; ids must be unique: correct the corpus")
-        if problem := label_problem(repr(float(label))):
-            self.left_out[utt] = problem
-            return
-        self.videos.add(speaker)
-        self.speaker[utt], self.label[utt], self.text[utt] = speaker, float(label), " ".join(text.split())
-
-    def drop(self, utt: str, reason: str) -> None:
-        """Take an utterance out again, and remember why."""
-        for table in (self.speaker, self.label, self.text):
-            table.pop(utt, None)
-        self.left_out[utt] = reason
-
-    @property
-    def expected(self) -> int:
-        """Labelled utterances, kept or not."""
-        return len(self.label) + len(self.left_out)
-
-
 def check_disjoint(folds: Iterable[Fold]) -> None:
     """Raise a UserError when a video is in two folds: scores would be of people the model has seen."""
     owner: dict[str, str] = {}
     for fold in folds:
-        for video in fold.videos:
+        for video in fold.speakers:
             if owner.setdefault(video, fold.name) != fold.name:
                 raise UserError(f"video {video!r} is in {owner[video]} and in {fold.name}; the folds must be disjoint")
 
 
-def write_set(directory: Path, tables: Mapping[str, Mapping[str, object]]) -> None:
-    """Write the tables of a set, ``wav.scp`` (or ``utt2label``, without media) last; old tables that it no longer has
-    are removed.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "wav.scp").unlink(missing_ok=True)
-    for name in _TABLES:
-        if name in tables:
-            write_table(directory / name, tables[name])
-        else:
-            (directory / name).unlink(missing_ok=True)
-
-
-def plain_tables(fold: Fold) -> dict[str, dict[str, object]]:
-    """text, utt2label and utt2spk of a fold; transcripts may be missing altogether."""
-    tables: dict[str, dict[str, object]] = {
-        "utt2label": {u: format_number(y) for u, y in fold.label.items()},
-        "utt2spk": dict(fold.speaker),
-    }
-    if any(fold.text.values()):
-        tables["text"] = dict(fold.text)
-    speakers: dict[str, list[str]] = {}
-    for utt in sorted(fold.speaker):
-        speakers.setdefault(fold.speaker[utt], []).append(utt)
-    tables["spk2utt"] = {s: " ".join(utts) for s, utts in speakers.items()}
-    return tables
-
-
 def format_number(value: float) -> str:
-    """A number with six digits after the point at most, without trailing zeros."""
+    """A number with at most six decimals, without trailing zeros."""
     return f"{value:.6f}".rstrip("0").rstrip(".") if value else "0"
-
-
-def write_dropped(path: Path, fold: Fold) -> None:
-    """Replace a set's ``dropped.tsv`` by what this import left out; no file if that is nothing."""
-    path.unlink(missing_ok=True)
-    rows = [(utt, STAGE, reason) for utt, reason in {**fold.unlabelled, **fold.left_out}.items()]
-    if rows:
-        append_dropped(path, rows)
-
-
-def check_share(fold: Fold, max_drop: float, dropped: Path) -> None:
-    """Raise a UserError when more than ``max_drop`` of a fold's labelled utterances, or all, were left out."""
-    if fold.label and len(fold.left_out) <= max_drop * fold.expected:
-        return
-    if not fold.expected:
-        raise UserError(f"{fold.name}: no labelled utterance found; check the folds, the labels and their folders")
-    first = "; ".join(f"{u}: {r}" for u, r in sorted(fold.left_out.items())[:3])
-    raise UserError(
-        f"{fold.name}: {len(fold.left_out)} of {fold.expected} labelled utterances "
-        f"({100 * len(fold.left_out) / fold.expected:.1f}%) cannot be used, more than the {100 * max_drop:g}% allowed. "
-        f"{dropped} lists them with their reasons, the first: {first}. Complete the corpus, or allow more with "
-        "--max-drop"
-    )
-
-
-def summary_table(folds: Sequence[Fold], counts: str, data_dir: Path) -> str:
-    """What was found per fold beside the known counts, and why utterances were left out."""
-    known = KNOWN_COUNTS[counts]
-
-    def beside(found: int, name: str, kind: str) -> str:
-        return f"{found} ({getattr(known[name], kind)})" if name in known else str(found)
-
-    head = ["set", "videos", "utterances", "left out", "unlabelled"]
-    rows = [
-        [
-            f.name,
-            beside(len({f.speaker[u] for u in f.label}), f.name, "videos"),
-            beside(len(f.label), f.name, "clips"),
-            str(len(f.left_out)),
-            str(len(f.unlabelled)),
-        ]
-        for f in folds
-    ]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
-    if known:
-        lines[0] += "   (in brackets: as published)"
-    for f in folds:
-        for reasons, what in ((f.left_out, "left out"), (f.unlabelled, "unlabelled")):
-            for reason, count in Counter(map(_kind, reasons.values())).most_common():
-                example = next(u for u, r in sorted(reasons.items()) if _kind(r) == reason)
-                lines.append(f"{f.name}: {count} {what}: {reason} (such as {example}; {data_dir / f.name / DROPPED})")
-        if f.name in known and (fewer := known[f.name].clips - f.expected) > 0:
-            lines.append(f"{f.name}: {fewer} utterances fewer than published: they are in no table of this copy")
-        lines += [f"{f.name}: {note}" for note in f.notes]
-    return "\n".join(lines) + "\n"
-
-
-def _kind(reason: str) -> str:
-    """A reason without what differs from one utterance to the next."""
-    return (
-        re.sub(r"\S*/\S*", "FILE", re.sub(r"\(.*?\)|'[^']*'|\d+(\.\d+)?", "", reason)).replace("  ", " ").strip(" ;:")
-    )
-
-
-def write_summary(data_dir: Path, folds: Sequence[Fold], counts: str, notes: Iterable[str]) -> None:
-    """Keep :func:`summary_table` and ``notes``, a line each, as :data:`SUMMARY`, which the recipe prints."""
-    text = summary_table(folds, counts, data_dir) + "".join(f"{note}\n" for note in notes)
-    write_text(data_dir / SUMMARY, text)
-
-
-def forget_features(dump_dir: Path, kept: Iterable[str]) -> None:
-    """Remove the indexes of the features that an import does not bring.
-
-    They are of another import, or were made in stages 2 and 3 from other utterances; those stages find their archives
-    and join them again, which takes no time, if these are still right.
-    """
-    for name in FEATURES:
-        if name not in kept:
-            for suffix in ("scp", "frames", "absent", "yaml"):
-                (dump_dir / f"{name}.{suffix}").unlink(missing_ok=True)

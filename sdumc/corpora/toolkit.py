@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sdumc.corpora.sets import FOLDS, Fold, split_name
+from sdumc.corpora.labels import find_labels, read_labels
+from sdumc.corpora.media_files import MediaFiles, find_media, locate, raw_root
+from sdumc.corpora.sets import FOLDS, Corpus, FeatureWriter, Fold, split_name
+from sdumc.corpora.transcripts import Transcripts, give_times, read_transcripts
 from sdumc.data.ark import ShardWriter, merge_shards
 from sdumc.data.pickles import restricted_load
 from sdumc.errors import UserError
@@ -31,7 +34,7 @@ FEATURES = {"audio": "audio", "text": "text", "video": "vision"}  # our name -> 
 _COMMIT_EVERY = 256
 
 
-def sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal.
 
     Raises:
@@ -75,8 +78,48 @@ class Part:
     clips: dict[str, tuple[str, str]] = field(default_factory=dict)  # utterance -> (video, clip)
 
 
+def read_toolkit(
+    pickle: str,
+    features: Sequence[str],
+    corpus: str,
+    sha256: str | None = None,
+    corpus_dir: str | None = None,
+    media: str = "auto",
+) -> Corpus:
+    """Read a pickle, and find the media of its clips where there are any.
+
+    Args:
+        pickle: the file.
+        features: which of audio, text and video are taken from it.
+        corpus: the corpus that the file should be of, ``mosei``, ``mosi`` or ``none``.
+        sha256: what the file's SHA-256 has to be, if given.
+        corpus_dir, media: raw distribution with the same clips, see :func:`sdumc.corpora.raw.read_raw`.
+
+    Raises:
+        UserError: the file is another one than asked for or not a pickle of the toolkit, or media cannot be found.
+    """
+    path = Path(pickle)
+    digest = file_sha256(path)
+    identity = describe_sha256(path, digest, sha256, corpus)
+    log.info("%s", identity)
+    parts = read_pickle(path)
+    result = Corpus([part.fold for part in parts.values()], [identity])
+    if corpus_dir:
+        root = raw_root(corpus_dir)
+        files = find_media(root, media)
+        _give_media(parts, root, files)
+        result.notes.append(f"media: {files.how} of {root}")
+        result.unused = dict.fromkeys(files.unused, "media without a label in the pickle")
+
+    def writer(feature: str) -> FeatureWriter:
+        return lambda fold, folder: write_feature(path, parts[fold.name], feature, folder, digest)
+
+    result.features = {feature: writer(feature) for feature in features}
+    return result
+
+
 def read_pickle(path: Path) -> dict[str, Part]:
-    """Load a pickle through the restricted unpickler and take in ids, texts and labels; the features stay as they are.
+    """Load a pickle through the restricted unpickler: ids, texts and labels as folds; the features stay as they are.
 
     Needs as much memory as the file is long.
 
@@ -88,27 +131,46 @@ def read_pickle(path: Path) -> dict[str, Part]:
         raise UserError(
             f"{path}: has no folds {', '.join(FOLDS)}; is it the toolkit's unaligned_50.pkl or aligned_50.pkl?"
         )
-    parts = {}
-    for name in FOLDS:
-        part = content[name]
-        for key in ("id", "regression_labels"):
-            if key not in part:
-                raise UserError(f"{path}: {name} has no {key!r}; is it the toolkit's file?")
-        names = [str(i) for i in part["id"]]
-        labels = np.asarray(part["regression_labels"], dtype=np.float64).reshape(-1)
-        texts = [str(t) for t in part["raw_text"]] if "raw_text" in part else [""] * len(names)
-        for key, length in (("regression_labels", len(labels)), ("raw_text", len(texts))):
-            if length != len(names):
-                raise UserError(f"{path}: {name} has {len(names)} ids, but {length} in {key!r}; fetch the file again")
-        result = Part(Fold(name), [], part)
-        for utterance_name, label, text in zip(names, labels, texts, strict=True):
-            speaker, utt = split_name(utterance_name)
-            result.fold.add(utt, speaker, float(label), text)
-            result.order.append(utt)
-            video, _, clip = utt.rpartition("-")
-            result.clips[utt] = (video, clip) if video == speaker else (speaker, "")
-        parts[name] = result
-    return parts
+    return {name: _read_part(path, name, content[name]) for name in FOLDS}
+
+
+def _read_part(path: Path, name: str, content: Mapping[str, Any]) -> Part:
+    for key in ("id", "regression_labels"):
+        if key not in content:
+            raise UserError(f"{path}: {name} has no {key!r}; is it the toolkit's file?")
+    names = [str(i) for i in content["id"]]
+    labels = np.asarray(content["regression_labels"], dtype=np.float64).reshape(-1)
+    texts = [str(t) for t in content["raw_text"]] if "raw_text" in content else [""] * len(names)
+    for key, length in (("regression_labels", len(labels)), ("raw_text", len(texts))):
+        if length != len(names):
+            raise UserError(f"{path}: {name} has {len(names)} ids, but {length} in {key!r}; fetch the file again")
+    part = Part(Fold(name), [], content)
+    for their_name, label, text in zip(names, labels, texts, strict=True):
+        speaker, utt = split_name(their_name)
+        part.fold.add(utt, speaker, float(label), text)
+        part.order.append(utt)
+        video, _, clip = utt.rpartition("-")
+        part.clips[utt] = (video, clip) if video == speaker else (speaker, "")
+    return part
+
+
+def _give_media(parts: Mapping[str, Part], root: Path, media: MediaFiles) -> None:
+    """Find the media of every utterance; leave out those that have no media or no text."""
+    transcripts = Transcripts()
+    if not media.segmented:  # the transcripts say where a clip is in its video
+        transcripts = read_transcripts(root)
+        if transcripts.lack_times:
+            give_times(transcripts, read_labels(find_labels(root)).times)
+    for part in parts.values():
+        for utt, utterance in list(part.fold.utterances.items()):
+            video, clip = part.clips[utt]
+            found = locate(transcripts.clips.get(video, {}).get(clip), video, clip, media)
+            if isinstance(found, str):
+                part.fold.leave_out(utt, found)
+            elif not utterance.text:
+                part.fold.leave_out(utt, "empty transcript")
+            else:
+                part.fold.utterances[utt] = replace(utterance, media=found)
 
 
 @dataclass
@@ -207,9 +269,7 @@ def trim(array: np.ndarray, length: int | None, counts: Trimmed) -> np.ndarray:
     return result
 
 
-def write_feature(
-    path: Path, part: Part, feature: str, dump_dir: Path, digest: str, progress: Callable[[str], None] = log.info
-) -> list[str]:
+def write_feature(path: Path, part: Part, feature: str, dump_dir: Path, digest: str) -> list[str]:
     """Write one feature of one fold into ``dump_dir`` as archive and index; only the utterances kept in ``part.fold``.
 
     Returns:
@@ -228,7 +288,7 @@ def write_feature(
         )
     lengths = true_lengths(path, part, feature)
     rows = {utt: i for i, utt in enumerate(part.order)}
-    utterances = sorted(part.fold.label)
+    utterances = sorted(part.fold.utterances)
     counts = Trimmed()
     settings = {"extractor": "imported", "file": path.name, "sha256": digest, "array": theirs, "non_finite": 0}
     settings["dim"] = array.shape[2]
@@ -245,7 +305,7 @@ def write_feature(
             if number % _COMMIT_EVERY == 0:
                 writer.commit()
     merged = merge_shards(dump_dir, feature, 1, {**settings, "imported": True}, utterances)
-    progress(f"{dump_dir / feature}.scp: {len(merged.frames)} utterances, {array.shape[2]} dimensions")
+    log.info("%s.scp: %d utterances, %d dimensions", dump_dir / feature, len(merged.frames), array.shape[2])
     lines = counts.lines(feature)
     if lengths is None:
         lines.append(f"{feature}: the file states no lengths; zero frames at the end were taken for padding")

@@ -11,19 +11,20 @@ import numpy as np
 import pytest
 import soundfile
 
-from sdumc.data import kaldi_dir
+from sdumc.data.dropped import append_dropped, read_dropped
+from sdumc.data.fixing import FIX_STAGE, fix_kaldi_dir
 from sdumc.data.kaldi_dir import (
     MediaSpan,
-    append_dropped,
+    Segment,
+    check_tables,
     finish_kaldi_dir,
-    fix_kaldi_dir,
+    first_problems,
     load_kaldi_dir,
-    read_dropped,
-    read_table,
+    read_tables,
     shard,
     validate_kaldi_dir,
-    write_table,
 )
+from sdumc.data.tables import read_table, write_table
 from sdumc.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,8 +132,8 @@ def test_last_line_without_line_end_and_tabs_are_read(tmp_path):
         ("utt2label", "0.3333333", "1_0", r"utt2label:3: utterance 's1_2': label '1_0' is not a finite number"),
         ("utt2label", "0.3333333", "3.01", r"utt2label:3: utterance 's1_2': label 3.01 is outside \[-3, 3\]"),
         ("utt2label", "s1_2 0.3333333", "s1_2", r"utt2label:3: utterance 's1_2': nothing after the id"),
-        ("utt2label", "s1_2 0.3333333\n", "", r"utt2label: utterance 's1_2' is missing here, but is in wav.scp"),
-        ("wav.scp", "s1_2", "s1_3", r"wav.scp: utterance 's1_2' is missing here, but is in utt2spk"),
+        ("utt2label", "s1_2 0.3333333\n", "", r"utt2label: utterance 's1_2': missing here, but is in wav.scp"),
+        ("wav.scp", "s1_2", "s1_3", r"wav.scp: utterance 's1_2': missing here, but is in utt2spk"),
         ("text", "s1_2 some words", "s1_2  ", r"text:3: utterance 's1_2': nothing after the id"),
         ("text", "s1_2 some words", "s1_2 \u00a0", r"text:3: utterance 's1_2': nothing after the id"),
         ("utt2spk", "s1_2 s1", "s1_2 x", r"utt2spk:3: utterance 's1_2': speaker 'x' is not a prefix"),
@@ -143,18 +144,37 @@ def test_bad_directories(data, file, old, new, message):
     edit(data / file, old, new)
     with pytest.raises(UserError, match=message):
         load_kaldi_dir(data)
-    assert any(re.search(message, p) for p in validate_kaldi_dir(data, check_media=False))
+    assert any(re.search(message, str(p)) for p in validate_kaldi_dir(data, check_media=False))
 
 
 def test_every_problem_is_listed(data):
     (data / "utt2label").write_text("-s0_1 9\ns1_1 x\ns1_2 nan\nzz 1\n")
-    problems = validate_kaldi_dir(data, check_media=False)
+    problems = [str(p) for p in validate_kaldi_dir(data, check_media=False)]
     assert len([p for p in problems if "utt2label:" in p and "label" in p.split("utterance")[1]]) == 3
-    assert any("'zz' is missing" in p for p in problems) and any("'s2$_$1' is missing" in p for p in problems)
+    assert any("'zz': missing" in p for p in problems) and any("'s2$_$1': missing" in p for p in problems)
+
+
+def test_a_problem_is_a_value(segmented):
+    (segmented / "text").write_text("a_2 words\na_1\n")
+    (segmented / "wav.scp").write_text((segmented / "wav.scp").read_text().replace("rec2 ", "rec2 |"))
+    problems = validate_kaldi_dir(segmented, check_media=False)
+    found = {(p.file.name, p.line, p.utterance, p.recording, p.lossless) for p in problems}
+    assert found == {
+        ("text", 2, "a_1", None, False),  # nothing after the id
+        ("text", 2, "a_1", None, True),  # out of order
+        ("text", None, "b_1", None, False),  # missing
+        ("wav.scp", 2, None, "rec2", False),  # a pipe
+    }
+    assert first_problems(problems, load_segments(segmented)).keys() == {"a_1", "b_1"}
+
+
+def load_segments(path: Path) -> dict[str, Segment]:
+    return check_tables(path, read_tables(path, ["segments"])[0])[0].segments
 
 
 def test_missing_directory_and_files(tmp_path, data):
-    assert "no such data directory" in validate_kaldi_dir(tmp_path / "none", check_media=False)[0]
+    with pytest.raises(UserError, match="no such data directory"):
+        validate_kaldi_dir(tmp_path / "none", check_media=False)
     (data / "utt2spk").unlink()
     with pytest.raises(UserError, match="utt2spk: missing"):
         load_kaldi_dir(data)
@@ -167,7 +187,7 @@ def test_bad_media_names_the_utterance(data, tmp_path):
     raw = (media / "2.wav").read_bytes()
     (media / "2.wav").write_bytes(raw[: len(raw) // 2])
     wav(media / "3.wav", seconds=0)
-    problems = validate_kaldi_dir(data, check_media=True)
+    problems = [str(p) for p in validate_kaldi_dir(data, check_media=True)]
     assert len(problems) == 4
     for utt, words in zip(UTTS, ["no such media file", "0 bytes", "cut short", "no samples"], strict=True):
         assert any(repr(utt) in p and words in p and "wav.scp" in p for p in problems), (utt, problems)
@@ -198,13 +218,13 @@ def test_segments(segmented, tmp_path):
         ("0.25 1", "-1 1", "must satisfy 0 <= start"),
         ("0.25 1", "nan 1", "must be seconds"),
         ("rec2 0.25 1", "rec2 0.25", "expected `utterance recording start end`"),
-        ("rec2 0.25 1", "rec3 0.25 1", "recording 'rec3' is missing"),
+        ("rec2 0.25 1", "rec3 0.25 1", "recording 'rec3': missing"),
         ("0.25 1", "0.25 9", "ends at 9 s, but .* has 1 s"),
     ],
 )
 def test_bad_segments(segmented, old, new, message):
     edit(segmented / "segments", old, new)
-    assert any(re.search(message, p) for p in validate_kaldi_dir(segmented, check_media=True))
+    assert any(re.search(message, str(p)) for p in validate_kaldi_dir(segmented, check_media=True))
 
 
 def test_finish_writes_derived_files(data):
@@ -213,7 +233,7 @@ def test_finish_writes_derived_files(data):
     assert read_table(data / "utt2dur")["s1_1"] == "0.500"
     assert validate_kaldi_dir(data, check_media=True) == []
     edit(data / "spk2utt", "s1_1 ", "")
-    assert any("differs from utt2spk" in p for p in validate_kaldi_dir(data, check_media=False))
+    assert any("differs from utt2spk" in str(p) for p in validate_kaldi_dir(data, check_media=False))
 
 
 def test_fix_sorts_and_merges_repeated_lines(data):
@@ -232,7 +252,8 @@ def test_fix_lists_what_it_leaves_out(data, tmp_path):
     rows = fix_kaldi_dir(data, data / "dropped.tsv", 0.5)
     assert [r[0] for r in rows] == ["s1_1", "s1_2"]
     assert rows == read_dropped(data / "dropped.tsv")
-    assert "nothing after the id in text" in rows[0][2] and "not a finite number" in rows[1][2]
+    assert rows[0][2] == "text: nothing after the id; give a value or remove the line"
+    assert rows[1][2] == "utt2label: label 'nan' is not a finite number; correct it or leave the utterance out"
     assert load_kaldi_dir(data).utterances == ["-s0_1", "s2$_$1"]
     assert validate_kaldi_dir(data, check_media=True) == []
     # A second run leaves out nothing more, and the list stays; a further loss counts on top of the earlier one.
@@ -243,13 +264,25 @@ def test_fix_lists_what_it_leaves_out(data, tmp_path):
         fix_kaldi_dir(data, data / "dropped.tsv", 0.5)
 
 
+@pytest.mark.parametrize("line", ["s1_1 0", "s1_1 7", ""])
+def test_fix_keeps_durations_only_while_they_are_sure(data, line):
+    finish_kaldi_dir(data)
+    edit(data / "utt2dur", "s1_1 0.500", line or "s1_1 0.500\ns1_1 0.500")
+    if line.endswith("7"):
+        edit(data / "utt2dur", line, f"s1_1 0.500\n{line}")
+    assert fix_kaldi_dir(data, data / "dropped.tsv", 0.0) == []
+    assert (data / "utt2dur").exists() == (line == "")
+    assert validate_kaldi_dir(data, check_media=False) == []
+
+
 def test_fix_over_the_limit_changes_nothing(data):
     edit(data / "text", "s1_1 some words\n", "")
     before = {p.name: p.read_bytes() for p in data.iterdir()}
     with pytest.raises(UserError, match=r"1 of 4 utterances \(25.0%\).*more than the 1% allowed"):
         fix_kaldi_dir(data, data / "dropped.tsv", 0.01)
     assert {p.name: p.read_bytes() for p in data.iterdir() if p.name != "dropped.tsv"} == before
-    assert read_dropped(data / "dropped.tsv") == [("s1_1", kaldi_dir.FIX_STAGE, "missing in text")]
+    reason = "text: missing here, but is in wav.scp, utt2spk, utt2label"
+    assert read_dropped(data / "dropped.tsv") == [("s1_1", FIX_STAGE, reason)]
     # Once the file is mended, the list is too.
     (data / "text").write_bytes(before["text"].replace(b"s1_2", b"s1_1 some words\ns1_2"))
     fix_kaldi_dir(data, data / "dropped.tsv", 0.01)
@@ -270,7 +303,10 @@ def test_fix_drops_doubled_ids_with_different_values_and_bad_encoding(data):
     raw = (data / "text").read_bytes().replace(b"s1_2 some", b"s1_2 s\xffme")
     (data / "text").write_bytes(raw)
     rows = {r[0]: r[2] for r in fix_kaldi_dir(data, data / "dropped.tsv", 0.5)}
-    assert rows == {"s1_1": "given twice with different values in text", "s1_2": "not UTF-8 text in text"}
+    assert rows == {
+        "s1_1": "text: given twice (first in line 2); remove one",
+        "s1_2": "text: not UTF-8 text; convert the file with iconv",
+    }
 
 
 def test_nothing_left_is_an_error_even_with_everything_allowed(data):

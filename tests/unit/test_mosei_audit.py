@@ -12,7 +12,8 @@ from sdumc.bin import audit_transcripts
 from sdumc.corpora.audit import compare, leave_out, overlap, triples
 from sdumc.data.ark import ShardWriter, merge_shards
 from sdumc.data.dump import load_dump
-from sdumc.data.kaldi_dir import load_kaldi_dir, write_table
+from sdumc.data.kaldi_dir import load_kaldi_dir
+from sdumc.data.tables import write_table
 from sdumc.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

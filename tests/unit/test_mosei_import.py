@@ -14,13 +14,15 @@ import pytest
 from helpers import mosei_miniature as mini
 
 from sdumc.bin import import_authors, import_toolkit, prepare_mosei
-from sdumc.corpora import authors, raw, toolkit
+from sdumc.corpora import authors, labels, media_files, toolkit, transcripts
 from sdumc.corpora.csd import read_csd
 from sdumc.corpora.folds import read_folds
-from sdumc.corpora.sets import Fold, check_disjoint, split_name, summary_table, utterance_id
+from sdumc.corpora.sets import Corpus, Fold, check_disjoint, split_name, utterance_id
+from sdumc.corpora.summary import summary
 from sdumc.data.ark import load_matrix
+from sdumc.data.dropped import read_dropped
 from sdumc.data.dump import load_dump
-from sdumc.data.kaldi_dir import load_kaldi_dir, read_dropped, validate_kaldi_dir
+from sdumc.data.kaldi_dir import load_kaldi_dir, validate_kaldi_dir
 from sdumc.data.media import read_audio, read_frames
 from sdumc.errors import UserError
 
@@ -96,7 +98,7 @@ def test_bad_folds(tmp_path, train, message):
 
 def test_a_video_in_two_folds_is_refused():
     with pytest.raises(UserError, match="disjoint"):
-        check_disjoint([Fold("train", videos={"a"}), Fold("test", videos={"a", "b"})])
+        check_disjoint([Fold("train", speakers={"a"}), Fold("test", speakers={"a", "b"})])
 
 
 # --------------------------------------------------------------------------------------------------------------- raw
@@ -207,7 +209,7 @@ def test_transcript_lines(tmp_path):
         b"v____6___6___7___two",
     ]
     (folder / "v_.txt").write_bytes(b"\n".join(lines))
-    found = raw.read_transcripts(tmp_path)
+    found = transcripts.read_transcripts(tmp_path)
     clips = found.clips["v_"]
     assert set(clips) == {"0", "1", "2", "5"}
     assert clips["1"].text == "a___b___c" and clips["0"].end == 1.5 and "typed on windows" in clips["2"].text
@@ -226,44 +228,44 @@ def annotations(
 def test_annotators_are_averaged_and_count_once(tmp_path):
     rows = [("A", "-v", "0", "1"), ("B", "-v", "0", "2"), ("A", "-v", "0", "1"), ("C", "-v", "0", "")]
     rows += [("A", "-v", "1", "3"), ("A", "-v", "1", "-3")]
-    labels = raw.read_labels(annotations(tmp_path / "l.csv", rows))
-    assert labels.by_clip == {"-v": {"0": 1.5}}
-    assert "two answers" in labels.refused["-v"]["1"]
-    assert "1 empty answers ignored" in labels.notes[0]
+    found = labels.read_labels(annotations(tmp_path / "l.csv", rows))
+    assert found.by_clip == {"-v": {"0": 1.5}}
+    assert "two answers" in found.refused["-v"]["1"]
+    assert "1 empty answers ignored" in found.note
 
 
 @pytest.mark.parametrize("answer", ["4", "nan", "good", "1_0"])
 def test_answers_that_are_none(tmp_path, answer):
     with pytest.raises(UserError, match=r"l.csv:2: video 'v', clip '0'"):
-        raw.read_labels(annotations(tmp_path / "l.csv", [("A", "v", "0", answer)]))
+        labels.read_labels(annotations(tmp_path / "l.csv", [("A", "v", "0", answer)]))
 
 
 def test_missing_column_and_missing_file(tmp_path):
     with pytest.raises(UserError, match="has no column"):
-        raw.read_labels(annotations(tmp_path / "l.csv", [], ("Input.VIDEO_ID", "Answer.sentiment")))
+        labels.read_labels(annotations(tmp_path / "l.csv", [], ("Input.VIDEO_ID", "Answer.sentiment")))
     for path in (tmp_path / "none.csv", tmp_path):
         if path == tmp_path:
             (tmp_path / "l.csv").unlink()
         with pytest.raises(UserError):
-            raw.read_labels(path)
+            labels.read_labels(path)
 
 
-def clip(name: str, start: float, end: float) -> raw.Clip:
-    return raw.Clip("v", name, start, end, "words", "v.txt:1")
+def clip(name: str, start: float, end: float) -> transcripts.Clip:
+    return transcripts.Clip("v", name, start, end, "words", "v.txt:1")
 
 
 def test_rows_are_matched_by_their_times_only():
     clips = {c.clip: c for c in (clip("0", -0.5, 1.0), clip("10", 1.0, 2.0), clip("2", 2.0, 3.0), clip("3", 3.0, 4.0))}
     rows = [(2.0004, 3.0, 2.0), (0.0, 1.0, 1.0), (3.0, 4.0, -1.0), (3.0, 4.0, -1.0), (8.0, 9.0, 0.0)]
-    labels, refused = raw.match_times(clips, rows)
-    assert labels == {"0": 1.0, "2": 2.0, "3": -1.0}
+    matched, refused = labels.match_times(clips, rows)
+    assert matched == {"0": 1.0, "2": 2.0, "3": -1.0}
     assert refused == {"8-9": "label without a transcript clip of its times"}
 
 
 def test_doubtful_times_are_refused():
     same = {c.clip: c for c in (clip("0", 0.0, 1.0), clip("1", 0.0, 1.0), clip("2", 2.0, 3.0))}
-    labels, refused = raw.match_times(same, [(0.0, 1.0, 1.0), (2.0, 3.0, 1.0), (2.0, 3.0, 2.0)])
-    assert labels == {} and set(refused) == {"0", "1", "2"}
+    matched, refused = labels.match_times(same, [(0.0, 1.0, 1.0), (2.0, 3.0, 1.0), (2.0, 3.0, 2.0)])
+    assert matched == {} and set(refused) == {"0", "1", "2"}
 
 
 def test_csd_structure(corpus, tmp_path):
@@ -308,17 +310,17 @@ def test_labels_without_media_and_the_reverse(own, tmp_path):
 
 def test_not_a_raw_distribution(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
-        raw.raw_root(tmp_path / "none")
-    for call in (raw.read_transcripts, raw.find_labels, raw.find_media):
+        media_files.raw_root(tmp_path / "none")
+    for call in (transcripts.read_transcripts, labels.find_labels, media_files.find_media):
         with pytest.raises(UserError):
             call(tmp_path)
 
 
 def test_reasons_are_counted_by_kind():
     fold = Fold("train", left_out={f"v{i}-0": f"no media file (v{i})" for i in range(3)})
-    table = summary_table([fold], "none", Path("data"))
+    table = summary(Corpus([fold]), "none", Path("data"))
     assert "train: 3 left out: no media file (such as v0-0; data/train/dropped.tsv)" in table
-    table = summary_table([fold], "mosei", Path("data"))
+    table = summary(Corpus([fold]), "mosei", Path("data"))
     assert "train: 16323 utterances fewer than published: they are in no table of this copy" in table
 
 
@@ -332,7 +334,7 @@ def test_toolkit_pickle(tmp_path, aligned, capsys):
         ["--pickle", str(path), "--data-dir", str(tmp_path / "data"), "--dump-dir", str(tmp_path / "dump")]
     )
     output = capsys.readouterr().out
-    assert toolkit.sha256(path) in output and "not finite, set to 0" in output
+    assert toolkit.file_sha256(path) in output and "not finite, set to 0" in output
     content = pickle.loads(path.read_bytes())
     for name in mini.FOLDS:
         dump = load_dump(tmp_path / "dump" / name)
@@ -354,7 +356,7 @@ def test_toolkit_pickle(tmp_path, aligned, capsys):
 
 def test_toolkit_checksum(tmp_path):
     path = mini.make_pickle(tmp_path / "unaligned_50.pkl")
-    digest = toolkit.sha256(path)
+    digest = toolkit.file_sha256(path)
     known = next(iter(toolkit.KNOWN_SHA256))
     assert "as published" in toolkit.describe_sha256(path, known, None)
     assert "as asked for" in toolkit.describe_sha256(path, digest, digest.upper())
@@ -405,7 +407,7 @@ def test_toolkit_with_media(tmp_path, segmented, capsys):
     assert dropped(tmp_path / "data/train") == {f"{mini.LOST}-0": f"no media file ({lost})"}
     spare = {f"{mini.NUMBER}_0", f"{mini.NUMBER}_7", f"{mini.STRAY}_0"} if segmented else {mini.STRAY}
     assert dropped(tmp_path / "data") == dict.fromkeys(spare, "media without a label in the pickle")
-    assert f"{len(spare)} media files belong to no utterance" in output
+    assert f"{len(spare)} outside of the folds: media without a label in the pickle (such as {min(spare)};" in output
     for name in mini.FOLDS:
         assert validate_kaldi_dir(tmp_path / "data" / name, check_media=True) == []
         data, dump = load_kaldi_dir(tmp_path / "data" / name), load_dump(tmp_path / "dump" / name)
@@ -485,8 +487,8 @@ def test_authors_features(released):
             video, _, number = utt.rpartition("-")
             expected = np.atleast_2d(np.load(released / "features" / folder / f"{video}_{number}.npy"))
             assert np.array_equal(load_matrix(place), expected.astype(np.float32))
-    labels = mini.labels()
-    assert train.labels == pytest.approx({u: labels[tuple(u.rsplit("-", 1))] for u in train.utterances})
+    expected = mini.labels()
+    assert train.labels == pytest.approx({u: expected[tuple(u.rsplit("-", 1))] for u in train.utterances})
     assert "it was good ___ very good" in (released / "data/train/text").read_text()
 
 
@@ -539,11 +541,11 @@ def test_authors_without_simulated_text(released):
 def test_authors_label_file(tmp_path, released):
     np.savez(tmp_path / "l.npz", train_corpus=np.array({"a_0": {"val": 1.0}}, dtype=object))
     with pytest.raises(UserError, match="val_corpus"):
-        authors.read_corpus(tmp_path / "l.npz", None)
+        authors.read_labels(tmp_path / "l.npz", None)
     corpora = {key: np.array({"a_0": {"emo": "x"}}, dtype=object) for key in authors.CORPORA.values()}
     np.savez(tmp_path / "l.npz", **corpora)
     with pytest.raises(UserError, match="'a_0': has no number 'val'"):
-        authors.read_corpus(tmp_path / "l.npz", None)
+        authors.read_labels(tmp_path / "l.npz", None)
     (tmp_path / "t.csv").write_text("name,chinese\n")
     with pytest.raises(UserError, match="english"):
         authors.read_transcripts(tmp_path / "t.csv")

@@ -11,7 +11,7 @@ import pytest
 from helpers import mosei_miniature as mini
 
 from sdumc.bin import prepare_mosei
-from sdumc.corpora import raw
+from sdumc.corpora import labels, media_files, transcripts
 from sdumc.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,7 +78,7 @@ def test_bad_rows_are_refused(tmp_path, row, message):
     file = tmp_path / "labels.csv"
     file.write_text(f"0,1,v,0,1.5\n{row}\n")
     with pytest.raises(UserError, match=message) as error:
-        raw.read_labels(file)
+        labels.read_labels(file)
     assert f"{file}:2" in str(error.value)
 
 
@@ -86,11 +86,11 @@ def test_transcripts_without_times(tmp_path):
     folder = tmp_path / "Transcript/Segmented"
     folder.mkdir(parents=True)
     (folder / "v.annotprocessed").write_text("1_DELIM_WELL A_DELIM_B\nno separator\n2_DELIM_SO\n2_DELIM_NO\n")
-    found = raw.read_transcripts(tmp_path)
+    found = transcripts.read_transcripts(tmp_path)
     assert found.clips["v"]["1"].text == "WELL A_DELIM_B" and list(found.clips["v"]) == ["1"]
     assert set(found.refused["v"]) == {"line2", "2"}
-    media = raw.Media(False, {"v": Path("v.mp4")}, {})
-    reason = raw.locate(found.clips["v"]["1"], "v", "1", media)
+    media = media_files.MediaFiles(False, {"v": Path("v.mp4")}, {})
+    reason = media_files.locate(found.clips["v"]["1"], "v", "1", media)
     assert isinstance(reason, str) and "starts and ends" in reason
 
 

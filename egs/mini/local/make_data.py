@@ -20,7 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     from pathlib import Path
 
     from mini.corpus import SETS, read_corpus
-    from sdumc.data.kaldi_dir import finish_kaldi_dir, write_table
+    from sdumc.data.kaldi_dir import finish_kaldi_dir
+    from sdumc.data.tables import write_table
 
     for name in SETS:
         rows = read_corpus(args.corpus_dir, name)

@@ -1,0 +1,172 @@
+"""The driver of all importers of stage 1: validate, list what is left out, refuse or write, print what was found.
+
+A source is a function that reads a corpus in one form and returns a :class:`~sdumc.corpora.sets.Corpus`; everything
+else is the same for all and done by :func:`import_corpus`. A new form is such a function and a command in
+``sdumc/bin`` that calls it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sdumc.cli import Parser
+from sdumc.corpora.sets import Corpus, Fold, check_disjoint
+from sdumc.corpora.summary import DROPPED, PUBLISHED_COUNTS, summary
+from sdumc.data.dropped import write_dropped
+from sdumc.data.dump import FEATURES, load_dump
+from sdumc.data.kaldi_dir import MEDIA_TABLES, check_tables, first_problems, media_problems
+from sdumc.data.tables import Table, write_table
+from sdumc.errors import UserError
+from sdumc.files import write_text
+
+SUMMARY = "folds.txt"
+STAGE = "data"  # the stage column of dropped.tsv
+# In the order of writing: the last one is there only when the set is whole.
+_TABLES = ("segments", "video.scp", "text", "utt2label", "utt2spk", "spk2utt", "utt2dur", "wav.scp")
+
+
+def add_media_options(group: Any, required: bool = False) -> None:
+    """``--corpus-dir`` and ``--media``: where the videos of a raw distribution are, and how clips are cut."""
+    note = "" if required else ", if there are media of the same clips"
+    group.add_argument(
+        "--corpus-dir", required=required, metavar="DIR", help=f"the folder that holds Raw/, or Raw itself{note}"
+    )
+    group.add_argument(
+        "--media",
+        choices=("auto", "full", "segmented"),
+        default="auto",
+        help="cut clips from whole videos, or take the files of single clips; auto: the first where there are any",
+    )
+
+
+def add_output_options(parser: Parser, dump: bool = True) -> Any:
+    """Where the sets go, how many of their utterances may be left out, and which counts stand beside those found.
+
+    Args:
+        dump: there are features to write too.
+
+    Returns:
+        the group, for more options.
+    """
+    group = parser.add_argument_group("output")
+    what = "texts and labels" if dump else "the sets"
+    group.add_argument("--data-dir", default="data", metavar="DIR", help=f"where {what} are written")
+    if dump:
+        group.add_argument("--dump-dir", default="dump", metavar="DIR", help="where the features are written")
+    group.add_argument(
+        "--max-drop", type=float, default=0.01, metavar="X", help="largest share of a fold that is left out (0-1)"
+    )
+    group.add_argument(
+        "--counts",
+        choices=tuple(PUBLISHED_COUNTS),
+        default="mosei",
+        help="published counts to show beside those found",
+    )
+    return group
+
+
+def import_corpus(read: Callable[[], Corpus], args: Any) -> None:
+    """Read a corpus and write its data directories and, if it has features, its dump folders.
+
+    Args:
+        read: the source; called once.
+        args: the values of :func:`add_output_options`.
+
+    Raises:
+        UserError: the source cannot be read, a video is in two folds, or more of a fold than ``--max-drop`` cannot be
+            used. No set is written then, but ``dropped.tsv`` and ``folds.txt`` are.
+    """
+    data_dir = Path(args.data_dir)
+    (data_dir / SUMMARY).unlink(missing_ok=True)  # an older one says nothing about this run
+    corpus = read()
+    check_disjoint(corpus.folds)
+    for fold in corpus.folds:
+        leave_out_broken(fold, data_dir / fold.name)
+        _list_left_out(data_dir / fold.name / DROPPED, fold.unlabelled | fold.left_out)
+    _list_left_out(data_dir / DROPPED, corpus.unused)
+    write_text(data_dir / SUMMARY, summary(corpus, args.counts, data_dir))
+    try:
+        for fold in corpus.folds:
+            check_share(fold, args.max_drop, data_dir / fold.name / DROPPED)
+        for fold in corpus.folds:
+            _write_set(data_dir / fold.name, fold.tables())
+            if corpus.features:
+                _write_features(corpus, fold, Path(args.dump_dir, fold.name))
+        write_text(data_dir / SUMMARY, summary(corpus, args.counts, data_dir))  # with notes about the features
+    finally:
+        print((data_dir / SUMMARY).read_text(encoding="utf-8"), end="")
+
+
+def leave_out_broken(fold: Fold, folder: Path) -> None:
+    """Validate a fold as a data directory, media included, and leave out the utterances that have a problem.
+
+    A media file has to be whole, to have the tracks wanted, and to be as long as its segments; each is read once.
+    """
+    values = fold.tables()
+    by_recording = MEDIA_TABLES if "segments" in values else ()
+    tables = {name: Table(folder / name, table, of_recordings=name in by_recording) for name, table in values.items()}
+    data, problems = check_tables(folder, tables, fold.label_range)
+    for found in (problems, media_problems(data) if data.wav else []):
+        for utt, problem in first_problems(found, data.segments).items():
+            if utt in fold.utterances:
+                fold.leave_out(utt, problem.text)
+
+
+def _list_left_out(path: Path, reasons: Mapping[str, str]) -> None:
+    """Replace a ``dropped.tsv`` by what this import left out; no file if that is nothing."""
+    path.unlink(missing_ok=True)
+    if reasons:
+        write_dropped(path, [(name, STAGE, reason) for name, reason in reasons.items()])
+
+
+def check_share(fold: Fold, max_drop: float, dropped: Path) -> None:
+    """Raise a UserError when more than ``max_drop`` of a fold's labelled utterances, or all, were left out."""
+    if fold.utterances and len(fold.left_out) <= max_drop * fold.expected:
+        return
+    if not fold.expected:
+        raise UserError(f"{fold.name}: no labelled utterance found; check the folds, the labels and their folders")
+    first = "; ".join(f"{u}: {r}" for u, r in sorted(fold.left_out.items())[:3])
+    raise UserError(
+        f"{fold.name}: {len(fold.left_out)} of {fold.expected} labelled utterances "
+        f"({100 * len(fold.left_out) / fold.expected:.1f}%) cannot be used, more than the {100 * max_drop:g}% allowed. "
+        f"{dropped} lists them with their reasons, the first: {first}. Complete the corpus, or allow more with "
+        "--max-drop"
+    )
+
+
+def _write_set(directory: Path, tables: Mapping[str, Mapping[str, str]]) -> None:
+    """Write the tables of a set, ``wav.scp`` (without media, ``utt2dur`` or ``spk2utt``) last; remove old tables that
+    it no longer has.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "wav.scp").unlink(missing_ok=True)
+    for name in _TABLES:
+        if name in tables:
+            write_table(directory / name, tables[name])
+        else:
+            (directory / name).unlink(missing_ok=True)
+
+
+def _write_features(corpus: Corpus, fold: Fold, folder: Path) -> None:
+    """Write the features of a fold and what training needs beside them, and read the dump folder back."""
+    _remove_other_features(folder, corpus.features)
+    tables = fold.tables()
+    for name in ("utt2spk", "utt2label"):
+        write_table(folder / name, tables[name])
+    for write in corpus.features.values():
+        fold.notes += write(fold, folder)
+    load_dump(folder, list(corpus.features), require=("utt2label",))
+
+
+def _remove_other_features(folder: Path, kept: Iterable[str]) -> None:
+    """Remove the indexes of the features that an import does not bring.
+
+    They are of another import, or were made in stages 2 and 3 from other utterances; those stages find their archives
+    and join them again, which takes no time, if these are still right.
+    """
+    for name in FEATURES:
+        if name not in kept:
+            for suffix in ("scp", "frames", "absent", "yaml"):
+                (folder / f"{name}.{suffix}").unlink(missing_ok=True)
