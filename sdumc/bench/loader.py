@@ -21,9 +21,9 @@ from sdumc.bench.measure import goal, interleaved, median, peak_memory, ratio, s
 from sdumc.data.ark import ShardWriter, merge_shards, split_rxspecifier
 from sdumc.data.dataset import UtteranceDataset, collate
 from sdumc.data.dump import Dump, load_dump
-from sdumc.data.kaldi_dir import write_table
 from sdumc.data.loader import BatchLoader
 from sdumc.data.sampler import GlobalBatchSampler
+from sdumc.data.tables import write_table
 from sdumc.errors import UserError
 
 BATCH = 96

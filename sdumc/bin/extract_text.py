@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup_logging(args.verbose)
     from pathlib import Path
 
-    from sdumc.data.kaldi_dir import read_table
+    from sdumc.data.tables import read_table
     from sdumc.extraction.jobs import data_hash, durations, load_job, make_batches, open_shard
     from sdumc.extraction.options import load_llm, load_reader
     from sdumc.extraction.text import extract_text

@@ -116,7 +116,7 @@ def _copy(source: Path, target: Path) -> None:
 
 def _finish_transcripts(name: str, data, dump_dir: Path, merged) -> None:
     """Write DATA_DIR/<text file>, DUMP_DIR/<text file>.status.tsv and .quality.json from the shards' notes."""
-    from sdumc.data.kaldi_dir import write_table
+    from sdumc.data.tables import write_table
     from sdumc.files import write_json, write_text
     from sdumc.pretrained.quality import summarise, word_error_rate
 

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def check_reference(table, path: str) -> None:
     """Refuse predictions whose utterances or labels are not those of the ``utt2label`` file ``path``."""
-    from sdumc.data.kaldi_dir import read_table
+    from sdumc.data.tables import read_table
 
     reference = read_table(path)
     have = dict(zip(table.ids, table.labels.tolist(), strict=True))

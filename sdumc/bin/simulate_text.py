@@ -37,7 +37,7 @@ def get_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     setup_logging(args.verbose)
-    from sdumc.data.kaldi_dir import read_table
+    from sdumc.data.tables import read_table
     from sdumc.errors import UserError
     from sdumc.extraction.jobs import data_hash, durations, load_job, make_batches, open_shard
     from sdumc.extraction.options import load_reader

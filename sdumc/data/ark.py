@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from sdumc.data.kaldi_dir import check_id, write_table
+from sdumc.data.tables import check_id, write_table
 from sdumc.errors import UserError
 from sdumc.files import disk_full, read_json, write_json, write_text
 from sdumc.versions import all_versions, different_major

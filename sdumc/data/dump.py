@@ -15,7 +15,7 @@ from typing import Any
 
 from sdumc.conditions import FEATURES
 from sdumc.data.ark import matrix_shape, split_rxspecifier
-from sdumc.data.kaldi_dir import LABEL_RANGE, read_labels, read_table
+from sdumc.data.tables import LABEL_RANGE, read_labels, read_table
 from sdumc.errors import UserError
 from sdumc.files import read_yaml
 

@@ -28,17 +28,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sdumc.data.dropped import append_dropped, read_dropped  # noqa: F401
-from sdumc.data.tables import (  # noqa: F401
+from sdumc.data.tables import (
     LABEL_RANGE,
     Problem,
     Table,
-    check_id,
     fail_on,
     label_problems,
     parse_number,
-    read_labels,
-    read_table,
     scan_table,
     write_table,
 )

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from sdumc.data.kaldi_dir import read_table
+from sdumc.data.tables import read_table
 from sdumc.errors import UserError
 from sdumc.files import read_json, read_yaml
 from sdumc.reporting.tokens import Tokeniser

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from sdumc import __version__
+from sdumc.data.dropped import read_dropped
 from sdumc.data.dump import Dump, load_dump
-from sdumc.data.kaldi_dir import read_dropped, read_table
+from sdumc.data.tables import read_table
 from sdumc.errors import UserError
 from sdumc.files import read_json
 from sdumc.reporting.baselines import fit_ridge, pooled

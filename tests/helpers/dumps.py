@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from sdumc.data.ark import ShardWriter, merge_shards
-from sdumc.data.kaldi_dir import write_table
+from sdumc.data.tables import write_table
 
 DIMS = {"audio": 6, "text": 10, "text_sim": 10, "text_asr": 10, "video": 5}
 NOISE = {"audio": 2.0, "text": 0.3, "text_sim": 0.7, "text_asr": 0.5, "video": 2.0}

@@ -9,7 +9,7 @@ import kaldiio
 import numpy as np
 import yaml
 
-from sdumc.data.kaldi_dir import read_table
+from sdumc.data.tables import read_table
 from sdumc.files import write_json, write_text
 from sdumc.scoring.attention_file import write_attention
 from sdumc.scoring.metrics import score

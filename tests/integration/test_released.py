@@ -12,7 +12,7 @@ import torch
 from helpers.plain_network import plain_forward, released_weights
 
 from sdumc.data.ark import ShardWriter, merge_shards
-from sdumc.data.kaldi_dir import write_table
+from sdumc.data.tables import write_table
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = ROOT.parent / "shared" / "released_checkpoint_keys.tsv"

@@ -18,7 +18,7 @@ import yaml
 
 from sdumc.data.ark import ShardWriter, load_matrix, matrix_shape, merge_shards, settings_hash, split_rxspecifier
 from sdumc.data.dump import load_dump
-from sdumc.data.kaldi_dir import read_table
+from sdumc.data.tables import read_table
 from sdumc.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

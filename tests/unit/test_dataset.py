@@ -13,8 +13,8 @@ import torch
 from sdumc.data.ark import ShardWriter, merge_shards
 from sdumc.data.dataset import Utterance, UtteranceDataset, collate
 from sdumc.data.dump import load_dump
-from sdumc.data.kaldi_dir import write_table
 from sdumc.data.sampler import GlobalBatchSampler
+from sdumc.data.tables import write_table
 from sdumc.errors import UserError
 
 UTTS = [f"u{k}" for k in range(8)]

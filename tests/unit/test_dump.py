@@ -11,7 +11,7 @@ import pytest
 
 from sdumc.data.ark import ShardWriter, load_matrix, merge_shards
 from sdumc.data.dump import load_dump
-from sdumc.data.kaldi_dir import read_table, write_table
+from sdumc.data.tables import read_table, write_table
 from sdumc.errors import UserError
 
 UTTS = ["-a_1", "a_2", "b_1"]

@@ -20,9 +20,9 @@ import torch
 from sdumc.data.ark import ShardWriter, all_finite, merge_shards
 from sdumc.data.dataset import UtteranceDataset, collate
 from sdumc.data.dump import load_dump
-from sdumc.data.kaldi_dir import read_table, write_table
 from sdumc.data.loader import BatchLoader, _Blocks
 from sdumc.data.sampler import GlobalBatchSampler
+from sdumc.data.tables import read_table, write_table
 from sdumc.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
