@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from sdumc.cli import Parser
+from sdumc.conditions import FEATURES
 from sdumc.corpora.sets import Corpus, Fold, check_disjoint
 from sdumc.corpora.summary import DROPPED, PUBLISHED_COUNTS, summary
 from sdumc.data.dropped import write_dropped
-from sdumc.data.dump import FEATURES, load_dump
+from sdumc.data.dump import load_dump
 from sdumc.data.kaldi_dir import MEDIA_TABLES, check_tables, first_problems, media_problems
 from sdumc.data.tables import Table, write_table
 from sdumc.errors import UserError
