@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import logging
-import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ import yaml
 
 from sdumc import __version__
 from sdumc.errors import EXIT_USAGE, EXIT_USER_ERROR, UserError
-from sdumc.files import disk_full, read_yaml
+from sdumc.files import disk_full, settings_chain
 
 log = logging.getLogger("sdumc")
 
@@ -67,32 +66,28 @@ class Parser(configargparse.ArgumentParser):
             kwargs["config_file_contents"] = yaml.safe_dump(settings)
         return super().parse_args(args, namespace, **kwargs)
 
-    def _read_settings(self, path: str, above: tuple[str, ...] = ()) -> dict:
-        """A settings file on top of the file its ``base:`` names; an unknown key is refused by file and name."""
+    def _read_settings(self, path: str) -> dict:
+        """The keys of a settings file on top of those of its bases; an unknown key is refused by file and name."""
         known = {
             option.lstrip("-").replace("_", "-")
             for action in self._actions
             for option in action.option_strings
             if option.startswith("--")
         }
-        above = (*above, os.path.abspath(path))
+        settings: dict[str, Any] = {}
         try:
-            own = {str(key).replace("_", "-"): value for key, value in read_yaml(path).items()}
+            files = list(settings_chain(path))
         except UserError as e:
             self.exit(EXIT_USAGE, f"error: {e}\n")
-        inherited = {}
-        if (base := own.pop("base", None)) is not None:
-            base = os.path.join(os.path.dirname(path), str(base))
-            if os.path.abspath(base) in above:
-                self.exit(EXIT_USAGE, f"error: {path}: base {base} leads back to itself\n")
-            inherited = self._read_settings(base, above)
-        for key in own:
-            if key not in known:
+        for file, keys in reversed(files):
+            own = {str(key).replace("_", "-"): value for key, value in keys.items()}
+            if unknown := [key for key in own if key not in known]:
                 self.exit(
                     EXIT_USAGE,
-                    f"error: {path}: unknown key {key!r}; `{_command()} --help` lists the keys\n",
+                    f"error: {file}: unknown key {unknown[0]!r}; `{_command()} --help` lists the keys\n",
                 )
-        return {**inherited, **own}
+            settings.update(own)
+        return settings
 
 
 def _config_files(args: Sequence[str]) -> list[str]:

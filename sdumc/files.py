@@ -170,3 +170,26 @@ def read_yaml(path: str | os.PathLike) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected `key: value` lines, found a {type(content).__name__}")
     return content
+
+
+def settings_chain(path: str | os.PathLike) -> Iterator[tuple[str, dict]]:
+    """A settings file, then the one its ``base:`` names (relative to it), then that one's base, and so on.
+
+    Yields:
+        each file's path and its own keys without ``base``; the keys of an earlier file win.
+
+    Raises:
+        UserError: a file cannot be read, or a base leads back to a file that came before.
+    """
+    seen: list[str] = []
+    file: str | None = os.fspath(path)
+    while file is not None:
+        keys = read_yaml(file)
+        seen.append(os.path.abspath(file))
+        base = keys.pop("base", None)
+        yield file, keys
+        if base is None:
+            return
+        above, file = file, os.path.join(os.path.dirname(file), str(base))
+        if os.path.abspath(file) in seen:
+            raise UserError(f"{above}: base {file} leads back to itself")

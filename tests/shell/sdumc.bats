@@ -109,3 +109,39 @@ setup() {
   run recipe --train-set tr --valid-set va --test-sets "te1 te2"
   [[ ${status} == 0 && -f exp/train_seed1/decode_te1/full/score.json && -f exp/train_seed1/decode_te2/full/score.json ]]
 }
+
+@test "a settings file's base counts as a setting, quoted or with a comment" {
+  printf '"base": "../shared/video.yaml"  # of all recipes\nkey: 1\n' >conf/video.yaml
+  mkdir shared
+  echo "key: 2" >shared/video.yaml
+  recipe --stop-stage 3
+  forget_calls
+  recipe --stop-stage 3
+  [[ -z $(calls) ]]
+  echo "key: 34" >shared/video.yaml
+  run recipe --stop-stage 3
+  [[ ${output} == *"run    video train, video valid, video test (changed: conf/../shared/video.yaml)"* ]]
+}
+
+@test "features that stage 1 has imported are kept" {
+  mkdir -p dump/valid
+  printf 'dim: 3\nimported: true # by the recipe\n' >dump/valid/audio.yaml
+  echo "u1 there.ark:3" >dump/valid/audio.scp
+  run recipe --force --stop-stage 3
+  [[ ${status} == 0 && ${output} == *"keep   audio valid (imported)"* && $(<dump/valid/audio.scp) == "u1 there.ark:3" ]]
+  [[ -f dump/train/audio.scp && $(calls | grep -c '^extract_audio .*data/valid') == 0 ]]
+}
+
+@test "scores: conditions in order, NaN as a dash, a damaged file is an error" {
+  mkdir -p exp/a/decode_test/{zero,none,full}
+  for name in zero none; do
+    echo '{"mae": 1.0, "corr": null, "acc7": 0.5, "acc2_has0": 1, "acc2_non0": 0.25, "n": 3}' \
+      >"exp/a/decode_test/${name}/score.json"
+  done
+  run utils/show_results.sh
+  [[ ${status} == 0 && ${lines[2]} == "  none "*" 1.000       -   0.500      1.000      0.250     3" ]]
+  [[ ${lines[3]} == "  zero "* && ${#lines[@]} == 4 ]]
+  echo "{" >exp/a/decode_test/full/score.json
+  run utils/show_results.sh exp/a/decode_test
+  [[ ${status} == 1 && ${output} == *"full/score.json: not valid JSON"* ]]
+}
