@@ -5,31 +5,10 @@
 #   ./run.sh --source toolkit --pickle unaligned_50.pkl
 #   ./run.sh --source authors --features-dir features --labels label_official.npz --transcripts transcription.csv
 #
-# The options below are this recipe's own; those of sdumc.sh follow and can be mixed with them. egs/mosi runs this too.
+# The options below are this recipe's own; those of sdumc.sh, which follow, can be mixed with them. egs/mosi uses this
+# script too.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-
-# Options of this recipe go to the parser below, all others to sdumc.sh.
-own=() others=()
-while (($#)); do
-  case $1 in
-    --source | --corpus[-_]dir | --folds | --labels | --media | --pickle | --features[-_]dir | --transcripts | --counts)
-      own+=("$1")
-      shift
-      if (($#)); then own+=("$1") && shift; fi
-      ;;
-    --source=* | --corpus[-_]dir=* | --folds=* | --labels=* | --media=* | --pickle=* | --features[-_]dir=* | \
-      --transcripts=* | --counts=*)
-      own+=("$1")
-      shift
-      ;;
-    *)
-      others+=("$1")
-      shift
-      ;;
-  esac
-done
-if [[ " ${others[*]-} " == *" --help "* || " ${others[*]-} " == *" -h "* ]]; then own=(--help); fi
 
 #: Corpus
 source=raw    #: raw: videos, transcripts, labels; toolkit: unaligned_50.pkl or aligned_50.pkl; authors: released features
@@ -41,20 +20,13 @@ pickle=       #: toolkit: the file
 features_dir= #: authors: the folder that holds the feature folders
 transcripts=  #: authors: the CSV table of transcripts
 counts=mosei  #: published counts to show beside those found: mosei, mosi or none
-set -- "${own[@]}"
-if [[ ${1-} == --help ]]; then
-  (. utils/parse_options.sh)
-  echo
-  ./sdumc.sh --help | sed 1,/^$/d
-  exit 0
-fi
+pass_options_to=./sdumc.sh
 . utils/parse_options.sh
 
 die() {
   echo "run.sh: error: $*" >&2
   exit 2
 }
-(($# == 0)) || die "unexpected argument '$1'; --help lists the options"
 case ${source} in
   raw | toolkit | authors) ;;
   *) die "--source is raw, toolkit or authors, not '${source}'" ;;
@@ -74,4 +46,4 @@ fi
 if [[ ${source} == raw ]]; then names+=(--vision-model ../../tools/models/clip-vit-large-patch14); fi
 
 ../../tools/setup_env.sh --extras mosei --if-needed
-./sdumc.sh "${names[@]}" "${others[@]}"
+./sdumc.sh "${names[@]}" "$@"

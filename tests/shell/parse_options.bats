@@ -107,3 +107,48 @@ s() { bash script.sh "$@"; }
   run bash -c 'cd / && bash "$1" --help' - "${PWD}/a/b/moved.sh"
   [[ ${status} == 0 && ${output} == *"--train-set"* ]]
 }
+
+# outer.sh takes options of its own and passes the others to script.sh.
+make_outer() {
+  cat >outer.sh <<EOF
+#!/usr/bin/env bash
+# Usage: outer.sh [options]
+set -euo pipefail
+#: Corpus
+corpus=none   #: where it is
+check=false   #: look at it first
+stage=corpus  #: the same name as one of the other script: this one wins
+pass_options_to=./script.sh
+. "${REPO}/utils/parse_options.sh"
+printf '(%s)' "\${corpus}" "\${check}" "\${stage}"
+./script.sh "\$@"
+EOF
+  chmod +x script.sh outer.sh
+}
+
+@test "options of another script are passed to it, with their values as they are" {
+  make_outer
+  run ./outer.sh --force --corpus a --train_set 'x  y' --check --train-set='$(touch pwned)*' --stage 2 -- word --more
+  [[ ${status} == 0 && ${output} == '(a)(true)(2)<0><true><$(touch pwned)*><1><word><--more>' && ! -e pwned ]]
+  run ./outer.sh
+  [[ ${output} == "(none)(false)(corpus)<0><false><train><1>" ]]
+}
+
+@test "options that neither of two scripts has, or without a value, are refused before either runs" {
+  make_outer
+  for words in "--nothing-like-it 1" "--corpus a --hidden 1" "--train-set" "--train-set --check" "--force=maybe"; do
+    # shellcheck disable=SC2086
+    run ./outer.sh ${words}
+    [[ ${status} == 2 && ${output} == "outer.sh: error: "* && ${output} != *"("*")("* ]]
+  done
+  run ./outer.sh --corpse a
+  [[ ${status} == 2 && ${output} == *"did you mean --corpus?"* ]]
+  run ./outer.sh --trainset a
+  [[ ${status} == 2 && ${output} == *"did you mean --train-set?"* ]]
+}
+
+@test "--help shows the options of both scripts" {
+  make_outer
+  run ./outer.sh --corpus b --help
+  [[ ${status} == 0 && ${output} == "Usage: outer.sh"*"Corpus:"*"--corpus "*"(default: b)"*"Data:"*"--train-set "* ]]
+}

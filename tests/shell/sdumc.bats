@@ -145,3 +145,12 @@ setup() {
   run utils/show_results.sh exp/a/decode_test
   [[ ${status} == 1 && ${output} == *"full/score.json: not valid JSON"* ]]
 }
+
+@test "--help of recipes with options of their own, and a misspelt one of them" {
+  for name in mosei mosi; do
+    run "${REPO}/egs/${name}/run.sh" --nj 3 --help
+    [[ ${status} == 0 && ${output} == *"Corpus:"*"--corpus-dir "*"Stages:"*"--stop-stage "* ]]
+    run "${REPO}/egs/${name}/run.sh" --corpusdir x
+    [[ ${status} == 2 && ${output} == *"did you mean --corpus-dir?"* ]]
+  done
+}
