@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import make_corpus
-import pretrain as pretrain_command
-from mini import pretrain
+import pretrain
+from mini import llm, training
 from mini.corpus import read_corpus
 from sdumc.errors import UserError
 
@@ -29,12 +29,12 @@ def corpus_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def models_dir(corpus_dir):
     folder = corpus_dir.parent / "models"
-    pretrain_command.main(["--corpus-dir", str(corpus_dir), "--models-dir", str(folder), "--jobs", "1", *STEPS])
+    pretrain.main(["--corpus-dir", str(corpus_dir), "--models-dir", str(folder), "--jobs", "1", *STEPS])
     return folder
 
 
 def test_words_are_tokens_and_any_text_can_be_encoded():
-    tokenizer = pretrain.build_tokenizer(TEXTS)
+    tokenizer = llm.build_tokenizer(TEXTS)
     for text in TEXTS:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert len(ids) == len(text.split())
@@ -48,16 +48,16 @@ def test_words_are_tokens_and_any_text_can_be_encoded():
 
 
 def test_an_answer_is_the_same_tokens_after_the_prompt():
-    tokenizer = pretrain.build_tokenizer(TEXTS)
-    chat, alone = tokenizer(pretrain.CHAT)["input_ids"], tokenizer(TEXTS[0], add_special_tokens=False)["input_ids"]
-    assert tokenizer(pretrain.CHAT + TEXTS[0])["input_ids"] == chat + alone
+    tokenizer = llm.build_tokenizer(TEXTS)
+    chat, alone = tokenizer(llm.CHAT)["input_ids"], tokenizer(TEXTS[0], add_special_tokens=False)["input_ids"]
+    assert tokenizer(llm.CHAT + TEXTS[0])["input_ids"] == chat + alone
     assert len(chat) < 16
 
 
 def test_spelling_averages_letters():
     letters = {c: i for i, c in enumerate(" abcdefghijklmnopqrstuvwxyz")}
-    settings = pretrain.LanguageSettings(deletions=0, substitutions=0)
-    weights = pretrain.spell("hello", letters, np.random.default_rng(0), settings)
+    settings = llm.LanguageSettings(deletions=0, substitutions=0)
+    weights = llm.spell("hello", letters, np.random.default_rng(0), settings)
     assert weights.shape[1] == 27 and np.allclose(weights.sum(1), 1, atol=1e-5) and (weights >= 0).all()
     seen = {c for c, i in letters.items() if weights[:, i].sum() > 0}
     assert seen <= set(" helo") and len(seen) > 2
@@ -65,7 +65,7 @@ def test_spelling_averages_letters():
 
 def test_batches_cover_everything():
     lengths = np.random.default_rng(0).integers(1, 100, 37)
-    stream = pretrain.batches(np.random.default_rng(1), lengths, 4)
+    stream = training.batches(np.random.default_rng(1), lengths, 4)
     seen: list[int] = []
     while len(seen) < 37:
         seen += next(stream)
@@ -99,10 +99,10 @@ def test_models_load_as_any_others_do(models_dir, corpus_dir):
     assert processor.decode(processor(text=text).input_ids, group_tokens=False) == text
 
     tokenizer = AutoTokenizer.from_pretrained(models_dir / "llm")
-    llm = AutoModelForCausalLM.from_pretrained(models_dir / "llm").eval()
+    model = AutoModelForCausalLM.from_pretrained(models_dir / "llm").eval()
     inputs = tokenizer(["the movie", "honestly the book was bad"], return_tensors="pt", padding=True)
-    assert llm.config.model_type == "llama" and llm.generation_config.eos_token_id == tokenizer.eos_token_id
-    assert llm.generate(**inputs, max_new_tokens=3, do_sample=False).shape[0] == 2
+    assert model.config.model_type == "llama" and model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[0] == 2
     words = {w for row in read_corpus(corpus_dir, "train") for w in row.text.split()}
     assert all(len(tokenizer(w, add_special_tokens=False).input_ids) == 1 for w in words)
 
@@ -119,7 +119,7 @@ def _weights(folder):
 @pytest.mark.slow
 def test_same_seed_same_weights_also_in_parallel(models_dir, corpus_dir, tmp_path):
     again = ["--corpus-dir", str(corpus_dir), "--models-dir", str(tmp_path / "again"), "--jobs", "2", *STEPS]
-    pretrain_command.main(again)
+    pretrain.main(again)
     assert _weights(tmp_path / "again") == _weights(models_dir)
     assert set(_weights(models_dir)) == {"encoder", "ctc", "llm", "vision"}
 
@@ -131,13 +131,13 @@ def test_a_model_is_there_whole_or_as_it_was(tmp_path):
 
     folder = tmp_path / "models" / "llm"
     with pytest.raises(OSError, match="disk full"):
-        pretrain.save_whole(folder, half)
+        training.save_whole(folder, half)
     assert not folder.exists()
     for content in ("one", "two"):
-        pretrain.save_whole(folder, lambda path, content=content: (path / "config.json").write_text(content))
+        training.save_whole(folder, lambda path, content=content: (path / "config.json").write_text(content))
         assert (folder / "config.json").read_text() == content
     with pytest.raises(OSError, match="disk full"):
-        pretrain.save_whole(folder, half)
+        training.save_whole(folder, half)
     assert (folder / "config.json").read_text() == "two"
 
 
@@ -145,7 +145,7 @@ def test_refusals(tmp_path):
     options = ["--corpus-dir", str(tmp_path), "--models-dir", str(tmp_path / "models")]
     for what in ("encoder", "llm", "vision"):
         with pytest.raises(UserError, match="make the corpus first"):
-            pretrain_command.main([*options, "--what", what])
+            pretrain.main([*options, "--what", what])
     with pytest.raises(UserError, match="--llm-steps must be at least 1"):
-        pretrain_command.main([*options, "--llm-steps", "0"])
+        pretrain.main([*options, "--llm-steps", "0"])
     assert not (tmp_path / "models").exists()
