@@ -10,6 +10,7 @@ import pytest
 import make_corpus
 import make_data
 from mini import corpus, face, sentences, speech
+from mini import plan as planning
 from mini.sentences import Clause, Sentence
 from sdumc.data.kaldi_dir import load_kaldi_dir
 from sdumc.data.media import probe, read_audio, read_frames
@@ -26,7 +27,7 @@ def espeak():
 
 @pytest.fixture(scope="module")
 def plan():
-    return corpus.plan_corpus(corpus.Settings())
+    return planning.plan_corpus(planning.Settings())
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +80,14 @@ def test_sentiment_is_not_a_sum_over_words():
 
 
 def test_sets_share_words_but_neither_speakers_nor_sentences(plan):
-    sets = {name: [c for c in plan if c.speaker.set == name] for name in corpus.SETS}
-    assert [len(sets[name]) for name in corpus.SETS] == [400, 50, 60]
+    sets = {name: [c for c in plan if c.speaker.set == name] for name in planning.SETS}
+    assert [len(sets[name]) for name in planning.SETS] == [400, 50, 60]
     texts = {name: {c.text for c in clips} for name, clips in sets.items()}
     speakers = {name: {c.speaker.name for c in clips} for name, clips in sets.items()}
     for one, other in (("train", "valid"), ("train", "test"), ("valid", "test")):
         assert not texts[one] & texts[other]
         assert not speakers[one] & speakers[other]
-    words = {name: {w for t in texts[name] for w in t.split()} for name in corpus.SETS}
+    words = {name: {w for t in texts[name] for w in t.split()} for name in planning.SETS}
     assert words["valid"] | words["test"] <= words["train"]
     assert len({c.utt for c in plan}) == len(plan)
     assert all(c.utt.startswith(c.speaker.name + "-") for c in plan)
@@ -109,8 +110,8 @@ def test_label_follows_text_voice_and_face_and_needs_all(plan):
 
 
 def test_label_is_clipped_and_in_thirds():
-    assert corpus.label_of(3.0, 1.0, 1.0, 0.0) == 3.0
-    assert corpus.label_of(-1.0, 0.0, 0.5, 0.0) == pytest.approx(-2 / 3)
+    assert planning.label_of(3.0, 1.0, 1.0, 0.0) == 3.0
+    assert planning.label_of(-1.0, 0.0, 0.5, 0.0) == pytest.approx(-2 / 3)
 
 
 def test_expression_is_brief():
@@ -194,11 +195,11 @@ def test_refusals(tmp_path, espeak):
     with pytest.raises(UserError, match="line 2: 2 columns"):
         corpus.read_corpus(tmp_path)
     with pytest.raises(UserError, match="at least one speaker"):
-        corpus.plan_corpus(corpus.Settings(test=2, test_speakers=3))
+        planning.plan_corpus(planning.Settings(test=2, test_speakers=3))
 
 
 def test_nothing_appears_when_it_fails(tmp_path, monkeypatch, espeak):
-    monkeypatch.setattr(corpus, "voice_of", lambda clip: (speech.Voice("xx-nobody", 180, 50, 50), 0.1))
+    monkeypatch.setattr(planning, "voice_of", lambda clip: (speech.Voice("xx-nobody", 180, 50, 50), 0.1))
     with pytest.raises(UserError, match="no voice"):
         make_corpus.main(["--output-dir", str(tmp_path / "corpus"), *SMALL])
     assert not (tmp_path / "corpus").exists()

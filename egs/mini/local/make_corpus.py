@@ -35,9 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         raise UserError("--noise-min and --noise-max: 0 < min <= max < 1 is needed")
     if args.frame_size < 32 or args.frame_size % 2 or args.fps <= 0:
         raise UserError("--frame-size must be an even number from 32 up, --fps above 0")
-    from mini import corpus
+    from mini import corpus, plan
 
-    settings = corpus.Settings(
+    settings = plan.Settings(
         seed=args.seed,
         train=args.num_train,
         valid=args.num_valid,

@@ -19,7 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     args = get_parser().parse_args(argv)
     from pathlib import Path
 
-    from mini.corpus import SETS, read_corpus
+    from mini.corpus import read_corpus
+    from mini.plan import SETS
     from sdumc.data.kaldi_dir import finish_kaldi_dir
     from sdumc.data.tables import write_table
 

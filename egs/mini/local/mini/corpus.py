@@ -1,15 +1,13 @@
-"""The mini corpus: who says what, in which voice and with which face, and the clips that show it.
+"""The mini corpus on disk: ``clips/<speaker>/<utt>.mp4``, ``corpus.tsv`` and ``speakers.json``; writing and reading it.
 
-The label of a clip is a stated function of its text, voice and face, see :func:`label_of`. Everything follows from
-one seed. The plan of the whole corpus is made first; the clips of one speaker are then made in order by one fresh
-process, so that the bytes do not depend on how many processes there are.
+The plan of the whole corpus is made first; the clips of one speaker are then made in order by one fresh process, so
+that the bytes do not depend on how many processes there are.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 import multiprocessing
 import os
 import shutil
@@ -22,174 +20,22 @@ from typing import Any
 
 import numpy as np
 
-from mini import face, sentences, speech
+from mini import face, plan, speech
+from mini.plan import Clip, Settings
 from sdumc.data import media
 from sdumc.errors import UserError
-from sdumc.files import write_json, write_text
+from sdumc.files import read_json, write_json, write_text
 from sdumc.processes import die_with
 
-SETS = ("train", "valid", "test")
 TABLE = "corpus.tsv"
 SPEAKERS = "speakers.json"
 COLUMNS = ("utt", "set", "speaker", "text", "label", "sentiment", "arousal", "expression", "noise", "clip")
-
-# label = TEXT_WEIGHT sentiment + VOICE_WEIGHT arousal + FACE_WEIGHT expression + noise of LABEL_NOISE sd
-TEXT_WEIGHT = 1.0
-VOICE_WEIGHT = 0.6
-FACE_WEIGHT = 0.8
-# Voice and face lean to what is said: per unit of sentiment, beside a uniform part of their own.
-AGREEMENT = 0.12
-OWN_PART = 0.85
-LABEL_NOISE = 0.15
-LABEL_RANGE = (-3.0, 3.0)
-
-# Voices of espeak-ng. Every one speaks in train; valid and test have them at other pitches and rates.
-VARIANTS = ("f1", "f2", "f3", "f4", "f5", "m1", "m2", "m3", "m7", "m8")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Size and difficulty of the corpus; noise levels are standard deviations in full scale."""
-
-    seed: int = 1
-    train: int = 400
-    valid: int = 50
-    test: int = 60
-    train_speakers: int = 20
-    valid_speakers: int = 4
-    test_speakers: int = 5
-    noise_min: float = 0.03
-    noise_max: float = 0.08
-    fps: float = 25.0
-    size: int = 96
-
-    def count(self, name: str) -> tuple[int, int]:
-        """Clips and speakers of a set."""
-        return getattr(self, name), getattr(self, f"{name}_speakers")
-
-
-@dataclass(frozen=True)
-class Speaker:
-    """A voice at rest (espeak-ng variant, pitch 0..100, words per minute) and the looks of a face."""
-
-    name: str
-    set: str
-    variant: str
-    pitch: float
-    rate: float
-    looks: face.Looks
-
-
-@dataclass(frozen=True)
-class Clip:
-    """One utterance and what its label is made of."""
-
-    utt: str
-    speaker: Speaker
-    text: str
-    label: float  # [-3, 3], a multiple of 1/3
-    sentiment: float  # of the text, [-3, 3]
-    arousal: float  # of the voice, [-1, 1]
-    expression: float  # the face's peak, [-1, 1]
-    noise: float  # of the recording, full scale
-    seed: int
-
-
-def label_of(sentiment: float, arousal: float, expression: float, noise: float) -> float:
-    """The label of a clip: a multiple of 1/3 in [-3, 3].
-
-    sentiment + 0.6 arousal + 0.8 expression + noise (normal, sd 0.15), clipped to [-3, 3], rounded to thirds.
-    Sentiment in [-3, 3] is what the words say (:func:`mini.sentences.sentiment`); arousal in [-1, 1] is how
-    high, fast, lively and loud the speaker talks, measured from this speaker's own voice (:func:`voice_of`);
-    expression in [-1, 1] is the peak of a brief movement of the face (:func:`mini.face.expression_track`).
-    Both lean to the sentiment by 0.12 of it, beside a uniform part in [-0.85, 0.85] of their own.
-    """
-    value = TEXT_WEIGHT * sentiment + VOICE_WEIGHT * arousal + FACE_WEIGHT * expression + noise
-    return round(float(np.clip(value, *LABEL_RANGE)) * 3) / 3
-
-
-def plan_corpus(settings: Settings) -> list[Clip]:
-    """Decide everything about every clip; in order of set, then speaker, then utterance.
-
-    No sentence occurs in two sets, and every word that valid and test use occurs in train.
-
-    Raises:
-        UserError: a set has fewer clips than speakers, or no speaker.
-    """
-    rng = np.random.default_rng(settings.seed)
-    taken: set[str] = set()
-    words: set[str] | None = None
-    clips: list[Clip] = []
-    number = 0
-    for name in SETS:
-        count, speaker_count = settings.count(name)
-        if not 1 <= speaker_count <= count:
-            raise UserError(f"the {name} set needs at least one speaker and one clip for each, not {count} clips and "
-                            f"{speaker_count} speakers")  # fmt: skip
-        speakers = []
-        for _ in range(speaker_count):
-            number += 1
-            variant = VARIANTS[3 * number % len(VARIANTS)]
-            speakers.append(_draw_speaker(rng, f"spk{number:02d}", name, variant))
-        drawn = sentences.draw_sentences(rng, count, taken, words)
-        if name == "train":
-            words = {word for sentence in drawn for word in sentence.text.split()}
-        taken |= {sentence.text for sentence in drawn}
-        for i, sentence in enumerate(drawn):
-            clips.append(_draw_clip(rng, settings, speakers[i * speaker_count // count], i, sentence))
-    return clips
-
-
-def _draw_speaker(rng: np.random.Generator, name: str, set_name: str, variant: str) -> Speaker:
-    return Speaker(
-        name=name,
-        set=set_name,
-        variant=variant,
-        pitch=round(float(rng.uniform(38, 58)), 1),
-        rate=round(float(rng.uniform(175, 195)), 1),
-        looks=face.draw_looks(rng),
-    )
-
-
-def _draw_clip(
-    rng: np.random.Generator, settings: Settings, speaker: Speaker, index: int, sentence: sentences.Sentence
-) -> Clip:
-    sentiment = round(sentences.sentiment(sentence), 4)
-    own = rng.uniform(-OWN_PART, OWN_PART, 2)
-    arousal, expression = (round(float(np.clip(AGREEMENT * sentiment + v, -1, 1)), 4) for v in own)
-    return Clip(
-        utt=f"{speaker.name}-{index + 1:04d}",
-        speaker=speaker,
-        text=sentence.text,
-        label=label_of(sentiment, arousal, expression, LABEL_NOISE * float(rng.standard_normal())),
-        sentiment=sentiment,
-        arousal=arousal,
-        expression=expression,
-        noise=round(float(np.exp(rng.uniform(np.log(settings.noise_min), np.log(settings.noise_max)))), 5),
-        seed=int(rng.integers(1, 2**31)),
-    )
-
-
-def voice_of(clip: Clip) -> tuple[speech.Voice, float]:
-    """How the speaker says this clip, and how loud (root mean square, full scale).
-
-    Arousal a moves the speaker's own voice: pitch +22 a and its range +30 a (espeak-ng's scales of 0 to 100), rate
-    +12 a %, loudness +5 a dB.
-    """
-    a, speaker = clip.arousal, clip.speaker
-    voice = speech.Voice(
-        name=f"en-us+{speaker.variant}",
-        rate=round(speaker.rate * (1 + 0.12 * a)),
-        pitch=round(speaker.pitch + 22 * a),
-        range=round(50 + 30 * a),
-    )
-    return voice, 0.09 * 10 ** (5 * a / 20)
 
 
 def render(clip: Clip, synthesiser: speech.Synthesiser, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
     """Make one clip: sound float32 (T,) at 16 kHz, and the face's track (frames, 5)."""
     rng = np.random.default_rng([clip.seed, 1])
-    voice, level = voice_of(clip)
+    voice, level = plan.voice_of(clip)
     spoken = speech.scale(synthesiser.say(clip.text, voice, clip.seed), level)
     lead, tail = rng.uniform(0.08, 0.2, 2)
     spoken = np.pad(spoken, [int(lead * speech.RATE), int(tail * speech.RATE)])
@@ -226,7 +72,7 @@ def _make_speaker(clips: list[Clip], settings: Settings, folder: Path, parent: i
 def _make_speakers(by_speaker: dict[str, list[Clip]], settings: Settings, folder: Path, jobs: int) -> None:
     """A fresh process for each speaker, ``jobs`` at a time: espeak-ng's sound depends on what it said before.
 
-    Plain processes, as those of a pool are started by a thread, whose end would count as their parent's.
+    Not a pool: it starts its processes from a thread, and ``die_with`` would end them with that thread.
     """
     context = multiprocessing.get_context("fork")
     waiting = list(by_speaker.items())
@@ -267,7 +113,7 @@ def make_corpus(settings: Settings, folder: str | Path, jobs: int) -> list[Clip]
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / TABLE).is_file():
         raise UserError(f"{folder} is not empty and holds no {TABLE}: choose another folder for the corpus")
-    clips = plan_corpus(settings)
+    clips = plan.plan_corpus(settings)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -341,7 +187,7 @@ def _rows(content: str, path: Path, folder: Path, set_name: str | None) -> Itera
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    """Lists as tuples again; JSON knows none."""
+    """Lists as tuples, which JSON does not have."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
@@ -352,11 +198,9 @@ def read_looks(folder: str | Path, set_name: str) -> list[face.Looks]:
         UserError: the file is missing or not what :func:`make_corpus` writes.
     """
     path = Path(folder) / SPEAKERS
+    speakers = read_json(path, "make the corpus first")
     try:
-        speakers = json.loads(path.read_text(encoding="utf-8"))
         chosen = [speakers[name]["looks"] for name in sorted(speakers) if speakers[name]["set"] == set_name]
         return [face.Looks(**_tuples(looks)) for looks in chosen]
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}): make the corpus first") from None
-    except (ValueError, KeyError, TypeError):
+    except (AttributeError, KeyError, TypeError):
         raise UserError(f"{path}: not a speaker list of the mini corpus; make the corpus again") from None

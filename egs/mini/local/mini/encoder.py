@@ -42,7 +42,7 @@ class EncoderSettings:
 
 CTC_LETTERS = "|'" + string.ascii_lowercase  # "|" stands between words, as in wav2vec 2.0's vocabularies
 _BANDS = 40
-_KERNELS, _STRIDES = (400, 3, 3), (160, 2, 2)  # 25 ms windows every 10 ms, then twice half as many
+_KERNELS, _STRIDES = (400, 3, 3), (160, 2, 2)  # 25 ms windows every 10 ms, then two layers that halve the rate
 _TARGET_BANDS, _TARGET_FFT = 64, 512
 
 
@@ -55,13 +55,13 @@ def _mel_edges(bands: int) -> np.ndarray:
 def _filterbank(waves: Sequence[np.ndarray]) -> Tensor:
     """Start of the first convolution: (160, 1, 400), 40 mel bands in four phases each.
 
-    From random filters a spectrum would take hours to emerge, cf. Zeghidour et al. 2018, "Learning filterbanks from raw
-    speech". Each band is scaled to the same mean magnitude on ``waves``, so that high ones count too.
+    Learning such filters from random weights would take hours; cf. Zeghidour et al. 2018, "Learning filterbanks from
+    raw speech". Each band is scaled to the same mean magnitude on ``waves``, as high bands have little energy.
     """
     edges = _mel_edges(_BANDS)
     time = (np.arange(_KERNELS[0]) - _KERNELS[0] / 2) / speech.RATE
     centre, width = edges[1:-1, None], (edges[2:] - edges[:-2])[:, None] / 2
-    # A Gaussian window as short as the band's width asks, but one that the kernel holds.
+    # A Gaussian window: the wider the band, the shorter, and never longer than the kernel.
     sigma = np.minimum(0.2 / width, _KERNELS[0] / speech.RATE / 5)
     window = np.exp(-0.5 * (time / sigma) ** 2)
     cosine, sine = window * np.cos(2 * np.pi * centre * time), window * np.sin(2 * np.pi * centre * time)
@@ -76,7 +76,7 @@ def _filterbank(waves: Sequence[np.ndarray]) -> Tensor:
 
 
 class _LogMel:
-    """Log mel spectrum, each band with mean 0 and variance 1 over the clips given at first."""
+    """Log mel spectrum, each band with mean 0 and variance 1 over the clips given to the constructor."""
 
     def __init__(self, waves: Sequence[np.ndarray]):
         edges = _mel_edges(_TARGET_BANDS) / speech.RATE * _TARGET_FFT
@@ -102,10 +102,10 @@ class _LogMel:
 def _train_front(
     model: nn.Module, waves: list[np.ndarray], settings: EncoderSettings, rng: np.random.Generator
 ) -> None:
-    """Teach the convolutions to show the log mel spectrum: each output frame predicts two moments of it linearly.
+    """Train the convolutions on the log mel spectrum: each output frame predicts two frames of it linearly.
 
-    A few seconds of this spare CTC the search for a front end, and keep pitch and loudness in the features, which CTC
-    alone has no use for.
+    This takes some seconds and saves CTC many steps. It also keeps pitch and loudness in the features, which CTC alone
+    would not learn.
     """
     mel = _LogMel(waves)
     hop = math.prod(_STRIDES)

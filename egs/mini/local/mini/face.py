@@ -64,11 +64,11 @@ def expression_track(rng: np.random.Generator, peak: float, speech: np.ndarray, 
     """How an expression moves through a clip: (frames, 5), columns as in :data:`PARAMETERS`.
 
     ``peak`` in [-1, 1] is reached once, by a short expression (0.8 to 1.4 s) somewhere in the clip, on top of a resting
-    face and a slow drift that say nothing. Its mean over the clip is therefore a poor guide to it.
+    face and a slow drift that are independent of it. The mean over the clip therefore predicts it poorly.
 
     Args:
-        rng: source of the moments and of everything that says nothing.
-        peak: how glad (+1) or upset (-1) the face looks at the most.
+        rng: source of everything but the peak.
+        peak: how glad (+1) or upset (-1) the face looks at its peak.
         speech: (frames,) loudness from 0 to 1, which opens the mouth.
         fps: frames per second.
     """

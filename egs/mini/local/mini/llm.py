@@ -61,15 +61,15 @@ CHAT = f"USER: {PROMPT}\n ASSISTANT:"
 def build_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     """A byte-fallback BPE like Llama's, learned from ``texts`` and the chat prompt.
 
-    Every word of ``texts`` is one token; other words fall apart into letters and other characters into bytes, so that
-    any text can be encoded. Text is lower-cased. ``<unk>``, ``<s>``, ``</s>`` and ``<pad>`` are 0, 1, 2 and 3.
+    Every word of ``texts`` is one token; other words become letters and other characters bytes, so that any text can be
+    encoded. Text is lower-cased. ``<unk>``, ``<s>``, ``</s>`` and ``<pad>`` are 0, 1, 2 and 3.
     """
     special = ["<unk>", "<s>", "</s>", "<pad>"]
     bytes_ = [f"<0x{i:02X}>" for i in range(256)]
 
     def arrange(tokenizer: Tokenizer) -> Tokenizer:
         tokenizer.normalizer = normalizers.Lowercase()
-        # Marks stand alone: words are the same tokens after "ASSISTANT:" as anywhere else.
+        # Punctuation is split off, so that words are the same tokens after "ASSISTANT:" as anywhere else.
         marks = pre_tokenizers.Split(Regex(r"[^\w\s']|\n"), "isolated")
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [marks, pre_tokenizers.Metaspace("▁", prepend_scheme="always")]

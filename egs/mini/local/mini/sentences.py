@@ -41,8 +41,8 @@ NOUNS = (
     "journey",
     "concert",
 )
-# How good each word says a thing is; 0 = says nothing about it. So few that each occurs some dozens of times in train:
-# unlike a large model's, the hidden states of the small LLM know nothing of synonyms.
+# Sentiment of each adjective; 0 is neutral. They are few, so that each occurs some dozens of times in train: the hidden
+# states of the small LLM do not relate synonyms as a large model's do.
 ADJECTIVES = {
     "terrible": -2.2,
     "bad": -1.5,
@@ -118,7 +118,7 @@ def vocabulary() -> list[str]:
 def _draw_clause(rng: np.random.Generator, noun: str) -> Clause:
     degrees = list(DEGREES)
     degree = degrees[rng.choice(len(degrees), p=[DEGREES[d][1] for d in degrees])]
-    # Degree words are said of what can be graded: nothing is very typical.
+    # A neutral adjective takes no degree word.
     neutral = not degree and rng.random() < 0.2
     pool = [adjective for adjective, value in ADJECTIVES.items() if (value == 0) == neutral]
     return Clause(noun, degree, pool[rng.integers(len(pool))])
@@ -133,7 +133,7 @@ def draw_sentence(rng: np.random.Generator) -> Sentence:
         return Sentence(opener, (_draw_clause(rng, first),), "", closer)
     opener = opener if rng.random() < 0.3 else ""
     clauses = (_draw_clause(rng, first), _draw_clause(rng, second))
-    # As people do: "and" where both say the same kind of thing, "but" where they do not; now and then the other.
+    # Mostly "and" between clauses of the same sign and "but" between opposite ones; 15% are the other way round.
     opposed = clauses[0].value * clauses[1].value < 0
     joint = "but" if opposed == (rng.random() < 0.85) else "and"
     return Sentence(opener, clauses, joint, "")
