@@ -140,6 +140,21 @@ def cores() -> int:
     return count
 
 
+def free_port(number: int, address: str = "") -> int:
+    """A port on which ranks can meet, below those that the system gives to outgoing connections.
+
+    Args:
+        number: where the search begins, such as a job's number: two jobs on a machine then try different ports.
+        address: of this machine; empty: all its addresses.
+    """
+    ports = [20000 + (number + 97 * i) % 12000 for i in range(100)]
+    for port in ports:
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind((address, port))
+            return port
+    return ports[0]  # the ranks will say what is wrong with it
+
+
 # ---- one job --------------------------------------------------------------------------------------------------------
 
 

@@ -12,25 +12,14 @@ writes to this command's own streams. It differs from torchrun in what a recipe 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import jobs
-
-
-def free_port() -> int:
-    """A port that nothing listens on, below those that the system gives to outgoing connections."""
-    for port in random.sample(range(20000, 32000), 100):
-        with socket.socket() as s, contextlib.suppress(OSError):
-            s.bind(("127.0.0.1", port))
-            return port
-    raise jobs.UsageError("found no free port between 20000 and 32000 for the ranks to meet at")
 
 
 def start(command: list[str], rank: int, size: int, port: int) -> subprocess.Popen:
@@ -60,7 +49,7 @@ def start(command: list[str], rank: int, size: int, port: int) -> subprocess.Pop
 def run(command: list[str], size: int) -> int:
     """Run the ranks to their end; returns the exit code for the shell."""
     jobs.watch_signals()
-    port = free_port()
+    port = jobs.free_port(random.randrange(1 << 20), "127.0.0.1")
     running: dict[int, subprocess.Popen] = {}
     for rank in range(size):
         try:

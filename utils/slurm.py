@@ -20,7 +20,6 @@ share.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pty
@@ -84,7 +83,7 @@ def run_task(spec_file: str) -> int:
         env.setdefault("SRUN_CPUS_PER_TASK", env["SLURM_CPUS_PER_TASK"])
     # Where srun's ranks meet: on this node, which is the first of the task's, and thus rank 0's.
     env.setdefault("MASTER_ADDR", socket.gethostname())
-    env.setdefault("MASTER_PORT", str(meeting_port(int(env.get("SLURM_JOB_ID", 0)))))
+    env.setdefault("MASTER_PORT", str(jobs.free_port(int(env.get("SLURM_JOB_ID", 0)))))
     log = spec.log_of(index)
     again = int(env.get("SLURM_RESTART_COUNT", 0)) > 0  # a requeued task adds to its log
     before = log.stat().st_size if again and log.exists() else 0
@@ -112,16 +111,6 @@ def run_task(spec_file: str) -> int:
             saved = code == jobs.EXIT_REQUEUE or (code in KILLED and warned)
             queued = code != 0 and back_in_queue(saved)
             return jobs.finish_job(job, status, usage, note=jobs.REQUEUED if queued else "", code=of_ranks)
-
-
-def meeting_port(job: int) -> int:
-    """A free port of this node, another one for each job, below those that the system gives to outgoing connections."""
-    for i in range(100):
-        port = 20000 + (job + 97 * i) % 12000
-        with socket.socket() as s, contextlib.suppress(OSError):
-            s.bind(("", port))
-            return port
-    return 20000 + job % 12000
 
 
 def code_of_ranks(log: Path, before: int) -> int | None:

@@ -2,30 +2,35 @@
 """Check Kaldi data directories and print every problem found; the exit code is 1 when there is any.
 
 Each directory needs wav.scp and utt2spk; video.scp, text, utt2label, segments, spk2utt and utt2dur are checked when
-they are there. Media files are opened too: missing, empty and cut short ones are found here and not hours later.
+they are there. Media files are opened too: missing, empty and truncated ones are found here and not hours later.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from sdumc.cli import Parser, run
+from sdumc.errors import EXIT_USER_ERROR, UserError
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+
+def get_parser() -> Parser:
+    parser = Parser(__doc__ or "")
+    group = parser.add_argument_group("what is checked")
+    group.add_argument("data_dir", nargs="+", help="such as data/train")
+    group.add_argument("--no-media", action="store_true", help="do not open the media files")
+    group.add_argument(
+        "--label-range", nargs=2, type=float, default=(-3.0, 3.0), metavar=("LOW", "HIGH"), help="labels allowed"
     )
-    parser.add_argument("data_dir", nargs="+", help="such as data/train")
-    parser.add_argument("--no-media", action="store_true", help="do not open the media files")
-    parser.add_argument(
-        "--label-range", nargs=2, type=float, default=(-3.0, 3.0), metavar=("LOW", "HIGH"), help="labels allowed (-3 3)"
-    )
-    args = parser.parse_args()
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = get_parser().parse_args(argv)
     from sdumc.data.kaldi_dir import load_kaldi_dir, validate_kaldi_dir
-    from sdumc.errors import UserError
 
     label_range = (args.label_range[0], args.label_range[1])
     failed = False
@@ -33,7 +38,7 @@ def main() -> int:
         problems: list[object] = []
         try:
             problems += validate_kaldi_dir(path, check_media=not args.no_media, label_range=label_range)
-        except UserError as e:  # nothing there that can be read
+        except UserError as e:  # the directory or one of its tables cannot be read
             problems.append(e)
         for problem in problems:
             print(f"error: {problem}", file=sys.stderr)
@@ -43,8 +48,8 @@ def main() -> int:
         else:
             data = load_kaldi_dir(path, label_range)
             print(f"{path}: valid, {len(data.utterances)} utterances of {len(set(data.utt2spk.values()))} speakers")
-    return 1 if failed else 0
+    return EXIT_USER_ERROR if failed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

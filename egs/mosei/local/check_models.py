@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from sdumc.errors import UserError
+from sdumc.cli import Parser, run
+from sdumc.errors import EXIT_USER_ERROR, UserError
 from sdumc.pretrained.folders import model_folder, read_model_config, whole_weights
 
 # Beside configuration and weights, by what the model is for: one file of each group.
@@ -31,10 +32,11 @@ def describe(name: str, role: str) -> str:
     return f"{folder}: {kind}, {size / 2**30:.2f} GiB of weights"
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(__doc__ or "")
+    group = parser.add_argument_group("models")
     for role in NEEDED:
-        parser.add_argument(f"--{role}", metavar="DIR", help="folder of the model")
+        group.add_argument(f"--{role}", metavar="DIR", help="folder of the model")
     args = vars(parser.parse_args(argv))
     wrong = 0
     for role in NEEDED:
@@ -44,8 +46,8 @@ def main(argv: list[str] | None = None) -> int:
             except UserError as e:
                 print(f"error: --{role} {e} (tools/fetch_models.sh fetches the models)", file=sys.stderr)
                 wrong += 1
-    return 1 if wrong else 0
+    return EXIT_USER_ERROR if wrong else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)
