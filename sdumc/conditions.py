@@ -22,8 +22,12 @@ MODALITIES = ("audio", "text", "video")
 TEXTS = {"text": "real text", "text_sim": "simulated text", "text_asr": "ASR text"}
 FEATURES = ("audio", *TEXTS, "video")  # of a dump folder
 
-# Jobs over a set that write transcripts, and the file of data/<set>/ that these become.
-TRANSCRIPTS = {"asr_hyp": "text_asr", "text_sim": "text_sim"}
+# Shards of the recogniser's transcripts. `text_asr` names what comes of them: the words in data/<set>/, and in the dump
+# the features made of these words. `asr` is the condition that reads those features, and the recogniser's own role.
+ASR_SHARDS = "asr_hyp"
+
+# Shards with transcripts in them, and the file of data/<set>/ that these become.
+TRANSCRIPTS = {ASR_SHARDS: "text_asr", "text_sim": "text_sim"}
 
 # What became of a transcript that a model wrote; sdumc.extraction.quality tells them apart.
 TEXT_STATUSES = ("ok", "empty", "refusal", "repeat", "limit")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sdumc.cli import Parser, run, setup_logging
-from sdumc.extraction.jobs import add_job_options
+from sdumc.extraction.options import add_job_options
 
 
 def get_parser() -> Parser:
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup_logging(args.verbose)
     from sdumc.device import pick_device
     from sdumc.extraction.audio import extract_audio
-    from sdumc.extraction.jobs import data_hash, durations, load_job, make_batches, open_shard
+    from sdumc.extraction.job import data_hash, load_job, open_shard, sound_batches
     from sdumc.pretrained.folders import DTYPES, fingerprint
     from sdumc.pretrained.speech_encoder import SpeechEncoder
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "dtype": args.dtype,
         "data_hash": data_hash(data),
     }
-    batches = make_batches(durations(data, utterances), args.batch_size, args.batch_seconds)
+    batches = sound_batches(args, data, utterances)
     with open_shard(args, settings, utterances) as writer:
         extract_audio(data, batches, encoder, writer, args.bad_media)
 

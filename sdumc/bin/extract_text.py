@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sdumc.cli import Parser, run, setup_logging
-from sdumc.extraction.jobs import add_job_options
-from sdumc.extraction.options import add_reader_options, add_state_options
+from sdumc.extraction.options import add_job_options, add_reader_options, add_state_options
 
 
 def get_parser() -> Parser:
@@ -38,9 +37,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from pathlib import Path
 
     from sdumc.data.tables import read_table
-    from sdumc.extraction.jobs import data_hash, durations, load_job, make_batches, open_shard
-    from sdumc.extraction.options import load_llm, load_reader
-    from sdumc.extraction.text import extract_text
+    from sdumc.extraction.batches import make_batches
+    from sdumc.extraction.job import data_hash, load_job, load_llm, load_reader, open_shard, sound_batches
+    from sdumc.extraction.text import TextEncoder, extract_text
 
     data, utterances = load_job(args)
     text_file = Path(args.text) if args.text else Path(args.data_dir) / "text"
@@ -53,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         llm = reader.llm
     else:
         llm, settings = load_llm(args)
+    encoder = TextEncoder(llm, args.context, args.first_state == "keep", reader)
     settings = {
         "extractor": "text",
         **settings,
@@ -60,15 +60,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "text_case": args.text_case,
         "data_hash": data_hash(data, text_file),
     }
-    if args.context == "audio+prompt":
-        lengths = durations(data, utterances)
+    if encoder.reads_sound:
+        batches = sound_batches(args, data, utterances)
     else:
-        lengths = {u: float(len(texts.get(u, ""))) / 15 for u in utterances}  # as long as it takes to say them
-    batches = make_batches(lengths, args.batch_size, args.batch_seconds)
+        spoken = {u: float(len(texts.get(u, ""))) / 15 for u in utterances}  # as long as it takes to say them
+        batches = make_batches(spoken, args.batch_size, args.batch_seconds)
     with open_shard(args, settings, utterances) as writer:
-        extract_text(
-            data, texts, batches, llm, writer, args.context, args.first_state == "keep", reader, args.bad_media
-        )
+        extract_text(data, texts, batches, encoder, writer, args.bad_media)
 
 
 if __name__ == "__main__":

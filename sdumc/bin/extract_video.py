@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sdumc.cli import Parser, run, setup_logging
-from sdumc.extraction.jobs import add_job_options
+from sdumc.extraction.options import add_job_options
 
 
 def get_parser() -> Parser:
@@ -37,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from sdumc.device import pick_device
     from sdumc.errors import UserError
     from sdumc.extraction.faces import FaceDetector
-    from sdumc.extraction.jobs import data_hash, load_job, open_shard
-    from sdumc.extraction.video import extract_video
+    from sdumc.extraction.job import data_hash, load_job, open_shard
+    from sdumc.extraction.video import PictureReader, extract_video
     from sdumc.pretrained.folders import DTYPES, fingerprint
     from sdumc.pretrained.vision import VisionExtractor
 
@@ -61,18 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "data_hash": data_hash(data),
     }
     detector = FaceDetector() if args.detector == "opencv" else None
+    reader = PictureReader(args.fps, detector, args.face_margin, args.min_face)
     with open_shard(args, settings, utterances) as writer:
-        extract_video(
-            data,
-            utterances,
-            extractor,
-            writer,
-            args.fps,
-            detector,
-            args.face_margin,
-            args.min_face,
-            args.bad_media,
-        )
+        extract_video(data, utterances, extractor, reader, writer, args.bad_media)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sdumc.cli import Parser, at_least, run, setup_logging
-from sdumc.extraction.jobs import add_job_options
+from sdumc.conditions import ASR_SHARDS
+from sdumc.extraction.options import add_job_options
 
 
 def get_parser() -> Parser:
@@ -13,7 +14,7 @@ def get_parser() -> Parser:
         "Transcribe a shard of a data directory with a CTC model (greedy) or Whisper (greedy, 30 s windows), chosen by "
         "the folder's config.json;\n`sdumc.bin.finish_dump --name asr_hyp` then writes DATA_DIR/text_asr."
     )
-    add_job_options(parser, "asr_hyp")
+    add_job_options(parser, ASR_SHARDS, matrices=False)
     group = parser.add_argument_group("model")
     group.add_argument("--model", required=True, metavar="DIR", help="recogniser: a transformers folder")
     group.add_argument("--language", default="en", help="of the speech, for multilingual Whisper")
@@ -27,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     setup_logging(args.verbose)
     from sdumc.device import pick_device
-    from sdumc.extraction.jobs import data_hash, durations, load_job, make_batches, open_shard
-    from sdumc.extraction.transcripts import recognise_shard
+    from sdumc.extraction.job import data_hash, load_job, open_shard, sound_batches
+    from sdumc.extraction.transcripts import extract_transcripts
     from sdumc.pretrained.folders import DTYPES, fingerprint
     from sdumc.pretrained.recogniser import load_recogniser
 
@@ -46,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "dtype": args.dtype,
         "data_hash": data_hash(data),
     }
-    batches = make_batches(durations(data, utterances), args.batch_size, args.batch_seconds)
+    batches = sound_batches(args, data, utterances)
     with open_shard(args, settings, utterances) as writer:
-        recognise_shard(data, batches, recogniser, writer, args.bad_media)
+        extract_transcripts(data, batches, recogniser, writer, args.bad_media)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdumc.cli import Parser, run, setup_logging
-from sdumc.extraction.jobs import add_job_options
-from sdumc.extraction.options import add_reader_options, add_state_options
+from sdumc.extraction.options import add_job_options, add_reader_options, add_state_options
 
 
 def get_parser() -> Parser:
@@ -39,9 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup_logging(args.verbose)
     from sdumc.data.tables import read_table
     from sdumc.errors import UserError
-    from sdumc.extraction.jobs import data_hash, durations, load_job, make_batches, open_shard
-    from sdumc.extraction.options import load_reader
-    from sdumc.extraction.simulation import Search, simulate_shard
+    from sdumc.extraction.job import data_hash, load_job, load_reader, open_shard, sound_batches
+    from sdumc.extraction.simulation import Search, extract_simulated_text
 
     if args.beam < 1 or args.max_new_tokens < 1:
         raise UserError("--beam and --max-new-tokens must be at least 1")
@@ -59,9 +57,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "data_hash": data_hash(data, asr_file),
     }
     search = Search(args.beam, args.max_new_tokens, args.length_penalty)
-    batches = make_batches(durations(data, utterances), args.batch_size, args.batch_seconds)
+    batches = sound_batches(args, data, utterances)
     with open_shard(args, settings, utterances) as writer:
-        simulate_shard(data, batches, reader, writer, asr_texts, search, args.first_state == "keep", args.bad_media)
+        extract_simulated_text(
+            data, batches, reader, writer, asr_texts, search, args.first_state == "keep", args.bad_media
+        )
 
 
 if __name__ == "__main__":

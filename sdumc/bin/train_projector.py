@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sdumc.cli import Parser, run, setup_logging
-from sdumc.extraction.jobs import add_compute_options
-from sdumc.extraction.options import add_prompt_option
+from sdumc.extraction.options import add_compute_options, add_prompt_option
 
 
 def get_parser() -> Parser:
@@ -58,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from sdumc.data.kaldi_dir import load_kaldi_dir
     from sdumc.device import pick_device
     from sdumc.errors import UserError
-    from sdumc.extraction.jobs import data_hash
+    from sdumc.extraction.job import data_hash
     from sdumc.pretrained.folders import DTYPES, fingerprint
     from sdumc.pretrained.llm import SpeechLLM
     from sdumc.pretrained.prompts import prompt_text

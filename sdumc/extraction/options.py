@@ -1,13 +1,49 @@
-"""Options of the commands that run the speech LLM, so that real and simulated text cannot drift apart."""
+"""Options that several commands of stages 2 and 3 share, each written once. Quick to import: no torch."""
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 from sdumc.cli import Parser
-from sdumc.errors import UserError
-from sdumc.pretrained.prompts import prompt_text
+from sdumc.device import add_device_option
+
+
+def add_job_options(parser: Parser, name: str, matrices: bool = True) -> None:
+    """Options of a command that writes one shard of a feature, called ``name`` unless the user says otherwise.
+
+    Without ``matrices``, a shard holds transcripts only.
+    """
+    group = parser.add_argument_group("data and job")
+    group.add_argument("--data-dir", required=True, metavar="DIR", help="Kaldi data directory, e.g. data/train")
+    group.add_argument("--dump-dir", required=True, metavar="DIR", help="where the shard goes, e.g. dump/train")
+    group.add_argument("--name", default=name, help="name of the feature; `finish_dump --name` takes it too")
+    group.add_argument("--shard", default="1/1", metavar="JOB/JOBS", help="which part of the utterances, from 1")
+    group.add_argument(
+        "--bad-media",
+        choices=("stop", "absent"),
+        default="stop",
+        help="a media file that cannot be read stops the job, or counts as an absent modality (listed)",
+    )
+    if matrices:
+        group.add_argument(
+            "--compress",
+            choices=("no", "two-byte", "one-byte"),
+            default="no",
+            help="store values as Kaldi's compressed matrices: half or a quarter of the space, rounded values",
+        )
+    add_compute_options(parser)
+    group = parser.add_argument_group("batches")
+    group.add_argument("--batch-size", type=int, default=16, metavar="N", help="most utterances in a batch")
+    group.add_argument(
+        "--batch-seconds", type=float, default=400.0, metavar="S", help="most seconds of sound in a batch, padded"
+    )
+
+
+def add_compute_options(parser: Parser) -> None:
+    """``--device`` and ``--dtype``."""
+    group = parser.add_argument_group("computing")
+    add_device_option(group)
+    group.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="number format of the models")
 
 
 def add_prompt_option(group: Any) -> None:
@@ -52,53 +88,3 @@ def add_reader_options(group: Any, required: bool) -> None:
         help=f"folder of train_projector, its safetensors, or the released torch file{note}",
     )
     group.add_argument("--encoder-layer", type=int, default=-1, help="encoder layer that the projector reads")
-
-
-def load_reader(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """Encoder, projector and LLM of the command line, and what of them belongs into a feature's settings.
-
-    Raises:
-        UserError: a folder is incomplete, parts do not fit, or the projector was trained with another prompt.
-    """
-    from sdumc.device import pick_device
-    from sdumc.extraction.simulation import SpeechReader, check_projector_prompt
-    from sdumc.pretrained.folders import DTYPES, fingerprint
-    from sdumc.pretrained.projector import projector_file
-    from sdumc.pretrained.speech_encoder import SpeechEncoder
-
-    if not args.encoder or not args.projector:
-        raise UserError("this needs --encoder and --projector (or, for extract_text, another --context)")
-    llm, settings = load_llm(args)
-    projector = projector_file(args.projector)
-    check_projector_prompt(str(projector), llm.prompt)
-    encoder = SpeechEncoder(args.encoder, DTYPES[args.dtype], pick_device(args.device), args.encoder_layer)
-    settings |= {
-        "encoder": args.encoder,
-        "encoder_hash": fingerprint(encoder.folder),
-        "encoder_layer": args.encoder_layer,
-        "projector": args.projector,
-        "projector_hash": fingerprint(projector),
-    }
-    reader = SpeechReader.load(encoder, str(projector), llm)
-    if llm.scale_depends_on_version or reader.embedding_scale != 1:
-        settings["embedding_scale"] = reader.embedding_scale
-    return reader, settings
-
-
-def load_llm(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """The LLM of the command line, and what of it belongs into a feature's settings."""
-    from sdumc.device import pick_device
-    from sdumc.pretrained.folders import DTYPES, fingerprint
-    from sdumc.pretrained.llm import SpeechLLM
-
-    prompt = prompt_text(args.prompt)
-    llm = SpeechLLM(args.llm, DTYPES[args.dtype], pick_device(args.device), prompt, args.layers)
-    return llm, {
-        "model": args.llm,
-        "model_hash": fingerprint(llm.folder),
-        "layers": args.layers,
-        "first_state": args.first_state,
-        "prompt": prompt,
-        "frame_rate": None,  # one frame per token
-        "dtype": args.dtype,
-    }

@@ -1,67 +1,20 @@
-"""Text from sound alone: transcripts by the speech LLM with their hidden states, and what to do when it fails."""
+"""Simulated text: transcripts by the speech LLM from sound alone, with their states, and what to do when it fails."""
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from sdumc.data.ark import ShardWriter
 from sdumc.data.kaldi_dir import KaldiDir
-from sdumc.errors import UserError
-from sdumc.extraction.jobs import Progress, ahead, read_waves
-from sdumc.files import read_yaml
+from sdumc.extraction.finishing import BAD_MEDIA
+from sdumc.extraction.loop import Output, extract_shard, read_wave
 from sdumc.pretrained.llm import SpeechLLM, Transcript
-from sdumc.pretrained.memory import halving
-from sdumc.pretrained.projector import Projector, load_projector, project
 from sdumc.pretrained.quality import judge, normalise
-from sdumc.pretrained.speech_encoder import SpeechEncoder
-
-log = logging.getLogger("sdumc")
-
-
-@dataclass
-class SpeechReader:
-    """Encoder, projector and LLM together; ``contexts`` turns sound into what stands before the answer.
-
-    ``embedding_scale`` is what projected sound is multiplied by on its way into the LLM's first layer.
-    """
-
-    encoder: SpeechEncoder
-    projector: Projector
-    llm: SpeechLLM
-    embedding_scale: float | None = 1.0
-
-    @classmethod
-    def load(
-        cls, encoder: SpeechEncoder, projector_path: str, llm: SpeechLLM, embedding_scale: float | None = None
-    ) -> SpeechReader:
-        """Load a projector between a loaded encoder and LLM.
-
-        Args:
-            embedding_scale: what the LLM multiplied projected sound by when the projector was trained; None: as the
-                ``config.yaml`` beside the projector says.
-
-        Raises:
-            UserError: the projector does not fit encoder or LLM.
-        """
-        projector = load_projector(projector_path, encoder.dim, llm.dim)
-        if embedding_scale is None:
-            embedding_scale = trained_scale(projector_path, llm)
-        if embedding_scale != llm.embedding_scale:
-            rescale(projector, projector_path, embedding_scale, llm)
-        return cls(encoder, projector.to(llm.device, llm.dtype), llm, embedding_scale)
-
-    def contexts(self, waves: Sequence[np.ndarray]) -> list[Tensor]:
-        """Clips (T_i,) -> input embeddings (P_i, D): projected sound, BOS, prompt."""
-        return self.llm.contexts(project(self.projector, self.encoder(waves)))
+from sdumc.pretrained.speech_reader import SpeechReader, without_first
 
 
 @dataclass(frozen=True)
@@ -86,11 +39,6 @@ class Simulated:
     raw: str
     status: str
     fallback: str
-
-
-def without_first(states: Tensor, keep_first: bool) -> Tensor:
-    """Drop the state before the first token (prompt's end, or BOS) unless it is kept or the only one."""
-    return states if keep_first or len(states) == 1 else states[1:]
 
 
 def simulate(
@@ -135,7 +83,7 @@ def _kept(llm: SpeechLLM, written: Transcript, status: str, kept: int, keep_firs
     return Simulated(states, llm.decode(written.tokens[:kept]), written.text, status, "cut")
 
 
-def simulate_shard(
+def extract_simulated_text(
     data: KaldiDir,
     batches: Sequence[list[str]],
     reader: SpeechReader,
@@ -145,82 +93,22 @@ def simulate_shard(
     keep_first: bool = False,
     bad_media: str = "stop",
 ) -> None:
-    """Simulate every utterance in ``batches`` that ``writer`` does not have yet; commit each batch.
+    """Simulate the text of the utterances in ``batches``: :func:`sdumc.extraction.loop.extract_shard`.
 
-    Raises:
-        UserError: a media file cannot be read, or one clip alone does not fit into the GPU's memory.
+    Args:
+        asr_texts: transcripts that take the place of refusals and empty answers.
     """
-    todo = [b for b in ([u for u in batch if u not in writer.done] for batch in batches) if b]
-    progress = Progress(sum(map(len, batches)), len(writer.done))
-    for batch, (waves, reasons) in ahead(todo, lambda b: read_waves(data, b, bad_media)):
 
-        def work(part: Sequence[str], waves=waves) -> list[Simulated]:
-            return simulate(reader, [waves[u] for u in part], [asr_texts.get(u) for u in part], search, keep_first)
+    def compute(items: Sequence[tuple[str, np.ndarray]]) -> list[Output]:
+        replacements = [asr_texts.get(utt) for utt, _ in items]
+        results = simulate(reader, [wave for _, wave in items], replacements, search, keep_first)
+        return [Output(r.states.cpu().numpy(), notes=_notes(r.text, r.raw, r.status, r.fallback)) for r in results]
 
-        utts = [u for u in batch if u in waves]
-        results = dict(zip(utts, halving(utts, work) if utts else [], strict=True))
-        for utt in batch:
-            if utt in reasons:
-                told = {"hyp": "", "raw": "", "status": "empty", "fallback": "absent", "bad_media": reasons[utt]}
-                writer.absent(utt, reasons[utt], **told)
-                continue
-            r = results[utt]
-            writer.write(utt, r.states.cpu().numpy(), hyp=r.text, raw=r.raw, status=r.status, fallback=r.fallback)
-        writer.commit()
-        progress.step(len(batch))
+    def unheard(reason: str) -> Output:
+        return Output(absent=reason, notes={**_notes("", "", "empty", "absent"), BAD_MEDIA: reason})
+
+    extract_shard(batches, writer, lambda utt: read_wave(data, utt), compute, bad_media, unheard)
 
 
-def _projector_config(projector_path: str) -> tuple[Path, dict[str, Any]]:
-    """Path and content of the ``config.yaml`` that :mod:`sdumc.bin.train_projector` wrote; empty if there is none."""
-    folder = Path(projector_path)
-    config = (folder if folder.is_dir() else folder.parent) / "config.yaml"
-    return config, read_yaml(config) if config.is_file() else {}
-
-
-def check_projector_prompt(projector_path: str, prompt: str) -> None:
-    """Raise a :class:`UserError` when a projector that was trained here saw another prompt than is used now."""
-    config, content = _projector_config(projector_path)
-    trained = content.get("prompt")
-    if isinstance(trained, str) and trained != prompt:
-        raise UserError(
-            f"{config}: the projector was trained with the prompt {trained!r}, not {prompt!r}; use the same --prompt"
-        )
-
-
-def trained_scale(projector_path: str, llm: SpeechLLM) -> float | None:
-    """What the LLM multiplied a projector's output by in training, from the projector's ``config.yaml``.
-
-    A projector that does not say so is taken to fit the LLM as it is; where another version of transformers scales
-    otherwise, the log says so.
-    """
-    config, content = _projector_config(projector_path)
-    if "embedding_scale" in content:
-        return content["embedding_scale"]
-    if llm.scale_depends_on_version:
-        log.warning(
-            "%s does not say by what the LLM scaled its input embeddings in training (here %s). Transformers 4 and 5 "
-            "differ in that for this LLM: if transcripts are bad, train the projector again",
-            config if content else projector_path,
-            llm.embedding_scale,
-        )
-    return llm.embedding_scale
-
-
-def rescale(projector: Projector, projector_path: str, trained: float | None, llm: SpeechLLM) -> None:
-    """Correct a projector trained where the LLM scaled input embeddings by ``trained`` for what it does here.
-
-    Raises:
-        UserError: one of the two is no scaling, so that no factor makes up for the difference.
-    """
-    now = llm.embedding_scale
-    if not isinstance(trained, (int, float)) or not now or not math.isfinite(trained) or trained <= 0:
-        raise UserError(
-            f"{projector_path}: trained where {llm.folder} scaled its input embeddings by {trained}, here by {now}; "
-            "use the version of transformers that its config.yaml names, or train it again"
-        )
-    if math.isclose(trained, now, rel_tol=0.01):  # number formats round the factor
-        return
-    log.info("%s: trained with input embeddings scaled by %g, here by %g; corrected", projector_path, trained, now)
-    with torch.no_grad():
-        for parameter in projector.linear2.parameters():
-            parameter.mul_(trained / now)
+def _notes(text: str, raw: str, status: str, fallback: str) -> dict[str, str]:
+    return {"hyp": text, "raw": raw, "status": status, "fallback": fallback}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -10,83 +12,86 @@ from torch import Tensor
 from sdumc.data.ark import ShardWriter
 from sdumc.data.kaldi_dir import KaldiDir
 from sdumc.errors import UserError
-from sdumc.extraction.jobs import Progress, ahead, read_waves
-from sdumc.extraction.simulation import SpeechReader, without_first
+from sdumc.extraction.finishing import BAD_MEDIA
+from sdumc.extraction.loop import Output, extract_shard, read_wave
 from sdumc.pretrained.llm import SpeechLLM
-from sdumc.pretrained.memory import halving
+from sdumc.pretrained.speech_reader import SpeechReader, without_first
 
 
-def encode_texts(
-    llm: SpeechLLM,
-    texts: Sequence[str],
-    context: str,
-    keep_first: bool = False,
-    reader: SpeechReader | None = None,
-    waves: Sequence[np.ndarray] | None = None,
-) -> list[Tensor]:
-    """Hidden states (N_i, D) float32 at the tokens of ``texts``.
+@dataclass(frozen=True)
+class TextEncoder:
+    """Hidden states of an LLM at the tokens of given texts.
 
-    Args:
-        context: ``audio+prompt`` puts the projected sound and the chat prompt before the text, just as the simulated
-            text has them; ``prompt`` the prompt alone; ``none`` only BOS (as the released real-text features).
-        keep_first: also keep the state before the first token (the prompt's end, or BOS).
-        reader, waves: needed for ``audio+prompt``.
+    ``context`` is what stands before a text: ``audio+prompt`` the projected sound and the chat prompt, as in simulated
+    text (this needs ``reader``); ``prompt`` the prompt alone; ``none`` only BOS, as in the released features of real
+    text. ``keep_first`` also keeps the state before the first token (the prompt's end, or BOS).
     """
-    if context == "audio+prompt":
-        assert reader is not None and waves is not None
-        contexts = reader.contexts(waves)
-        answers = [llm.answer_ids(t) for t in texts]
-    elif context == "prompt":
-        contexts, answers = llm.contexts([None] * len(texts)), [llm.answer_ids(t) for t in texts]
-    else:
-        contexts, answers = llm.contexts([None] * len(texts), chat=False), [llm.plain_ids(t) for t in texts]
-    return [without_first(s, keep_first) for s in llm.encode(contexts, answers)]
+
+    llm: SpeechLLM
+    context: str
+    keep_first: bool = False
+    reader: SpeechReader | None = None
+
+    @property
+    def reads_sound(self) -> bool:
+        """Whether sound stands before the text."""
+        return self.context == "audio+prompt"
+
+    def __call__(self, texts: Sequence[str], waves: Sequence[np.ndarray | None]) -> list[Tensor]:
+        """Texts, and the sound (T_i,) of each at 16 kHz or None -> states (N_i, D) float32.
+
+        A text whose sound is None has the prompt alone before it, where others have sound and prompt.
+        """
+        states: dict[int, Tensor] = {}
+        heard = [i for i, wave in enumerate(waves) if self.reads_sound and wave is not None]
+        silent = [i for i in range(len(texts)) if i not in heard]
+        if silent:
+            chat = self.context != "none"
+            contexts = self.llm.contexts([None] * len(silent), chat=chat)
+            ids = [self.llm.answer_ids(texts[i]) if chat else self.llm.plain_ids(texts[i]) for i in silent]
+            states.update(zip(silent, self.llm.encode(contexts, ids), strict=True))
+        if heard:
+            assert self.reader is not None
+            contexts = self.reader.contexts([wave for wave in waves if wave is not None])
+            ids = [self.llm.answer_ids(texts[i]) for i in heard]
+            states.update(zip(heard, self.llm.encode(contexts, ids), strict=True))
+        return [without_first(states[i], self.keep_first) for i in range(len(texts))]
+
+
+@dataclass(frozen=True)
+class _Unreadable:
+    """In place of sound that could not be read."""
+
+    reason: str
 
 
 def extract_text(
     data: KaldiDir,
     texts: Mapping[str, str],
     batches: Sequence[list[str]],
-    llm: SpeechLLM,
+    encoder: TextEncoder,
     writer: ShardWriter,
-    context: str = "audio+prompt",
-    keep_first: bool = False,
-    reader: SpeechReader | None = None,
     bad_media: str = "stop",
 ) -> None:
-    """Write the states of every utterance in ``batches`` that ``writer`` does not have yet; commit each batch.
+    """Write the states of the utterances in ``batches``: :func:`sdumc.extraction.loop.extract_shard`.
 
     An empty text (a recogniser that heard nothing) gives one frame, the state before the first token. Sound that
     cannot be read, with ``bad_media`` "absent", is left out of the context.
 
     Raises:
-        UserError: a text or media file is missing.
+        UserError: a text is absent, and as there.
     """
     for utt in (u for b in batches for u in b):
         if utt not in texts:
             raise UserError(f"{data.path}: utterance {utt!r} has no text to encode")
-    todo = [b for b in ([u for u in batch if u not in writer.done] for batch in batches) if b]
-    progress = Progress(sum(map(len, batches)), len(writer.done))
 
-    def read(batch: list[str]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        return read_waves(data, batch, bad_media) if context == "audio+prompt" else ({}, {})
+    def read(utt: str) -> np.ndarray | None:
+        return read_wave(data, utt) if encoder.reads_sound else None
 
-    for batch, (waves, reasons) in ahead(todo, read):
+    def compute(items: Sequence[tuple[str, Any]]) -> list[Output]:
+        waves = [None if isinstance(x, _Unreadable) else x for _, x in items]
+        states = encoder([texts[utt] for utt, _ in items], waves)
+        notes = [{BAD_MEDIA: x.reason} if isinstance(x, _Unreadable) else {} for _, x in items]
+        return [Output(s.cpu().numpy(), notes=n) for s, n in zip(states, notes, strict=True)]
 
-        def work(part: Sequence[str], waves=waves, reasons=reasons) -> list[Tensor]:
-            silent = [u for u in part if u in reasons]
-            heard = [u for u in part if u not in reasons]
-            found: dict[str, Tensor] = {}
-            if silent:
-                states = encode_texts(llm, [texts[u] for u in silent], "prompt", keep_first)
-                found.update(zip(silent, states, strict=True))
-            if heard:
-                sound = [waves[u] for u in heard] if context == "audio+prompt" else None
-                states = encode_texts(llm, [texts[u] for u in heard], context, keep_first, reader, sound)
-                found.update(zip(heard, states, strict=True))
-            return [found[u] for u in part]
-
-        for utt, states in zip(batch, halving(batch, work), strict=True):
-            writer.write(utt, states.cpu().numpy(), **({"bad_media": reasons[utt]} if utt in reasons else {}))
-        writer.commit()
-        progress.step(len(batch))
+    extract_shard(batches, writer, read, compute, bad_media, _Unreadable)

@@ -1,42 +1,41 @@
-"""Transcripts of a recogniser, for the `asr` condition and in place of the LLM's failures."""
+"""ASR transcripts: what a recogniser hears, without features.
+
+They become ``data/<set>/text_asr``: the words of the condition ``asr``. They also replace the LLM's failures in
+simulated text.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import itemgetter
+
+import numpy as np
 
 from sdumc.data.ark import ShardWriter
 from sdumc.data.kaldi_dir import KaldiDir
-from sdumc.extraction.jobs import Progress, ahead, read_waves
-from sdumc.pretrained.memory import halving
+from sdumc.extraction.finishing import BAD_MEDIA
+from sdumc.extraction.loop import Output, extract_shard, read_wave
 from sdumc.pretrained.quality import judge
 from sdumc.pretrained.recogniser import CtcRecogniser, WhisperRecogniser
 
 
-def recognise_shard(
+def extract_transcripts(
     data: KaldiDir,
     batches: Sequence[list[str]],
     recogniser: CtcRecogniser | WhisperRecogniser,
     writer: ShardWriter,
     bad_media: str = "stop",
 ) -> None:
-    """Note the transcript of every utterance in ``batches`` that ``writer`` does not have yet; commit each batch.
+    """Note the transcripts of the utterances in ``batches``: :func:`sdumc.extraction.loop.extract_shard`."""
 
-    Raises:
-        UserError: a media file cannot be read, or one clip alone does not fit into the GPU's memory.
-    """
-    todo = [b for b in ([u for u in batch if u not in writer.done] for batch in batches) if b]
-    progress = Progress(sum(map(len, batches)), len(writer.done))
-    for batch, (waves, reasons) in ahead(todo, lambda b: read_waves(data, b, bad_media)):
-        utts = [u for u in batch if u in waves]
-        items = [(u, waves[u]) for u in utts]
-        texts = halving(items, lambda part: recogniser([w for _, w in part]), itemgetter(0)) if items else []
-        found = dict(zip(utts, texts, strict=True))
-        for utt in batch:
-            if utt in reasons:
-                writer.note(utt, hyp="", status="empty", fallback="absent", bad_media=reasons[utt])
-            else:
-                status, _ = judge(found[utt], found[utt].split())
-                writer.note(utt, hyp=found[utt], status="empty" if status == "empty" else "ok")
-        writer.commit()
-        progress.step(len(batch))
+    def compute(items: Sequence[tuple[str, np.ndarray]]) -> list[Output]:
+        return [_transcript(text) for text in recogniser([wave for _, wave in items])]
+
+    def unheard(reason: str) -> Output:
+        return Output(notes={"hyp": "", "status": "empty", "fallback": "absent", BAD_MEDIA: reason})
+
+    extract_shard(batches, writer, lambda utt: read_wave(data, utt), compute, bad_media, unheard)
+
+
+def _transcript(text: str) -> Output:
+    status, _ = judge(text, text.split())
+    return Output(notes={"hyp": text, "status": "empty" if status == "empty" else "ok"})

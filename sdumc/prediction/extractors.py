@@ -11,16 +11,17 @@ import torch
 
 from sdumc.data.kaldi_dir import MediaSpan
 from sdumc.extraction.faces import FaceDetector
-from sdumc.extraction.simulation import Search, Simulated, SpeechReader, simulate
-from sdumc.extraction.text import encode_texts
-from sdumc.extraction.video import cut_pictures, locate_face
+from sdumc.extraction.simulation import Search, Simulated, simulate
+from sdumc.extraction.text import TextEncoder
+from sdumc.extraction.video import PictureReader
 from sdumc.prediction.record import ModelUse, Record, find_model
 from sdumc.pretrained.folders import DTYPES
 from sdumc.pretrained.llm import SpeechLLM
-from sdumc.pretrained.memory import halving
+from sdumc.pretrained.memory import halve_when_out_of_memory
 from sdumc.pretrained.projector import projector_file
 from sdumc.pretrained.recogniser import load_recogniser
 from sdumc.pretrained.speech_encoder import SpeechEncoder
+from sdumc.pretrained.speech_reader import SpeechReader
 from sdumc.pretrained.vision import VisionExtractor
 
 
@@ -78,7 +79,7 @@ class Extractors:
             s["layers"][0],
             bool(s["normalise"]),
         )
-        return [x.float().cpu() for x in halving(list(waves), encoder, _seconds)]
+        return [x.float().cpu() for x in halve_when_out_of_memory(list(waves), encoder, _seconds)]
 
     # ---- words
 
@@ -104,11 +105,11 @@ class Extractors:
         def work(pairs: Sequence[tuple[np.ndarray, str | None]]) -> list[Simulated]:
             return simulate(reader, [w for w, _ in pairs], [t for _, t in pairs], search, keep)
 
-        results = halving([(w, None) for w in waves], work, lambda pair: _seconds(pair[0]))
+        results = halve_when_out_of_memory([(w, None) for w in waves], work, lambda pair: _seconds(pair[0]))
         failed = [i for i, r in enumerate(results) if r.fallback == "prompt"]
         if failed and "asr" in s:
             texts = self._recognise(s["asr"], [waves[i] for i in failed])
-            again = halving(
+            again = halve_when_out_of_memory(
                 [(waves[i], t) for i, t in zip(failed, texts, strict=True)], work, lambda pair: _seconds(pair[0])
             )
             for i, result in zip(failed, again, strict=True):
@@ -124,28 +125,17 @@ class Extractors:
             s.get("language", "en"),
             s.get("max_new_tokens", 200),
         )
-        return halving(waves, recogniser, _seconds)
+        return halve_when_out_of_memory(waves, recogniser, _seconds)
 
     def real_text(self, texts: Sequence[str], waves: Sequence[np.ndarray | None]) -> list[torch.Tensor]:
         """Given words -> hidden states (N_i, D) float32 on the CPU. Where there is no sound (None), none stands before
         the words."""
         s = self.record.features["text"]
         texts = [t.lower() if s.get("text_case") == "lower" else t for t in texts]
-        keep, context = s["first_state"] == "keep", s["context"]
-        reader = self._reader(s) if context == "audio+prompt" else None
+        reader = self._reader(s) if s["context"] == "audio+prompt" else None
         llm = reader.llm if reader is not None else self._llm(s)
-        found: list[torch.Tensor | None] = [None] * len(texts)
-        heard = [i for i, w in enumerate(waves) if w is not None and context == "audio+prompt"]
-        for part, used in (
-            (heard, context),
-            ([i for i in range(len(texts)) if i not in heard], _without_sound(context)),
-        ):
-            if part:
-                sound = [w for i in part if (w := waves[i]) is not None] if used == "audio+prompt" else None
-                states = encode_texts(llm, [texts[i] for i in part], used, keep, reader, sound)
-                for i, x in zip(part, states, strict=True):
-                    found[i] = x.float().cpu()
-        return [x for x in found if x is not None]
+        encoder = TextEncoder(llm, s["context"], s["first_state"] == "keep", reader)
+        return [x.float().cpu() for x in encoder(texts, waves)]
 
     # ---- pictures
 
@@ -157,16 +147,13 @@ class Extractors:
         """
         s = self.record.features["video"]
         detector = self._once(FaceDetector) if s["detector"] == "opencv" else None
-        boxes, reason, _ = locate_face(span, s["frame_rate"], detector, s["min_face"])
-        if reason:
-            return None, reason
+        reader = PictureReader(s["frame_rate"], detector, s["face_margin"], s["min_face"])
+        found = reader.locate(span)
+        if found.absent:
+            return None, found.absent
         folder = str(self._place(s, "model", "vision"))
         vision = self._once(VisionExtractor, folder, self._dtype(s), self.device, s["pooling"])
-        return torch.from_numpy(vision(cut_pictures(span, s["frame_rate"], boxes, s["face_margin"]))), ""
-
-
-def _without_sound(context: str) -> str:
-    return "prompt" if context == "audio+prompt" else context
+        return torch.from_numpy(vision(reader.pictures(span, found.boxes))), ""
 
 
 def _seconds(wave: np.ndarray) -> str:

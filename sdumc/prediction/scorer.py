@@ -19,7 +19,7 @@ from sdumc.data.kaldi_dir import MediaSpan
 from sdumc.data.media import MediaInfo, probe, read_audio
 from sdumc.device import pick_device
 from sdumc.errors import UserError
-from sdumc.extraction.jobs import make_batches
+from sdumc.extraction.batches import make_batches
 from sdumc.model.network import SDUMC
 from sdumc.prediction.activity import RATE, cut_speech, even_pieces, is_silent
 from sdumc.prediction.extractors import Extractors

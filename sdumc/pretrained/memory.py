@@ -15,7 +15,9 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def halving(items: Sequence[T], work: Callable[[Sequence[T]], list[R]], name: Callable[[T], str] = str) -> list[R]:
+def halve_when_out_of_memory(
+    items: Sequence[T], work: Callable[[Sequence[T]], list[R]], name: Callable[[T], str] = str
+) -> list[R]:
     """``work(items)``; when memory runs out on the GPU, the two halves one after another, and so on.
 
     Raises:
@@ -35,4 +37,4 @@ def halving(items: Sequence[T], work: Callable[[Sequence[T]], list[R]], name: Ca
         )
     half = (len(items) + 1) // 2
     log.warning("out of GPU memory with %d utterances; going on with batches of %d", len(items), half)
-    return halving(items[:half], work, name) + halving(items[half:], work, name)
+    return halve_when_out_of_memory(items[:half], work, name) + halve_when_out_of_memory(items[half:], work, name)

@@ -11,7 +11,7 @@ import torch
 
 from sdumc.errors import UserError
 from sdumc.pretrained.folders import load_model, model_folder, read_model_config
-from sdumc.pretrained.memory import halving
+from sdumc.pretrained.memory import halve_when_out_of_memory
 
 
 class VisionExtractor:
@@ -66,7 +66,7 @@ class VisionExtractor:
         """RGB uint8 pictures (H, W, 3) -> float32 (N, D); pictures are taken from the iterator batch by batch."""
         pictures, parts = iter(pictures), []
         while chunk := list(islice(pictures, self.batch)):
-            parts += halving(chunk, self._vectors, lambda p: f"a picture of {p.shape[1]}x{p.shape[0]}")
+            parts += halve_when_out_of_memory(chunk, self._vectors, lambda p: f"a picture of {p.shape[1]}x{p.shape[0]}")
         return np.stack(parts) if parts else np.zeros((0, self.dim), np.float32)
 
     @torch.no_grad()

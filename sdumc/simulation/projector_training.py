@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from sdumc.data.kaldi_dir import KaldiDir
 from sdumc.errors import UserError
-from sdumc.extraction.jobs import ahead, make_batches, read_waves
+from sdumc.extraction.batches import make_batches
+from sdumc.extraction.loop import read_ahead, read_wave
 from sdumc.files import atomic_write, write_text
 from sdumc.pretrained.llm import SpeechLLM
-from sdumc.pretrained.memory import halving
+from sdumc.pretrained.memory import halve_when_out_of_memory
 from sdumc.pretrained.projector import FILE_NAME, Projector, project, save_projector
 from sdumc.pretrained.quality import word_error_rate
 from sdumc.pretrained.speech_encoder import SpeechEncoder
@@ -78,8 +79,8 @@ class Corpus:
         """
         seconds = {u: self.data.utt2dur.get(u, 0.0) for u in utterances}
         batches = make_batches(seconds, 16, 200.0)
-        for batch, (waves, _) in ahead(batches, lambda b: read_waves(self.data, b, "stop")):
-            for utt, frames in zip(batch, self.encoder([waves[u] for u in batch]), strict=True):
+        for batch, waves in read_ahead(batches, lambda b: [read_wave(self.data, u) for u in b]):
+            for utt, frames in zip(batch, self.encoder(waves), strict=True):
                 size = frames.numel() * frames.element_size()
                 if size > self.room:
                     log.info("%s: %d of %d clips kept in memory", self.data.path, len(self._kept), len(seconds))
@@ -89,7 +90,7 @@ class Corpus:
 
     def read(self, batch: Sequence[str]) -> dict[str, np.ndarray]:
         """The sound of those utterances whose frames are not kept (called in a thread ahead of time)."""
-        return read_waves(self.data, [u for u in batch if u not in self._kept], "stop")[0]
+        return {u: read_wave(self.data, u) for u in batch if u not in self._kept}
 
     def frames(self, batch: Sequence[str], waves: Mapping[str, np.ndarray]) -> list[Tensor]:
         """Encoder frames (T_i, D) of a batch."""
@@ -159,7 +160,7 @@ def validate(
     """Loss per token on ``utterances`` and word error rate (beam 4) on ``wer_on``."""
     total, tokens, hypotheses = 0.0, 0, {}
     seconds = {u: corpus.data.utt2dur.get(u, 0.0) for u in utterances}
-    for batch, waves in ahead(make_batches(seconds, 16, 400.0), corpus.read):
+    for batch, waves in read_ahead(make_batches(seconds, 16, 400.0), corpus.read):
 
         def work(part: Sequence[str], waves=waves) -> list[tuple[float, int]]:
             contexts = llm.contexts(project(projector, corpus.frames(part, waves)))
@@ -170,7 +171,7 @@ def validate(
                 hypotheses.update({part[i]: w.text for i, w in zip(chosen, written, strict=True)})
             return [(float(loss), count)]
 
-        for loss, count in halving(batch, work):
+        for loss, count in halve_when_out_of_memory(batch, work):
             total, tokens = total + loss, tokens + count
     wer = word_error_rate(corpus.texts, hypotheses)["wer"] if hypotheses else None
     return {"loss": total / max(tokens, 1), "wer": wer, "utterances": len(utterances)}
@@ -258,7 +259,7 @@ def _train(
         settings.steps,
     )
     begin, shown, tokens, running, parts = time.monotonic(), time.monotonic(), 0, 0.0, 1
-    for step, (batch, waves) in enumerate(ahead(list(_schedule(utterances, settings, start)), train.read), start):
+    for step, (batch, waves) in enumerate(read_ahead(list(_schedule(utterances, settings, start)), train.read), start):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, settings)
         count = sum(map(len, _answers(llm, train.texts, batch)))

@@ -11,7 +11,6 @@ import torch
 from helpers import tiny_models
 
 from sdumc.errors import UserError
-from sdumc.extraction.simulation import SpeechReader
 from sdumc.pretrained import states
 from sdumc.pretrained.cache import call_with_cache
 from sdumc.pretrained.folders import load_tokenizer, model_folder, weight_files, whole_weights
@@ -19,6 +18,7 @@ from sdumc.pretrained.llm import SpeechLLM
 from sdumc.pretrained.projector import Projector, load_projector, project, save_projector
 from sdumc.pretrained.recogniser import load_recogniser
 from sdumc.pretrained.speech_encoder import SpeechEncoder, normalise
+from sdumc.pretrained.speech_reader import SpeechReader
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -16,10 +16,12 @@ from sdumc.bin import extract_audio, extract_text, extract_video, finish_dump, r
 from sdumc.data.ark import ShardWriter, load_matrix
 from sdumc.data.dump import load_dump
 from sdumc.errors import UserError
-from sdumc.extraction import jobs
-from sdumc.extraction.simulation import Search, SpeechReader, simulate
+from sdumc.extraction import loop
+from sdumc.extraction.batches import make_batches
+from sdumc.extraction.simulation import Search, simulate
 from sdumc.pretrained import memory
 from sdumc.pretrained.projector import Projector, save_projector
+from sdumc.pretrained.speech_reader import SpeechReader
 from sdumc.versions import installed_versions
 
 
@@ -157,10 +159,10 @@ def test_killed_job_goes_on_to_identical_files(work, tmp_path, monkeypatch, name
     monkeypatch.setattr(ShardWriter, "commit", commit)
     assert any(n.endswith(".journal") for n in contents(killed))
     seen = []
-    original = jobs.read_waves
+    original = loop.read_wave
     for module in ("simulation", "audio", "transcripts", "text"):
         monkeypatch.setattr(
-            f"sdumc.extraction.{module}.read_waves", lambda d, b, m: seen.extend(b) or original(d, b, m)
+            f"sdumc.extraction.{module}.read_wave", lambda data, utt: seen.append(utt) or original(data, utt)
         )
     command.main(arguments(killed))
     assert len(seen) == 3  # only what was not committed
@@ -222,7 +224,7 @@ def test_out_of_memory_halves_the_batch(caplog):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return [i * 2 for i in items]
 
-    assert memory.halving(list(range(10)), work_) == [2 * i for i in range(10)]
+    assert memory.halve_when_out_of_memory(list(range(10)), work_) == [2 * i for i in range(10)]
     assert sizes == [10, 5, 3, 2, 5, 3, 2]
     assert "batches of 5" in caplog.text
 
@@ -230,7 +232,7 @@ def test_out_of_memory_halves_the_batch(caplog):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     with pytest.raises(UserError, match="'u1' alone does not fit"):
-        memory.halving(["u1"], never)
+        memory.halve_when_out_of_memory(["u1"], never)
 
 
 @pytest.mark.parametrize("name", ["audio", "recognize", "simulate", "text", "video"])
@@ -280,9 +282,9 @@ def test_every_command_goes_on_when_the_gpu_s_memory_is_too_small(work, tmp_path
 
 def test_batches_are_fixed_and_bounded():
     seconds = {f"u{i}": float(i % 7 + 1) for i in range(40)}
-    batches = jobs.make_batches(seconds, 8, 20)
+    batches = make_batches(seconds, 8, 20)
     assert sorted(u for b in batches for u in b) == sorted(seconds)
-    assert batches == jobs.make_batches(dict(reversed(seconds.items())), 8, 20)
+    assert batches == make_batches(dict(reversed(seconds.items())), 8, 20)
     for batch in batches:
         assert len(batch) <= 8
         assert len(batch) == 1 or len(batch) * max(seconds[u] for u in batch) <= 20

@@ -1,0 +1,140 @@
+"""The one loop over a shard: read ahead, compute in batches, write, commit, report.
+
+What is read and what is computed differs: :mod:`.audio`, :mod:`.text`, :mod:`.video`, :mod:`.simulation`,
+:mod:`.transcripts`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from operator import itemgetter
+from typing import Any, TypeVar
+
+import numpy as np
+
+from sdumc.data.ark import ShardWriter
+from sdumc.data.kaldi_dir import KaldiDir
+from sdumc.data.media import read_audio
+from sdumc.errors import UserError
+from sdumc.extraction.finishing import BAD_MEDIA
+from sdumc.pretrained.memory import halve_when_out_of_memory
+
+log = logging.getLogger("sdumc")
+R = TypeVar("R")
+
+
+@dataclass
+class Output:
+    """What is written for an utterance: its feature, or the reason for its absence, or, with neither, notes alone.
+
+    ``feature`` is (T, D).
+    """
+
+    feature: np.ndarray | None = None
+    absent: str | None = None
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def write(self, utt: str, writer: ShardWriter) -> None:
+        """Add it to a shard."""
+        if self.feature is not None:
+            writer.write(utt, self.feature, **self.notes)
+        elif self.absent is not None:
+            writer.absent(utt, self.absent, **self.notes)
+        else:
+            writer.note(utt, **self.notes)
+
+
+def absent_for_bad_media(reason: str) -> Output:
+    """The feature of an utterance whose media cannot be read: absent."""
+    return Output(absent=reason, notes={BAD_MEDIA: reason})
+
+
+def extract_shard(
+    batches: Sequence[list[str]],
+    writer: ShardWriter,
+    read: Callable[[str], Any],
+    compute: Callable[[Sequence[tuple[str, Any]]], list[Output]],
+    bad_media: str = "stop",
+    instead: Callable[[str], Any] = absent_for_bad_media,
+) -> None:
+    """Extract a feature for the utterances in ``batches`` that ``writer`` does not have yet; commit each batch.
+
+    Args:
+        read: what ``compute`` needs of an utterance; called in a thread while the batch before is computed. It may
+            also be the :class:`Output` already, which then goes past ``compute``.
+        compute: the outputs of a batch of utterances, each with what was read. When the GPU's memory does not suffice,
+            it is called again with the halves of the batch.
+        bad_media: whether media that cannot be read (a UserError of ``read``) "stop" the job or count as "absent".
+        instead: what stands for them then: given the reason, the same as ``read``.
+
+    Raises:
+        UserError: media cannot be read; a feature is not finite (fp16 overflows in some models); one utterance alone
+            does not fit into the GPU's memory.
+    """
+
+    def read_batch(batch: list[str]) -> list[tuple[str, Any]]:
+        items = []
+        for utt in batch:
+            try:
+                items.append((utt, read(utt)))
+            except UserError as e:
+                items.append((utt, instead(reason_if_allowed(utt, e, bad_media))))
+        return items
+
+    todo = [b for b in ([u for u in batch if u not in writer.done] for batch in batches) if b]
+    progress = Progress(sum(map(len, batches)), len(writer.done))
+    for batch, items in read_ahead(todo, read_batch):
+        outputs = {utt: x for utt, x in items if isinstance(x, Output)}
+        rest = [(utt, x) for utt, x in items if not isinstance(x, Output)]
+        if rest:
+            computed = halve_when_out_of_memory(rest, compute, itemgetter(0))
+            outputs.update(zip(map(itemgetter(0), rest), computed, strict=True))
+        for utt in batch:
+            outputs[utt].write(utt, writer)
+        writer.commit()
+        progress.step(len(batch))
+
+
+def reason_if_allowed(utt: str, error: UserError, bad_media: str) -> str:
+    """Why an utterance's media count as absent, after saying so in the log; raises if they must "stop" the job."""
+    if bad_media != "absent":
+        raise UserError(f"{error} (or go on without it: --bad-media absent)") from None
+    log.warning("%s: taken as absent: %s", utt, error)
+    return str(error)
+
+
+def read_ahead(batches: Sequence[list[str]], read: Callable[[list[str]], R]) -> Iterator[tuple[list[str], R]]:
+    """``(batch, read(batch))`` one after another; the next one is read in a thread meanwhile."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        future = None
+        for i, batch in enumerate(batches):
+            current = future or pool.submit(read, batch)
+            future = pool.submit(read, batches[i + 1]) if i + 1 < len(batches) else None
+            yield batch, current.result()
+
+
+def read_wave(data: KaldiDir, utt: str) -> np.ndarray:
+    """Sound (T,) of an utterance at 16 kHz; :class:`UserError` if it cannot be read."""
+    return read_audio(data.audio_source(utt))
+
+
+class Progress:
+    """A line in the log now and then: how many utterances are done, and how fast."""
+
+    def __init__(self, total: int, done: int = 0, every: float = 30.0):
+        self.total, self.done, self.every = total, done, every
+        self.begin = self.last = time.monotonic()
+        self.start = done
+
+    def step(self, count: int) -> None:
+        """``count`` more utterances are done."""
+        self.done += count
+        now = time.monotonic()
+        if now - self.last >= self.every or self.done >= self.total:
+            self.last = now
+            rate = (self.done - self.start) / max(now - self.begin, 1e-9)
+            log.info("%d of %d utterances, %.2f a second", self.done, self.total, rate)
