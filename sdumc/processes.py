@@ -1,4 +1,4 @@
-"""Processes that must not outlive the one that started them."""
+"""Signals that end a process: noted until its state is saved, and the kernel's, when its parent ends."""
 
 from __future__ import annotations
 
@@ -23,3 +23,16 @@ def die_with(parent: int | None = None) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent is not None and os.getppid() != parent:
         os._exit(128 + signal.SIGKILL)
+
+
+class StopSignal:
+    """Notes that one of the given signals came, for a loop to act on between two steps."""
+
+    def __init__(self, *signals: int):
+        self.raised = False
+        for number in signals:
+            signal.signal(number, self._raise)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)  # utils/ranks.py holds SIGUSR1 back until now
+
+    def _raise(self, number: int, frame) -> None:
+        self.raised = True

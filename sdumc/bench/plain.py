@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sdumc.conditions import MODALITIES
+from sdumc.model.config import ModelConfig
 from sdumc.model.layers import Imagination, mlp
-from sdumc.model.network import ModelConfig
 
 
 class PlainPooling(nn.Module):

@@ -10,8 +10,10 @@ from sdumc.bench.measure import goal, interleaved, median, peak_memory, ratio, s
 from sdumc.bench.plain import PlainSDUMC, plain_objective
 from sdumc.conditions import COMPLETE, MISSING
 from sdumc.device import pick_device
-from sdumc.losses.objective import ObjectiveWeights, sdumc_objective
-from sdumc.model.network import SDUMC, ModelConfig
+from sdumc.losses.objective import sdumc_objective
+from sdumc.losses.weights import ObjectiveWeights
+from sdumc.model.config import ModelConfig
+from sdumc.model.network import SDUMC
 
 BATCH = 96
 RELEASED = ModelConfig(audio_dim=1024, text_dim=4096, video_dim=1024)

@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sdumc.losses.contrast import rank_n_contrast
-
-
-@dataclass(frozen=True)
-class ObjectiveWeights:
-    """The factor of each term; 0 leaves a term out. The defaults are the released system's."""
-
-    mse_complete: float = 0.5
-    mse_missing: float = 0.5
-    distil_query: float = 0.1
-    distil_content: float = 0.7
-    similarity: float = 0.13
-    contrast: float = 0.5
-    temperature: float = 2.0
+from sdumc.losses.weights import ObjectiveWeights
 
 
 def mean_squared_error(prediction: Tensor, label: Tensor) -> Tensor:

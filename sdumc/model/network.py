@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sdumc.conditions import COMPLETE, FUSED_QUERIES, MISSING, MODALITIES, QUERIES, TEXT_OF_FLOW, modality
+from sdumc.model.config import ModelConfig
 from sdumc.model.layers import (
     AttentivePooling,
     CrossAttention,
@@ -30,36 +31,8 @@ from sdumc.model.layers import (
 _TEXT_QUERY = QUERIES.index("text")
 # 1 where the fused query of the row sums over the modality of the column.
 _FUSIONS = [[float(m in summed) for m in MODALITIES] for summed in FUSED_QUERIES.values()]
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Everything that fixes the shape and the arithmetic of the network.
-
-    ``audio_dim``, ``text_dim``, ``video_dim``: features per frame; 0 where the corpus has no such modality at all.
-    ``scale``: the factor s on attention scores. ``imagination``: where MIA acts: ``both`` places, only on the pooled
-    ``utterance`` vectors, only on the attended ``content``, or ``none``. ``fusion``: ``umca``, or ``concat`` for the
-    ablation that feeds the pooled vectors straight to a perceptron. ``mask_padding``: False reproduces the released
-    network, whose attention also spreads over padded frames.
-    """
-
-    audio_dim: int
-    text_dim: int
-    video_dim: int
-    dim: int = 256
-    content_dim: int = 128
-    dropout: float = 0.3
-    attention_dropout: float = 0.5
-    scale: float = 0.3
-    imagination: str = "both"
-    fusion: str = "umca"
-    mask_padding: bool = True
-
-    def __post_init__(self) -> None:
-        if self.imagination not in ("both", "utterance", "content", "none"):
-            raise ValueError(f"imagination must be both, utterance, content or none, not {self.imagination!r}")
-        if self.fusion not in ("umca", "concat"):
-            raise ValueError(f"fusion must be umca or concat, not {self.fusion!r}")
+CONTRAST_DIM = 64  # width of the projection that Rank-N-Contrast reads
+_LOSS_INPUTS = ("prediction", "utterance", "contrast", "text_query", "text_content")
 
 
 @dataclass
@@ -68,7 +41,7 @@ class FlowOutput:
 
     prediction: Tensor  # (B,) sentiment, unclipped
     utterance: Tensor  # (B, e) r, the vector the prediction is read from
-    contrast: Tensor  # (B, 64) projection of r, for Rank-N-Contrast only
+    contrast: Tensor  # (B, CONTRAST_DIM) projection of r, for Rank-N-Contrast only
     text_feature: Tensor  # (B, d) z_t after imagination
     modality_weights: Tensor  # (B, 3) w, raw
     text_query: Tensor | None = None  # (B, d) the text query q_t
@@ -78,8 +51,20 @@ class FlowOutput:
 
     def loss_inputs(self) -> dict[str, Tensor]:
         """The tensors that the objective reads, by name."""
-        names = ("prediction", "utterance", "contrast", "text_query", "text_content")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        return {name: value for name in _LOSS_INPUTS if (value := getattr(self, name)) is not None}
+
+
+def empty_loss_inputs(config: ModelConfig, device: torch.device) -> dict[str, Tensor]:
+    """:meth:`FlowOutput.loss_inputs` of no utterance at all: the same names and shapes, with B = 0."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "prediction": (0,),
+        "utterance": (0, config.content_dim),
+        "contrast": (0, CONTRAST_DIM),
+    }
+    if config.fusion == "umca":
+        shapes["text_query"] = (0, config.dim)
+        shapes["text_content"] = (0, len(QUERIES), config.content_dim)
+    return {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
 
 
 class SDUMC(nn.Module):
@@ -110,7 +95,9 @@ class SDUMC(nn.Module):
         else:
             self.concat_mlp = mlp(3 * c.dim, (c.dim, c.content_dim), c.dropout)
         self.output = nn.Linear(c.content_dim, 1)
-        self.contrast_head = nn.Sequential(nn.Linear(c.content_dim, 64), nn.ReLU(), nn.Linear(64, 64))
+        self.contrast_head = nn.Sequential(
+            nn.Linear(c.content_dim, CONTRAST_DIM), nn.ReLU(), nn.Linear(CONTRAST_DIM, CONTRAST_DIM)
+        )
         self.register_buffer("fusions", torch.tensor(_FUSIONS, dtype=torch.float32), persistent=False)
         self._initialise()
 

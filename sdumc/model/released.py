@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sdumc.errors import UserError
-from sdumc.model.network import ModelConfig
+from sdumc.model.config import ModelConfig
 
 PREFIX = "model."
 # In the released file but in no computation of the released forward.

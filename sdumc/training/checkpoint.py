@@ -1,10 +1,10 @@
-"""What survives a kill: the resumable checkpoint, the best models, their average."""
+"""What survives a kill: the checkpoint to go on from, the weights of the best epochs, and their average."""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import pickle
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,79 +60,92 @@ def load_into(model: nn.Module, path: Path) -> None:
     model.load_state_dict(state)
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint atomically: until it is whole on disk the previous one stays.
+def save_checkpoint(path: Path, state: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Write a run's state and the settings that made it, atomically: the previous file stays until this one is whole.
 
     Raises:
         UserError: the disk is full or not writable; the previous checkpoint is untouched.
     """
     content = io.BytesIO()
-    torch.save(state, content)  # not to the file: when a write fails, torch's own writer reports something else
+    # In memory first: when a write to a file fails, torch's own writer hides the reason.
+    torch.save({**state, "settings": dict(settings)}, content)
     with atomic_write(path, "wb") as f:
         f.write(content.getbuffer())
 
 
-def load_checkpoint(path: Path) -> dict[str, Any] | None:
+def load_checkpoint(
+    path: Path, settings: Mapping[str, Any], may_change: Collection[str] = (), elsewhere: str = "another folder"
+) -> dict[str, Any] | None:
     """Read a checkpoint (weights-only: tensors and plain values), or None where there is none.
 
+    Args:
+        settings: those of the run that wants to go on from it.
+        may_change: names of settings that do not change the result.
+        elsewhere: how the user gets another folder; it completes "give ...".
+
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is damaged or of another version, or was made with other settings, which are named.
     """
     if not path.exists():
         return None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError) as e:
         why = str(e).partition(". ")[0]  # torch goes on for a paragraph
         raise UserError(f"{path}: damaged checkpoint ({why}); remove it to train from the start") from None
+    old = state.pop("settings", {})
+    if old.keys() != settings.keys():
+        names = ", ".join(sorted(old.keys() ^ settings.keys())) if old else "all"
+        raise UserError(
+            f"{path}: a checkpoint of another version of this program, whose settings differ in name: {names}. Go on "
+            "with that version, or remove the file to train from the start"
+        )
+    if changed := differences(old, settings, may_change):
+        raise UserError(
+            f"{path.parent}: its checkpoint was made with other settings: {'; '.join(changed)}. Go on with the old "
+            f"ones, or give {elsewhere}, or remove the folder"
+        )
+    return state
 
 
-def settings_hash(settings: dict[str, Any]) -> str:
-    """A short stable name for a set of plain settings."""
-    return hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:16]
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], may_change: Collection[str] = ()) -> list[str]:
+    """`name: old -> new` of each setting that differs, unless it is among ``may_change``."""
+    return [f"{k}: {old[k]} -> {new[k]}" for k in sorted(new) if k not in may_change and old[k] != new[k]]
 
 
-class BestModels:
-    """The n best epochs' weights on disk, the best of them under its own name, and in the end their average.
+# ------------------------------------------------------------------------------------------- weights of the best epochs
+# Which epochs are kept is part of the checkpoint. Every other file is made from the epochs' own, so that whatever a
+# kill between two writes leaves behind is mended by the next call of `keep_best`.
 
-    Which epochs are kept is part of the checkpoint (:attr:`ranking`), and every file can be made again from the
-    epoch files, so a kill between two writes is mended by the next :meth:`tidy`.
+
+def epoch_file(exp_dir: Path, epoch: int) -> Path:
+    """Where the weights of an epoch are, while it is among the best."""
+    return exp_dir / "epochs" / f"epoch-{epoch:03d}.safetensors"
+
+
+def keep_best(exp_dir: Path, epochs: Sequence[int]) -> None:
+    """Make the folder agree with ``epochs``, best first: the best under its own name, the files of others removed.
+
+    Call it when the checkpoint that says so is on disk.
     """
+    if not epochs:
+        return
+    content = epoch_file(exp_dir, epochs[0]).read_bytes()
+    best = exp_dir / VALID_BEST
+    if not best.exists() or best.read_bytes() != content:
+        with atomic_write(best, "wb") as f:
+            f.write(content)
+    kept = {epoch_file(exp_dir, epoch) for epoch in epochs}
+    for path in (exp_dir / "epochs").iterdir():
+        if path not in kept:
+            path.unlink()
 
-    def __init__(self, exp_dir: Path, keep: int):
-        self.exp_dir, self.keep = exp_dir, keep
-        self.ranking: list[tuple[float, int]] = []  # (value on valid, epoch), best first
 
-    def _file(self, epoch: int) -> Path:
-        return self.exp_dir / "epochs" / f"epoch-{epoch:03d}.safetensors"
-
-    def offer(self, value: float, epoch: int, model: nn.Module) -> bool:
-        """Keep ``model`` if ``value`` (lower is better) is among the n best; True if it is the best so far."""
-        self.ranking = sorted([*self.ranking, (value, epoch)])[: self.keep]
-        if (value, epoch) in self.ranking:
-            save_weights(self._file(epoch), model.state_dict())
-        return self.ranking[0] == (value, epoch)
-
-    def tidy(self) -> None:
-        """Make the directory agree with :attr:`ranking`; call it when the checkpoint is safe."""
-        if not self.ranking:
-            return
-        kept = [self._file(epoch) for _, epoch in self.ranking]
-        best = self.exp_dir / VALID_BEST
-        content = kept[0].read_bytes()
-        if not best.exists() or best.read_bytes() != content:
-            with atomic_write(best, "wb") as f:
-                f.write(content)
-        for path in (self.exp_dir / "epochs").iterdir():
-            if path not in kept:
-                path.unlink()
-
-    def average(self) -> dict[str, Tensor]:
-        """Write and return the mean of the kept weights."""
-        states = [load_weights(self._file(epoch)) for _, epoch in sorted(self.ranking, key=lambda entry: entry[1])]
-        mean = {
-            name: torch.stack([s[name].double() for s in states]).mean(0).to(value.dtype)
-            for name, value in states[0].items()
-        }
-        save_weights(self.exp_dir / AVERAGED, mean)
-        return mean
+def average_best(exp_dir: Path, epochs: Sequence[int]) -> None:
+    """Write the mean of the epochs' weights, added up in float64."""
+    states = [load_weights(epoch_file(exp_dir, epoch)) for epoch in sorted(epochs)]
+    mean = {
+        name: torch.stack([s[name].double() for s in states]).mean(0).to(value.dtype)
+        for name, value in states[0].items()
+    }
+    save_weights(exp_dir / AVERAGED, mean)

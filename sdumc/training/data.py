@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+from argparse import Namespace
 from typing import Any
 
 import torch
@@ -17,42 +17,52 @@ from sdumc.model.network import SDUMC
 _STATISTICS_UTTERANCES = 500
 
 
-def load_sets(args: argparse.Namespace) -> tuple[Dump, Dump, list[str]]:
-    """Load the train and valid dumps, fill in ``args.audio_dim`` and its like, and name the features to read.
+def load_sets(settings: Namespace) -> tuple[Dump, Dump]:
+    """Load the train and valid dumps; the train set holds the features to learn from and no others.
 
     Raises:
         UserError: the sets differ in features or dimensions, or the train set lacks what the settings need.
     """
-    names = list(MODALITIES)
-    if args.flows == "both" and args.missing_text == "simulated":
+    names = [*MODALITIES]
+    if settings.flows == "both" and settings.missing_text == "simulated":
         names.append("text_sim")
-    train = load_dump(args.train_dir, names, require=("utt2label",))
-    valid = load_dump(args.valid_dir, names, require=("utt2label",))
-    # What no train utterance has, the model cannot learn to read: it is made without.
+    train = load_dump(settings.train_dir, names, require=("utt2label",))
+    valid = load_dump(settings.valid_dir, names, require=("utt2label",))
+    # A model cannot learn to read what no train utterance has: it is made without.
     train.features = {name: feature for name, feature in train.features.items() if feature.entries}
-    used = [name for name in names if name in train.features]
-    if "text" not in used:
+    if "text" not in train.features:
         raise UserError(
-            f"{args.train_dir}/text.scp: missing; the complete flow learns from real text, so a train set needs it"
+            f"{train.path}/text.scp: missing; the complete flow learns from real text, so a train set needs it"
         )
-    for name in used:
+    for name, feature in train.features.items():
         if name not in valid.features:
-            raise UserError(f"{args.valid_dir}/{name}.scp: missing, but {args.train_dir} has it; run stage 3 for both")
-        a, b = train.features[name].dim, valid.features[name].dim
-        if a != b and valid.features[name].entries:
-            raise UserError(f"{args.valid_dir}/{name}.scp: dimension {b}, but {a} in {args.train_dir}: other models?")
-    if "text_sim" in used and train.features["text_sim"].dim != train.features["text"].dim:
+            raise UserError(f"{valid.path}/{name}.scp: missing, but {train.path} has it; run stage 3 for both")
+        dim = valid.features[name].dim
+        if dim != feature.dim and valid.features[name].entries:
+            raise UserError(
+                f"{valid.path}/{name}.scp: dimension {dim}, but {feature.dim} in {train.path}: other models?"
+            )
+    text, simulated = train.features["text"], train.features.get("text_sim")
+    if simulated and simulated.dim != text.dim:
         raise UserError(
-            f"{args.train_dir}: text_sim has dimension {train.features['text_sim'].dim}, text has "
-            f"{train.features['text'].dim}; both must come from the same language model"
+            f"{train.path}: text_sim has dimension {simulated.dim}, text has {text.dim}; both must come from the same "
+            "language model"
         )
-    for m in MODALITIES:
-        found = train.features[m].dim if m in used else 0
-        asked = getattr(args, f"{m}_dim")
-        if asked and asked != found:
-            raise UserError(f"--{m}-dim {asked}, but {args.train_dir}/{m}.scp has {found}; leave the option out")
-        setattr(args, f"{m}_dim", found)
-    return train, valid, used
+    return train, valid
+
+
+def with_dimensions(settings: Namespace, train: Dump) -> Namespace:
+    """The settings with the train set's features per frame filled in; 0 for a modality that it does not have.
+
+    Raises:
+        UserError: a dimension was asked for, and the train set has another one.
+    """
+    found = {m: train.features[m].dim if m in train.features else 0 for m in MODALITIES}
+    for m, dim in found.items():
+        asked = getattr(settings, f"{m}_dim")
+        if asked and asked != dim:
+            raise UserError(f"--{m}-dim {asked}, but {train.path}/{m}.scp has {dim}; leave the option out")
+    return Namespace(**{**vars(settings), **{f"{m}_dim": dim for m, dim in found.items()}})
 
 
 def set_normalisation(model: SDUMC, train: Dump) -> None:
@@ -89,8 +99,8 @@ def model_inputs(batch: Batch, missing_text: str = "simulated") -> tuple[dict[st
 def drop_modalities(lengths: dict[str, Tensor], rate: float) -> dict[str, Tensor]:
     """Take audio, video and the missing flow's text away from random utterances, each with chance ``rate``.
 
-    Audio and video go for both flows, so that these still see the same; real text stays: a model without it is the
-    missing flow's business. No utterance loses everything that a flow could read.
+    Audio and video are taken from both flows, which must see the same ones. Real text is never dropped: the missing
+    flow covers that case. No utterance loses everything that the missing flow reads.
 
     Args:
         lengths: (B,) frames by input name; 0 is absent.

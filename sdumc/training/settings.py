@@ -1,43 +1,46 @@
-"""The options of training: one flat list, the same on the command line, in YAML and in an exp folder's config.yaml."""
+"""The options of training: one flat list, the same on the command line, in YAML and in an exp folder's config.yaml.
+
+No torch here, so that ``--help`` is fast.
+"""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from sdumc.cli import Parser, at_least
+from sdumc.conditions import MODALITIES
 from sdumc.device import add_device_option
 from sdumc.errors import UserError
 from sdumc.files import read_yaml, write_text
-from sdumc.losses.objective import ObjectiveWeights
-from sdumc.model.network import ModelConfig
+from sdumc.losses.weights import ObjectiveWeights
+from sdumc.model.config import FUSION, IMAGINATION, ModelConfig
 
 CONFIG = "config.yaml"
 # What may differ between a run and the run that continues it; everything else changes the result.
-FREE_TO_CHANGE = frozenset(
-    {"config", "verbose", "version", "dry_run", "train_dir", "valid_dir", "exp_dir", "epochs", "device", "num_workers"}
-    | {"save_every"}
-)
-_SIZES = ("audio_dim", "text_dim", "video_dim", "dim", "content_dim")
-_MODEL = (*_SIZES, "dropout", "attention_dropout", "scale", "imagination", "fusion", "mask_padding")
-_OBJECTIVE = ("mse_complete", "mse_missing", "distil_query", "distil_content", "similarity", "contrast", "temperature")
-
-
-def _boolean(text: str) -> bool:
-    if text.lower() in ("true", "yes"):
-        return True
-    if text.lower() in ("false", "no"):
-        return False
-    raise argparse.ArgumentTypeError(f"expected true or false, not {text!r}")
+FREE_TO_CHANGE = frozenset({"train_dir", "valid_dir", "exp_dir", "epochs", "device", "num_workers", "save_every"})
+_OF_THE_CALL = frozenset({"config", "verbose", "version", "dry_run"})  # how a process was called; not kept
 
 
 def get_parser() -> Parser:
     """All options of ``sdumc.bin.train``."""
     parser = Parser("Train SDUMC on a dump folder; killed at any moment, the same command goes on where it stopped.")
-    g = parser.add_argument_group("data")
+    _add_data(parser.add_argument_group("data"))
+    _add_model(parser.add_argument_group("model"))
+    _add_objective(parser.add_argument_group("objective (0 leaves a term out)"))
+    _add_optimisation(parser.add_argument_group("optimisation"))
+    g = parser.add_argument_group("running")
+    add_device_option(g)
+    g.add_argument("--save-every", type=at_least(0, int), default=200, help="steps between checkpoints inside an epoch")
+    g.add_argument("--dry-run", action="store_true", help="check the settings, build the model, do one step, stop")
+    return parser
+
+
+def _add_data(g: Any) -> None:
     g.add_argument("--train-dir", metavar="DIR", help="dump folder to learn from")
     g.add_argument("--valid-dir", metavar="DIR", help="dump folder that chooses the model")
     g.add_argument("--exp-dir", metavar="DIR", help="where everything is written")
@@ -58,44 +61,55 @@ def get_parser() -> Parser:
         default=0.1,
         help="chance that an utterance loses its audio, its video, or the missing flow's text, each on its own",
     )
-
     g.add_argument(
         "--normalise-features", type=_boolean, default=True, help="by the train set's mean and deviation per dimension"
     )
 
-    g = parser.add_argument_group("model")
-    for m in ("audio", "text", "video"):
+
+def _add_model(g: Any) -> None:
+    default = ModelConfig
+    for m in MODALITIES:
         g.add_argument(f"--{m}-dim", type=at_least(0, int), default=0, help=f"{m} features a frame (0: as in the dump)")
-    g.add_argument("--dim", type=at_least(2, int), default=256, help="width d of everything before the content")
-    g.add_argument("--content-dim", type=at_least(2, int), default=128, help="width e of the attended content")
-    g.add_argument("--dropout", type=at_least(0, below=1), default=0.3, help="in the perceptrons")
-    g.add_argument("--attention-dropout", type=at_least(0, below=1), default=0.5, help="around both attentions")
-    g.add_argument("--scale", type=at_least(0), default=0.3, help="factor on attention scores")
+    g.add_argument("--dim", type=at_least(2, int), default=default.dim, help="width d of everything before the content")
     g.add_argument(
-        "--imagination", choices=("both", "utterance", "content", "none"), default="both", help="where MIA acts"
+        "--content-dim", type=at_least(2, int), default=default.content_dim, help="width e of the attended content"
     )
-    g.add_argument("--fusion", choices=("umca", "concat"), default="umca", help="concat: no cross-attention (ablation)")
+    g.add_argument("--dropout", type=at_least(0, below=1), default=default.dropout, help="in the perceptrons")
     g.add_argument(
-        "--mask-padding", type=_boolean, default=True, help="false: attend over padding as the released network does"
+        "--attention-dropout",
+        type=at_least(0, below=1),
+        default=default.attention_dropout,
+        help="around both attentions",
+    )
+    g.add_argument("--scale", type=at_least(0), default=default.scale, help="factor on attention scores")
+    g.add_argument("--imagination", choices=IMAGINATION, default=default.imagination, help="where MIA acts")
+    g.add_argument("--fusion", choices=FUSION, default=default.fusion, help="concat: no cross-attention (ablation)")
+    g.add_argument(
+        "--mask-padding",
+        type=_boolean,
+        default=default.mask_padding,
+        help="false: attend over padding as the released network does",
     )
 
-    g = parser.add_argument_group("objective (0 leaves a term out)")
+
+def _add_objective(g: Any) -> None:
+    default = ObjectiveWeights()
     g.add_argument("--flows", choices=("both", "complete"), default="both", help="complete: no missing flow (ablation)")
     terms = {
-        "mse-complete": "squared error of the complete flow",
-        "mse-missing": "squared error of the missing flow",
-        "distil-query": "distance of the missing flow's text query to the complete flow's",
-        "distil-content": "distance of the missing flow's text content to the complete flow's",
+        "mse_complete": "squared error of the complete flow",
+        "mse_missing": "squared error of the missing flow",
+        "distil_query": "distance of the missing flow's text query to the complete flow's",
+        "distil_content": "distance of the missing flow's text content to the complete flow's",
         "similarity": "distance of the two flows' utterance vectors",
         "contrast": "Rank-N-Contrast over both flows",
     }
-    default = ObjectiveWeights()
     for name, text in terms.items():
-        value = getattr(default, name.replace("-", "_"))
-        g.add_argument(f"--{name}", type=at_least(0), default=value, metavar="WEIGHT", help=text)
-    g.add_argument("--temperature", type=at_least(1e-6), default=2.0, help="of Rank-N-Contrast")
+        option = f"--{name.replace('_', '-')}"
+        g.add_argument(option, type=at_least(0), default=getattr(default, name), metavar="WEIGHT", help=text)
+    g.add_argument("--temperature", type=at_least(1e-6), default=default.temperature, help="of Rank-N-Contrast")
 
-    g = parser.add_argument_group("optimisation")
+
+def _add_optimisation(g: Any) -> None:
     g.add_argument("--epochs", type=at_least(1, int), default=25, help="times that every utterance is seen")
     g.add_argument("--lr", type=at_least(0), default=1e-4, help="Adam's step size after warm-up")
     g.add_argument("--weight-decay", type=at_least(0), default=1e-5, help="of Adam (L2)")
@@ -108,26 +122,35 @@ def get_parser() -> Parser:
     g.add_argument("--compile", type=_boolean, default=False, help="torch.compile the network")
     g.add_argument("--seed", type=at_least(0, int), default=1, help="of weights, order and dropout")
 
-    g = parser.add_argument_group("running")
-    add_device_option(g)
-    g.add_argument("--save-every", type=at_least(0, int), default=200, help="steps between checkpoints inside an epoch")
-    g.add_argument("--dry-run", action="store_true", help="check the settings, build the model, do one step, stop")
-    return parser
+
+def _boolean(text: str) -> bool:
+    if text.lower() in ("true", "yes"):
+        return True
+    if text.lower() in ("false", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected true or false, not {text!r}")
 
 
 def model_config(settings: argparse.Namespace) -> ModelConfig:
     """The network that the settings describe; the feature dimensions must be filled in."""
-    return ModelConfig(**{name: getattr(settings, name) for name in _MODEL})
+    return ModelConfig(**{f.name: getattr(settings, f.name) for f in fields(ModelConfig)})
 
 
 def objective_weights(settings: argparse.Namespace) -> ObjectiveWeights:
     """The factor of each term of the objective."""
-    return ObjectiveWeights(**{name: getattr(settings, name) for name in _OBJECTIVE})
+    return ObjectiveWeights(**{f.name: getattr(settings, f.name) for f in fields(ObjectiveWeights)})
+
+
+def learning_rate(settings: argparse.Namespace, epoch: int) -> float:
+    """Step size in epoch 1, 2, ...: linear warm-up, then `decay` every `decay_every` epochs."""
+    if epoch <= settings.warmup_epochs:
+        return settings.lr * epoch / settings.warmup_epochs
+    return settings.lr * settings.decay ** ((epoch - settings.warmup_epochs - 1) // settings.decay_every)
 
 
 def as_dict(settings: argparse.Namespace) -> dict[str, Any]:
     """Settings as plain values, without those that only say how this process was called."""
-    return {k: v for k, v in sorted(vars(settings).items()) if k not in ("config", "verbose", "version", "dry_run")}
+    return {k: v for k, v in sorted(vars(settings).items()) if k not in _OF_THE_CALL}
 
 
 def write_config(exp_dir: Path, settings: argparse.Namespace) -> None:
@@ -140,28 +163,15 @@ def load_config(exp_dir: Path) -> argparse.Namespace:
     """Read an exp folder's settings.
 
     Raises:
-        UserError: there is no such folder, or a key is unknown or of the wrong kind.
+        UserError: there is no such folder, or a key is unknown.
     """
     path = exp_dir / CONFIG
     if not path.exists():
         raise UserError(f"{path}: no such file; is {exp_dir} a folder that training (stage 4) wrote?")
     values = read_yaml(path)
     parser = get_parser()
-    known = {a.dest: a for a in parser._actions}
+    known = vars(parser.parse_args([])).keys()
     for key in values:
         if key.replace("-", "_") not in known:
             raise UserError(f"{path}: unknown key {key!r}")
     return parser.parse_args([f"--{key}={value}" for key, value in values.items()])
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Lines `key: old -> new` for the settings that change a result."""
-    keys = sorted((old.keys() | new.keys()) - FREE_TO_CHANGE)
-    return [f"{k}: {old.get(k)} -> {new.get(k)}" for k in keys if old.get(k) != new.get(k)]
-
-
-def learning_rate(settings: argparse.Namespace, epoch: int) -> float:
-    """Step size in epoch 1, 2, ...: linear warm-up, then `decay` every `decay_every` epochs."""
-    if epoch <= settings.warmup_epochs:
-        return settings.lr * epoch / settings.warmup_epochs
-    return settings.lr * settings.decay ** ((epoch - settings.warmup_epochs - 1) // settings.decay_every)

@@ -172,14 +172,14 @@ def test_a_rank_with_an_error_shows_it_and_ends_the_run(data, tmp_path):
 
 
 def test_two_trainings_in_one_folder(data, tmp_path, monkeypatch):
-    from sdumc.bin.train import lock_folder
     from sdumc.errors import UserError
+    from sdumc.training.experiment import lock_folder
 
     held = lock_folder(tmp_path)
     with pytest.raises(UserError, match="another training works in this folder"):
         lock_folder(tmp_path, patience=0.3)
-    held.close()
-    lock_folder(tmp_path, patience=0).close()
+    os.close(held)
+    os.close(lock_folder(tmp_path, patience=0))
 
 
 # ------------------------------------------------------------------------------------------------------- full disk
@@ -226,15 +226,15 @@ def test_a_checkpoint_that_cannot_be_written_to_its_end(tmp_path):
 
     torch = pytest.importorskip("torch")
     path = tmp_path / "checkpoint.pt"
-    save_checkpoint(path, {"step": 1})
+    save_checkpoint(path, {"step": 1}, {})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
         with pytest.raises(UserError, match=r"checkpoint\.pt: could not be written \(File too large\)"):
-            save_checkpoint(path, {"step": 2, "model": torch.zeros(100_000)})
+            save_checkpoint(path, {"step": 2, "model": torch.zeros(100_000)}, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert load_checkpoint(path) == {"step": 1}
+    assert load_checkpoint(path, {}) == {"step": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 

@@ -11,7 +11,8 @@ from sdumc.bin.decode import main
 from sdumc.conditions import MISSING
 from sdumc.data.dataset import UtteranceDataset, collate
 from sdumc.errors import UserError
-from sdumc.model.network import SDUMC, ModelConfig
+from sdumc.model.config import ModelConfig
+from sdumc.model.network import SDUMC
 from sdumc.scoring.attention import attend, worth_keeping
 from sdumc.scoring.attention_file import drawn_at_random, read_attention, write_attention
 from sdumc.scoring.decoding import decode, load_for

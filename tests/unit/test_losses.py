@@ -8,12 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdumc.losses.contrast import LABEL_TOLERANCE, rank_n_contrast
-from sdumc.losses.objective import (
-    ObjectiveWeights,
-    mean_squared_error,
-    root_mean_squared_error,
-    sdumc_objective,
-)
+from sdumc.losses.objective import mean_squared_error, root_mean_squared_error, sdumc_objective
+from sdumc.losses.weights import ObjectiveWeights
 
 
 def by_definition(features, labels, temperature=2.0):

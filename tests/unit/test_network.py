@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from sdumc.conditions import COMPLETE, MISSING
 from sdumc.model import attention
-from sdumc.model.network import SDUMC, ModelConfig
+from sdumc.model.config import ModelConfig
+from sdumc.model.network import SDUMC
 from sdumc.model.released import import_released
 
 DIMS = {"audio": 12, "text": 20, "video": 9}

@@ -1,0 +1,44 @@
+"""What fixes the shape and the arithmetic of the network. No torch here: the command line reads its defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+IMAGINATION = ("both", "utterance", "content", "none")
+FUSION = ("umca", "concat")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Settings of :class:`sdumc.model.network.SDUMC`.
+
+    Attributes:
+        audio_dim, text_dim, video_dim: features per frame; 0 where the corpus has no such modality at all.
+        dim: width d of everything before the content.
+        content_dim: width e of the attended content.
+        dropout: in the perceptrons.
+        attention_dropout: around both attentions.
+        scale: the factor s on attention scores.
+        imagination: where MIA acts: ``both`` places, only on the pooled ``utterance`` vectors, only on the attended
+            ``content``, or ``none``.
+        fusion: ``umca``, or ``concat`` for the ablation that feeds the pooled vectors straight to a perceptron.
+        mask_padding: False reproduces the released network, whose attention also spreads over padded frames.
+    """
+
+    audio_dim: int
+    text_dim: int
+    video_dim: int
+    dim: int = 256
+    content_dim: int = 128
+    dropout: float = 0.3
+    attention_dropout: float = 0.5
+    scale: float = 0.3
+    imagination: str = "both"
+    fusion: str = "umca"
+    mask_padding: bool = True
+
+    def __post_init__(self) -> None:
+        if self.imagination not in IMAGINATION:
+            raise ValueError(f"imagination must be one of {', '.join(IMAGINATION)}, not {self.imagination!r}")
+        if self.fusion not in FUSION:
+            raise ValueError(f"fusion must be one of {', '.join(FUSION)}, not {self.fusion!r}")

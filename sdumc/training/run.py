@@ -1,0 +1,307 @@
+"""A training run, top to bottom: set up, resume, train and validate each epoch, save.
+
+The objective is a function of a whole global batch, so every rank computes it on the gathered outputs of all ranks and
+differentiates it for its own rows; see :mod:`sdumc.training.distributed`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from sdumc.cli import setup_logging
+from sdumc.conditions import COMPLETE, MISSING, VALID_CONDITIONS
+from sdumc.data.ark import settings_hash
+from sdumc.data.dataset import Batch, UtteranceDataset
+from sdumc.data.dump import Dump
+from sdumc.data.loader import BatchLoader
+from sdumc.data.sampler import GlobalBatchSampler
+from sdumc.errors import EXIT_REQUEUE, UserError
+from sdumc.files import json_ready, write_text
+from sdumc.losses.objective import sdumc_objective
+from sdumc.model.network import SDUMC, empty_loss_inputs
+from sdumc.processes import StopSignal
+from sdumc.training.checkpoint import (
+    CHECKPOINT,
+    VALID_BEST,
+    average_best,
+    epoch_file,
+    keep_best,
+    load_checkpoint,
+    save_checkpoint,
+    save_weights,
+)
+from sdumc.training.data import drop_modalities, load_sets, model_inputs, set_normalisation, with_dimensions
+from sdumc.training.distributed import Ranks, barrier, gather_objects, gather_rows, join, leave, sum_gradients
+from sdumc.training.evaluation import evaluate
+from sdumc.training.experiment import lock_folder, log_to, write_extractors
+from sdumc.training.settings import (
+    FREE_TO_CHANGE,
+    as_dict,
+    learning_rate,
+    model_config,
+    objective_weights,
+    write_config,
+)
+from sdumc.training.state import TrainingState, get_rng, set_rng
+
+log = logging.getLogger("sdumc")
+
+
+def train(settings: Namespace, stop: StopSignal) -> int:
+    """Train until the last epoch, or until a signal comes on any rank.
+
+    Returns:
+        Exit code: 0, or ``EXIT_REQUEUE`` when a signal stopped the run; the same call then goes on.
+    """
+    # --- set up -------------------------------------------------------------------------------------------------------
+    ranks = join(settings.device)
+    exp_dir = Path(settings.exp_dir)
+    open_folder(exp_dir, settings.verbose, ranks)
+    train_set, valid_set = load_sets(settings)
+    settings = with_dimensions(settings, train_set)
+    flows = (COMPLETE, MISSING) if settings.flows == "both" else (COMPLETE,)
+
+    torch.manual_seed(settings.seed)  # the same weights on every rank
+    model = SDUMC(model_config(settings)).to(ranks.device)
+    if settings.normalise_features:
+        set_normalisation(model, train_set)
+    network: Any = torch.compile(model, dynamic=True) if settings.compile else model
+    optimiser = torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    weights = objective_weights(settings)
+    torch.manual_seed(settings.seed + 1000 * (ranks.rank + 1))  # each rank drops other elements
+
+    sampler, loader = open_batches(train_set, settings, ranks)
+
+    # --- resume -------------------------------------------------------------------------------------------------------
+    state = TrainingState(model, optimiser)
+    described = {**as_dict(settings), "train_labels": settings_hash(train_set.labels)}
+    resumed = resume(state, exp_dir, described, ranks)
+    if not resumed:
+        size, counts = sum(p.numel() for p in model.parameters()), [len(s.utterances) for s in (train_set, valid_set)]
+        log.info("%d parameters; %d train and %d valid utterances", size, *counts)
+        log.info("%d steps an epoch on %d x %s", len(sampler), ranks.size, ranks.device)
+    board = open_records(exp_dir, settings, train_set, state, resumed) if ranks.is_main else None
+
+    # --- train --------------------------------------------------------------------------------------------------------
+    stopped = False
+    while state.epoch <= settings.epochs and not stopped:
+        started = time.monotonic()
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(settings, state.epoch)
+        sampler.set_epoch(state.epoch)
+        sampler.start_batch = state.batches_done
+        model.train()
+        for batch in loader:
+            utterances = sampler.global_batch(state.batches_done)
+            outputs, labels, has_text = global_outputs(network, batch, len(utterances), flows, settings, ranks)
+            terms = sdumc_objective(outputs.get(COMPLETE), outputs.get(MISSING), labels, has_text, weights)
+            check_finite(terms, state, [train_set.utterances[i] for i in utterances])
+            stopped = update(terms["loss"], model, optimiser, settings.clip_grad, stop.raised, ranks)
+            state.finish_step(terms, len(utterances))
+            if stopped:
+                break
+            if settings.save_every and state.step % settings.save_every == 0 and state.batches_done < len(sampler):
+                save(state, exp_dir, described, ranks)
+
+        if not stopped:
+            scores = evaluate(model, valid_set, [VALID_CONDITIONS[flow] for flow in flows], ranks)
+            record = epoch_record(state, scores, learning_rate(settings, state.epoch), len(train_set.utterances))
+            state.finish_epoch(record, settings.average_best)
+            if board is not None:
+                if record["epoch"] in state.best_epochs:
+                    save_weights(epoch_file(exp_dir, record["epoch"]), model.state_dict())
+                report_epoch(record, board, settings.epochs, state.best_epochs[0], time.monotonic() - started)
+        save(state, exp_dir, described, ranks)
+        stopped = stopped or any(gather_objects(stop.raised, ranks))
+
+    # --- end ----------------------------------------------------------------------------------------------------------
+    finished = state.epoch > settings.epochs
+    if board is not None:
+        board.close()
+        if finished:
+            average_best(exp_dir, state.best_epochs)
+            value, epoch = state.ranking[0]
+            log.info("done: epoch %d is best on valid (mean MAE %.4f) -> %s", epoch, value, exp_dir / VALID_BEST)
+        else:
+            log.info("stopped by a signal at step %d; run the same command again to go on", state.step)
+    leave(ranks)
+    return 0 if finished else EXIT_REQUEUE
+
+
+def open_folder(exp_dir: Path, verbose: bool, ranks: Ranks) -> None:
+    """Set up the log; the main rank makes the folder, holds it, and logs to a file there too."""
+    setup_logging(verbose, f"[rank {ranks.rank}] " if ranks.size > 1 else "")
+    if not ranks.is_main:
+        log.setLevel(logging.WARNING)
+        return
+    try:
+        exp_dir.mkdir(parents=True, exist_ok=True)
+        lock_folder(exp_dir)
+        log_to(exp_dir / "train.log")
+    except OSError as e:
+        raise UserError(f"{exp_dir}: cannot be written to ({e.strerror}); give another --exp-dir") from None
+
+
+def open_batches(train_set: Dump, settings: Namespace, ranks: Ranks) -> tuple[GlobalBatchSampler, BatchLoader]:
+    """The sampler of global batches, and the loader of this rank's rows of them."""
+    dataset = UtteranceDataset(train_set, [*train_set.features])
+    sampler = GlobalBatchSampler(
+        dataset.frames,
+        settings.batch_size,
+        settings.batch_frames or None,
+        settings.seed,
+        world_size=ranks.size,
+        rank=ranks.rank,
+    )
+    return sampler, BatchLoader(dataset, sampler, settings.num_workers, pin_memory=ranks.device.type == "cuda")
+
+
+def resume(state: TrainingState, exp_dir: Path, described: Mapping[str, Any], ranks: Ranks) -> bool:
+    """Continue ``state`` from the folder's checkpoint, if there is one.
+
+    Raises:
+        UserError: the checkpoint is damaged, or was made with other settings.
+    """
+    saved = load_checkpoint(exp_dir / CHECKPOINT, described, FREE_TO_CHANGE, "another --exp-dir (run.sh: --exp-tag)")
+    if saved is None:
+        return False
+    state.load_state_dict(saved)
+    if len(state.rng) == ranks.size:
+        set_rng(state.rng[ranks.rank], ranks.device)
+    else:
+        log.warning("checkpoint of %d ranks goes on with %d: other dropout", len(state.rng), ranks.size)
+    log.info("resuming at epoch %d, step %d", state.epoch, state.step)
+    return True
+
+
+def save(state: TrainingState, exp_dir: Path, described: Mapping[str, Any], ranks: Ranks) -> None:
+    """Make all that the run is now safe on disk; every rank takes part."""
+    state.rng = gather_objects(get_rng(ranks.device), ranks)
+    if ranks.is_main:
+        save_checkpoint(exp_dir / CHECKPOINT, state.state_dict(), described)
+        lines = [json.dumps(json_ready(record)) + "\n" for record in state.history]
+        write_text(exp_dir / "metrics.jsonl", "".join(lines))
+        keep_best(exp_dir, state.best_epochs)
+    barrier(ranks)
+
+
+# ---------------------------------------------------------------------------------------------------------------- steps
+
+Rows = dict[str, dict[str, Tensor]]  # what the objective reads: by flow and name, a row per utterance
+
+
+def global_outputs(
+    network: Any, batch: Batch, total: int, flows: Sequence[str], settings: Namespace, ranks: Ranks
+) -> tuple[Rows, Tensor, Tensor]:
+    """Run this rank's rows of a global batch of ``total`` utterances, and gather everybody's.
+
+    Returns:
+        The outputs of each flow (total, ...), the labels (total,), and where there is real text (total,), all in the
+        same order; only this rank's rows carry a gradient.
+    """
+    batch = batch.to(ranks.device, non_blocking=True)
+    own, has_text = own_outputs(network, batch, flows, settings, ranks.device)
+    outputs = {f: {name: gather_rows(x.float(), total, ranks) for name, x in own[f].items()} for f in flows}
+    labels = gather_rows(batch.labels, total, ranks)
+    return outputs, labels, gather_rows(has_text.to(torch.uint8), total, ranks).bool()
+
+
+def own_outputs(
+    network: Any, batch: Batch, flows: Sequence[str], settings: Namespace, device: torch.device
+) -> tuple[Rows, Tensor]:
+    """The outputs of each flow for this rank's utterances, and which of them have real text (B,)."""
+    if not len(batch):  # fewer utterances than ranks: take part in the exchange with nothing
+        nothing = empty_loss_inputs(network.config, device)
+        return dict.fromkeys(flows, nothing), torch.zeros(0, dtype=torch.bool, device=device)
+    features, lengths = model_inputs(batch, settings.missing_text)
+    lengths = drop_modalities(lengths, settings.modality_dropout)
+    with torch.autocast(device.type, torch.bfloat16) if settings.precision == "bf16" else nullcontext():
+        outputs = network(features, lengths, flows)
+    return {f: outputs[f].loss_inputs() for f in flows}, lengths["text"] > 0
+
+
+def check_finite(terms: Mapping[str, Tensor], state: TrainingState, utterances: Sequence[str]) -> None:
+    """Stop before a loss that is NaN or infinite reaches the weights.
+
+    Raises:
+        UserError: it is; the terms and the utterances of the global batch are named.
+    """
+    if bool(torch.isfinite(terms["loss"])):
+        return
+    values = ", ".join(f"{name} {float(value.detach()):.4g}" for name, value in terms.items())
+    raise UserError(
+        f"epoch {state.epoch}, step {state.step + 1}: the loss is not finite ({values}). Utterances of the batch: "
+        f"{' '.join(utterances)}. Look at their features, or lower --lr; the last checkpoint is sound"
+    )
+
+
+def update(loss: Tensor, model: SDUMC, optimiser: torch.optim.Optimizer, clip: float, stop: bool, ranks: Ranks) -> bool:
+    """One step of the optimiser on the gradients of all ranks; True if any rank says ``stop``."""
+    if loss.requires_grad:  # a rank without rows has nothing to differentiate
+        loss.backward()
+    stopped = sum_gradients(model.parameters(), stop, ranks)
+    if clip:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)  # now, so that the next forward pass has their memory
+    return stopped
+
+
+# -------------------------------------------------------------------------------------------------------------- records
+
+
+def open_records(
+    exp_dir: Path, settings: Namespace, train_set: Dump, state: TrainingState, resumed: bool
+) -> SummaryWriter:
+    """Write what describes the run; the writer of its curves, without those of steps that are done again."""
+    write_config(exp_dir, settings)
+    write_extractors(exp_dir, train_set)
+    keep_best(exp_dir, state.best_epochs)
+    return SummaryWriter(str(exp_dir / "tensorboard"), purge_step=state.epoch if resumed else None)
+
+
+def epoch_record(
+    state: TrainingState, scores: dict[str, dict[str, float]], lr: float, utterances: int
+) -> dict[str, Any]:
+    """A finished epoch's line of metrics.jsonl; ``choice`` is what the best epoch has lowest, the mean MAE on valid."""
+    return {
+        "epoch": state.epoch,
+        "step": state.step,
+        "lr": lr,
+        "train": {name: value / utterances for name, value in state.sums.items()},
+        "valid": scores,
+        "choice": sum(s["mae"] for s in scores.values()) / len(scores),
+    }
+
+
+def report_epoch(record: dict[str, Any], board: SummaryWriter, epochs: int, best_epoch: int, seconds: float) -> None:
+    """A line in the log and points on TensorBoard's curves."""
+    epoch = record["epoch"]
+    for path, value in numbers(record):
+        board.add_scalar(path, value, epoch)
+    board.flush()
+    maes = "  ".join(f"{condition} {s['mae']:.4f}" for condition, s in record["valid"].items())
+    best = "  best" if epoch == best_epoch else ""
+    loss = record["train"]["loss"]
+    log.info("epoch %3d/%d  loss %.4f  valid MAE: %s%s  (%.1f s)", epoch, epochs, loss, maes, best, seconds)
+
+
+def numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """A nested record's finite numbers by path, ``valid/full/mae``."""
+    for name, value in record.items():
+        if isinstance(value, dict):
+            yield from numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and math.isfinite(value):
+            yield f"{prefix}{name}", value
