@@ -102,11 +102,12 @@ class SDUMC(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Start where the label can already be felt.
+        """Initialise so that gradients reach every block from the first step.
 
-        Raw weights w and beta near zero multiply everything twice, and torch's default shrinks each ReLU block to
-        about 0.4 of its input; together nothing but the last bias would learn for many epochs. So all modalities and
-        queries start with an equal share, and perceptrons keep the scale of what they are given (He et al., 2015).
+        The raw weights w and beta multiply everything that passes them, and torch's default initialisation shrinks
+        each ReLU block to about 0.4 of its input. With w and beta near zero, only the last bias would learn for many
+        epochs. So all modalities and queries start with an equal share, and perceptrons keep the scale of their input
+        (He et al., 2015).
         """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and ("mlp" in name or name.startswith(("imagine", "contrast"))):
@@ -142,28 +143,11 @@ class SDUMC(nn.Module):
         Raises:
             ValueError: no feature is given, or one has the wrong number of features per frame.
         """
-        size = self._check(features, lengths)
+        size, count = self._check(features, lengths), len(flows)
         hidden, mask, present = self._project(features, lengths, flows, size)
-        count = len(flows)
+        imagined = self._imagined_rows(lengths, flows, present["text"])
 
-        # One vector per utterance and modality. Audio and video are the same in every flow.
-        reference = next(iter(hidden.values()))
-        absent = reference.new_zeros(count * size, self.config.dim)
-        z = {}
-        for m in MODALITIES:
-            if m not in hidden:
-                z[m] = absent
-                continue
-            pooled = self.utterance_mlp[m](self.pooling[m](hidden[m], mask[m]))
-            z[m] = _per_flow(pooled, count, m) * present[m].unsqueeze(-1)
-
-        # MIA acts on the rows that have no real text; there the imagined text counts as present from here on.
-        imagined = self._imagined_rows(lengths, flows, size, present)
-        text_present = present["text"]
-        if hasattr(self, "imagine_utterance"):
-            z["text"] = torch.where(imagined.unsqueeze(-1), self.imagine_utterance(z), z["text"])
-            text_present = text_present | imagined
-
+        z = self._utterance_vectors(hidden, mask, present, imagined)
         stacked = torch.stack([z[m] for m in MODALITIES], dim=1)  # (N, 3, d)
         w = self.modality_weight(self.modality_weight_mlp(stacked.flatten(1)))  # (N, 3), raw
 
@@ -174,16 +158,7 @@ class SDUMC(nn.Module):
         weighted = w.unsqueeze(-1) * stacked
         fused = torch.einsum("qm,nmd->nqd", self.fusions.to(weighted.dtype), weighted)
         queries = self.query_mlp(torch.cat([fused, stacked], dim=1))  # (N, 7, d)
-
-        content, attention = {}, {}
-        for m in MODALITIES:
-            if m not in hidden:
-                content[m] = stacked.new_zeros(count * size, len(QUERIES), self.config.content_dim)
-                continue
-            attended, attention[m] = self.cross_attention[m](queries, hidden[m], mask[m])
-            content[m] = self.content_mlp[m](attended) * present[m].view(-1, 1, 1)
-        if hasattr(self, "imagine_content"):
-            content["text"] = torch.where(imagined.view(-1, 1, 1), self.imagine_content(content), content["text"])
+        content, attention = self._content(queries, hidden, mask, present, imagined)
 
         g = torch.einsum("nm,mnqe->nqe", w, torch.stack([content[m] for m in MODALITIES]))  # (N, 7, e)
         beta = self.query_weight(self.query_weight_mlp(g.flatten(1)))  # (N, 7), raw
@@ -200,6 +175,35 @@ class SDUMC(nn.Module):
             for i, flow in enumerate(flows):
                 outputs[flow].attention = {m: a.reshape(count, size, *a.shape[1:])[i] for m, a in attention.items()}
         return outputs
+
+    def _utterance_vectors(self, hidden, mask, present, imagined: Tensor) -> dict[str, Tensor]:
+        """One vector per row and modality (N, d); zero where it is absent, imagined where there is no real text."""
+        reference = next(iter(hidden.values()))
+        z = {}
+        for m in MODALITIES:
+            if m not in hidden:
+                z[m] = reference.new_zeros(len(imagined), self.config.dim)
+                continue
+            pooled = self.utterance_mlp[m](self.pooling[m](hidden[m], mask[m]))
+            pooled = pooled.repeat(len(imagined) // len(pooled), 1)  # audio and video are the same in every flow
+            z[m] = pooled * present[m].unsqueeze(-1)
+        if hasattr(self, "imagine_utterance"):
+            z["text"] = torch.where(imagined.unsqueeze(-1), self.imagine_utterance(z), z["text"])
+        return z
+
+    def _content(self, queries: Tensor, hidden, mask, present, imagined: Tensor):
+        """The queries' answers (N, 7, e) and attention (N, 7, T) by modality; the answers as `_utterance_vectors`."""
+        reference = next(iter(hidden.values()))
+        content, attention = {}, {}
+        for m in MODALITIES:
+            if m not in hidden:
+                content[m] = reference.new_zeros(*queries.shape[:2], self.config.content_dim)
+                continue
+            attended, attention[m] = self.cross_attention[m](queries, hidden[m], mask[m])
+            content[m] = self.content_mlp[m](attended) * present[m].view(-1, 1, 1)
+        if hasattr(self, "imagine_content"):
+            content["text"] = torch.where(imagined.view(-1, 1, 1), self.imagine_content(content), content["text"])
+        return content, attention
 
     def _check(self, features: dict[str, Tensor], lengths: dict[str, Tensor]) -> int:
         sizes = set()
@@ -252,9 +256,9 @@ class SDUMC(nn.Module):
             hidden["text"], mask["text"], present["text"] = torch.cat(rows), torch.cat(keep), torch.cat(there)
         return hidden, mask, present
 
-    def _imagined_rows(self, lengths, flows, size, present) -> Tensor:
-        """(N,) True where a row is scored without its real text."""
-        imagined = torch.ones_like(present["text"]).view(len(flows), size)
+    def _imagined_rows(self, lengths, flows, text_present: Tensor) -> Tensor:
+        """(N,) True where a row is scored without its real text; MIA acts on those."""
+        imagined = torch.ones_like(text_present).view(len(flows), -1)
         for i, flow in enumerate(flows):
             if flow == COMPLETE and "text" in lengths:
                 imagined[i] = lengths["text"] == 0
@@ -264,8 +268,3 @@ class SDUMC(nn.Module):
         parts = {"prediction": self.output(r).squeeze(-1), "utterance": r, "contrast": self.contrast_head(r), **parts}
         split: dict[str, Any] = {name: x.reshape(len(flows), -1, *x.shape[1:]) for name, x in parts.items()}
         return {flow: FlowOutput(**{name: x[i] for name, x in split.items()}) for i, flow in enumerate(flows)}
-
-
-def _per_flow(x: Tensor, flows: int, modality: str) -> Tensor:
-    """Give every flow its copy of what the flows share; text is already one block of rows per flow."""
-    return x if modality == "text" else x.repeat(flows, *([1] * (x.dim() - 1)))

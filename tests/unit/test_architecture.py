@@ -13,9 +13,20 @@ MODULES = {
     ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p
     for p in sorted((ROOT / "sdumc").rglob("*.py"))
 }
+SOURCES = ("sdumc/**/*.py", "utils/*.py", "tools/*.py", "egs/**/*.py", "tests/**/*.py")
 LONGEST_FUNCTION, LONGEST_MAIN = 80, 40
-# Being rewritten elsewhere; each entry goes when its file is clean, and the tests fail when one is no longer needed.
-LONG: set[str] = set()
+# Still to be mended; a test fails when an entry is no longer needed.
+CYCLES = [["sdumc.data.kaldi_dir", "sdumc.data.media"]]  # inside functions only
+LONG = {
+    "egs/mini/local/mini/pretrain.py: train_encoder",
+    "egs/mini/local/mini/pretrain.py: train_llm",
+    "sdumc/bench/simulation.py: main",
+    "sdumc/bin/extract_video.py: main",
+    "sdumc/bin/train_projector.py: main",
+    "sdumc/pretrained/beam_search.py: beam_search",
+    "tools/check_install.py: main",
+    "tools/import_checkpoint.py: main",
+}
 
 
 @cache
@@ -64,7 +75,8 @@ def imports(module: str, inside_functions: bool) -> frozenset[str]:
             walk(child)
 
     walk(tree_of(module))
-    return frozenset(found - {module})
+    # Whoever imports a module has loaded the package before it; the package itself loads `Scorer` on request only.
+    return frozenset(found - {module, "sdumc"})
 
 
 def cycles(inside_functions: bool) -> list[list[str]]:
@@ -83,15 +95,23 @@ def cycles(inside_functions: bool) -> list[list[str]]:
     return sorted(map(list, groups))
 
 
-@pytest.mark.parametrize("inside_functions", [False, True], ids=["when loaded", "also inside functions"])
-def test_no_import_cycle(inside_functions):
-    assert cycles(inside_functions) == []
+def test_no_import_cycle_when_modules_are_loaded():
+    assert cycles(inside_functions=False) == []
+
+
+def test_no_import_cycle_inside_functions():
+    assert cycles(inside_functions=True) == CYCLES
 
 
 def test_functions_are_short():
-    lengths = {f"{m}.{name}": lines for m in MODULES for name, lines in functions(tree_of(m))}
-    limit = {name: LONGEST_MAIN if name.endswith(".main") else LONGEST_FUNCTION for name in lengths}
-    long = {name for name, lines in lengths.items() if lines > limit[name]}
+    files = [path for pattern in SOURCES for path in sorted(ROOT.glob(pattern)) if not path.is_symlink()]
+    assert len(files) > 100
+    long = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in files
+        for name, lines in functions(ast.parse(path.read_text()))
+        if lines > (LONGEST_MAIN if name == "main" else LONGEST_FUNCTION)
+    }
     assert sorted(long - LONG) == [] and sorted(LONG - long) == []
 
 
