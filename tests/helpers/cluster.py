@@ -52,7 +52,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
 SlurmdParameters=config_overrides
 ReturnToService=2
-KillWait=5
+KillWait=30
 GresTypes=gpu
 SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0,bf_interval=2
 NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs={cpus} RealMemory={memory} Gres=gpu:{gpus}
@@ -121,11 +121,11 @@ class Cluster:
         )
         files = [f"--{name}-file={folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
         self._daemon("munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *files)
-        self._until(lambda: (folder / "munge.socket").exists(), "munged opens its socket", 20)
+        self._until(lambda: (folder / "munge.socket").exists(), "munged opens its socket")
         self._daemon("slurmctld", "-D", "-c")
         for node in NODES:
             self._daemon("slurmd", "-D", "-N", node)
-        self._until(lambda: self.states() == dict.fromkeys(NODES, "idle"), "both nodes are idle", 60)
+        self._until(lambda: self.states() == dict.fromkeys(NODES, "idle"), "both nodes are idle")
 
     def stop(self) -> None:
         """Cancel what runs, end the daemons and what they have started, remove the folder."""
@@ -135,13 +135,13 @@ class Cluster:
                     ["scancel", "--signal=KILL", f"--user={getpass.getuser()}"],
                     env=self.env,
                     capture_output=True,
-                    timeout=20,
+                    timeout=60,
                 )
         for _, process in reversed(self.daemons):
             process.terminate()
         for _, process in self.daemons:
             try:
-                process.wait(10)
+                process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -155,7 +155,7 @@ class Cluster:
         text = self.call("sinfo", "--noheader", "--Node", "--format=%N %T").stdout
         return dict(line.split() for line in text.splitlines())
 
-    def call(self, *words: object, timeout: float = 60, **more: object) -> subprocess.CompletedProcess:
+    def call(self, *words: object, timeout: float = 600, **more: object) -> subprocess.CompletedProcess:
         """Run a command in the cluster's environment; its output is text."""
         given = {"env": self.env, "capture_output": True, "text": True, "stdin": subprocess.DEVNULL, **more}
         return subprocess.run([str(word) for word in words], timeout=timeout, **given)
@@ -179,7 +179,7 @@ class Cluster:
             )
         self.daemons.append((name, process))
 
-    def _until(self, true, what: str, seconds: float) -> None:
+    def _until(self, true, what: str, seconds: float = 300) -> None:
         deadline = time.monotonic() + seconds
         while not true():
             ended = [f"{name} ended with code {p.poll()}" for name, p in self.daemons if p.poll() is not None]

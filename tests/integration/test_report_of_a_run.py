@@ -7,11 +7,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from helpers.dumps import make_dump
+from helpers.stopping import at_step
 
 from sdumc.bin import decode, report, score
 from sdumc.scoring.attention_file import read_attention
@@ -31,14 +31,9 @@ def recipe(tmp_path_factory):
         exp = Path("exp/train_seed1")
         command = [sys.executable, "-m", "sdumc.bin.train", "--train-dir", "dump/train", "--valid-dir", "dump/valid"]
         command += ["--exp-dir", str(exp), *SMALL]
-        first = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for _ in range(1200):
-            time.sleep(0.05)
-            lines = (exp / "metrics.jsonl").read_text().count("\n") if (exp / "metrics.jsonl").exists() else 0
-            if lines >= 3 or first.poll() is not None:
-                break
-        first.send_signal(signal.SIGKILL)
-        first.wait()
+        # Six steps an epoch: killed in the fourth.
+        first = subprocess.run(command, env=at_step(ENV, 21, signal.SIGKILL), capture_output=True)
+        assert first.returncode == -signal.SIGKILL
         # What a kill between an epoch's events and its checkpoint leaves behind: the epoch is done, and noted, twice.
         board = sorted((exp / "tensorboard").iterdir())[0]
         _add_scalar(board, "train/loss", 1e6, step=11)

@@ -8,6 +8,26 @@ setup() {
   cd "${BATS_TEST_TMPDIR}" || return 1
 }
 
+# Wait for a condition, a command that succeeds; two minutes are only a guard against waiting for ever.
+wait_until() {
+  local i
+  for ((i = 0; i < 1200; i++)); do
+    if "$@"; then return 0; fi
+    sleep 0.1
+  done
+  echo "it did not happen: $*"
+  return 1
+}
+
+# A sleep of an hour by a name that no other test has.
+make_nap() {
+  NAP=${BATS_TEST_TMPDIR}/nap
+  export NAP
+  ln -s "$(command -v sleep)" "${NAP}"
+}
+
+no_nap_left() { ! pgrep -f "${NAP} 3600" >/dev/null; }
+
 # The commands of sdumc.bin imitated by scripts that write the same files in no time, in a repository of their own, so
 # that the stage script can be tried in seconds. Each call is a line of ${FAKE}/calls.
 make_fake_recipe() {

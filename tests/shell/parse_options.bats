@@ -66,9 +66,9 @@ s() { bash script.sh "$@"; }
 }
 
 @test "an option without its value is an error, at the end and before another option" {
-  run timeout 5 bash script.sh --stage
+  run timeout 300 bash script.sh --stage
   [[ ${status} == 2 && ${output} == *"'--stage' needs a value"* ]]
-  run timeout 5 bash script.sh --train-set --stage 3
+  run timeout 300 bash script.sh --train-set --stage 3
   [[ ${status} == 2 && ${output} == *"'--train-set' needs a value, but '--stage' follows"* ]]
   run s --train-set=--stage
   [[ ${status} == 0 && ${output} == "<0><false><--stage><1>" ]]

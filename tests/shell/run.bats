@@ -21,11 +21,16 @@ run_py() { python3 "${REPO}/utils/run.py" "$@"; }
 }
 
 @test "the first failure stops the others, names its log and shows its last lines" {
-  start=${SECONDS}
-  run run_py --max-jobs-run 4 JOB=1:4 log/x.JOB.log bash -c 'if [ JOB = 3 ]; then echo "bad input"; exit 7; fi; sleep 60'
+  # Job 3 fails when all others are at work.
+  run run_py --max-jobs-run 4 JOB=1:4 log/x.JOB.log bash -c 'touch begun.JOB
+    if [ JOB = 3 ]; then
+      while [ "$(ls begun.* | wc -l)" != 4 ]; do sleep 0.1; done
+      echo "bad input"
+      exit 7
+    fi
+    sleep 3600'
   [[ ${status} == 7 && ${output} == *"job 3 of 1:4 failed, exit code 7"* ]]
   [[ ${output} == *"log: log/x.3.log"* && ${output} == *"bad input"* ]]
-  ((SECONDS - start < 20))
   [[ $(tail -n 1 log/x.1.log) == *"(stopped)" ]]
 }
 
@@ -37,26 +42,25 @@ run_py() { python3 "${REPO}/utils/run.py" "$@"; }
 }
 
 @test "stopping the runner stops the jobs and what they started" {
-  python3 "${REPO}/utils/run.py" JOB=1:2 log/x.JOB.log bash -c 'sleep 987 & sleep 987' &
+  make_nap
+  python3 "${REPO}/utils/run.py" --max-jobs-run 2 JOB=1:2 log/x.JOB.log \
+    bash -c '"${NAP}" 3600 & touch begun.JOB; "${NAP}" 3600' &
   pid=$!
-  sleep 1
+  wait_until test -e begun.1 -a -e begun.2
   kill -TERM "${pid}"
   code=0
   wait "${pid}" || code=$?
   ((code == 143))
-  sleep 0.5
-  run pgrep -f "sleep 987"
-  [[ ${status} == 1 ]]
+  wait_until no_nap_left
 }
 
 @test "killing the runner leaves no job behind" {
-  python3 "${REPO}/utils/run.py" log/x.log sleep 986 &
+  make_nap
+  python3 "${REPO}/utils/run.py" log/x.log bash -c 'touch begun; exec "${NAP}" 3600' &
   pid=$!
-  sleep 1
+  wait_until test -e begun
   kill -KILL "${pid}"
-  sleep 1
-  run pgrep -f "sleep 986"
-  [[ ${status} == 1 ]]
+  wait_until no_nap_left
 }
 
 @test "limits on jobs at once and threads" {
@@ -67,7 +71,9 @@ run_py() { python3 "${REPO}/utils/run.py" "$@"; }
 
 @test "GPUs are dealt out in turn" {
   export CUDA_VISIBLE_DEVICES=4,5
-  run_py --gpu 1 JOB=1:2 log/x.JOB.log bash -c 'sleep 0.5; echo gpu $CUDA_VISIBLE_DEVICES'
+  run_py --gpu 1 JOB=1:2 log/x.JOB.log bash -c 'touch begun.JOB
+    until [ -e begun.1 -a -e begun.2 ]; do sleep 0.1; done
+    echo gpu $CUDA_VISIBLE_DEVICES'
   grep -qx "gpu 4" log/x.1.log && grep -qx "gpu 5" log/x.2.log
   run run_py --gpu 3 log/x.log true
   [[ ${status} == 2 && ${output} == *"has 2 GPU(s)"* ]]

@@ -118,11 +118,16 @@ work=(-- bash -c 'echo x >>out')
 }
 
 @test "two recipes at the same step do it once" {
-  python3 "${REPO}/utils/step.py" --name s --outputs out -- bash -c 'sleep 1; echo x >>out' >first &
-  sleep 0.4
-  run python3 "${REPO}/utils/step.py" --name s --outputs out -- bash -c 'sleep 1; echo x >>out'
+  command='touch begun; until [ -e go ]; do sleep 0.1; done; echo x >>out'
+  python3 "${REPO}/utils/step.py" --name s --outputs out -- bash -c "${command}" >first &
+  wait_until test -e begun
+  python3 "${REPO}/utils/step.py" --name s --outputs out -- bash -c "${command}" >second &
+  wait_until grep -q wait second
+  touch go
   wait
-  [[ ${output} == *wait* && ${output} == *skip* && $(wc -l <out) == 1 ]]
+  grep -q run first
+  grep -q skip second
+  [[ $(wc -l <out) == 1 ]]
 }
 
 @test "steps of the same kind are done together, and only those that have to be" {
@@ -146,13 +151,13 @@ work=(-- bash -c 'echo x >>out')
 }
 
 @test "stopping a step stops its command" {
-  python3 "${REPO}/utils/step.py" --name s --outputs out -- sleep 985 >log &
+  make_nap
+  python3 "${REPO}/utils/step.py" --name s --outputs out -- bash -c 'touch begun; exec "${NAP}" 3600' >log &
   pid=$!
-  sleep 0.7
+  wait_until test -e begun
   kill -TERM "${pid}"
   code=0
   wait "${pid}" || code=$?
   ((code == 143))
-  run pgrep -f "sleep 985"
-  [[ ${status} == 1 ]]
+  wait_until no_nap_left
 }

@@ -172,7 +172,7 @@ def test_in_processes_forked_or_spawned_while_threads_read(dump, method):
     seen += [bits(batch) for batch in running]
     for _ in range(5):
         assert [bits(batch) for batch in loader] == expected
-    assert [results.get(timeout=120) for _ in children] == [True] * 3
+    assert [results.get(timeout=900) for _ in children] == [True] * 3
     for child in children:
         child.join()
     assert seen == expected
