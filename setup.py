@@ -36,6 +36,7 @@ EXTRAS = {
     "mosei": ["h5py>=3.10", "opencv-python-headless>=4.8,<5"],  # .csd files; face cascade (5 carries no model)
     "test": [
         "pytest>=8",
+        "pytest-xdist>=3.7",
         "hypothesis>=6.100",
         "scikit-learn>=1.4",
         "bats-core>=1.11",

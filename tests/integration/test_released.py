@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from helpers.plain_network import plain_forward, released_weights
+from helpers.shared import RELEASED_KEYS
 
 from sdumc.data.ark import ShardWriter, merge_shards
 from sdumc.data.tables import write_table
 
 ROOT = Path(__file__).resolve().parents[2]
-KEYS = ROOT.parent / "shared" / "released_checkpoint_keys.tsv"
 DIMS = {"audio": 12, "text": 20, "video": 9}
 
 
@@ -73,9 +73,9 @@ def test_decoding_an_imported_checkpoint_equals_the_plain_network(tmp_path, dump
             )
 
 
-@pytest.mark.skipif(not KEYS.exists(), reason="the list of the released file's keys is not here")
+@pytest.mark.skipif(not RELEASED_KEYS.exists(), reason=f"no list of the released file's keys: no {RELEASED_KEYS}")
 def test_the_keys_and_shapes_of_the_released_file(tmp_path):
-    rows = [line.split("\t") for line in KEYS.read_text().splitlines()[1:]]
+    rows = [line.split("\t") for line in RELEASED_KEYS.read_text().splitlines()[1:]]
     weights = {k: torch.zeros([int(n) for n in shape.split("x")]) for k, shape in rows}
     torch.save({"state_dict": weights}, tmp_path / "released.pt")
     done = importing(tmp_path / "released.pt", tmp_path / "exp", "--imagination", "both")

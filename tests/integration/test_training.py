@@ -91,7 +91,8 @@ def last_step(exp: Path) -> int:
 def test_a_signal_saves_and_asks_for_another_turn(data, undisturbed, tmp_path):
     exp = tmp_path / "stopped"
     stopped = call(*train_args(data, exp), env=at_step(ENV, 3, signal.SIGUSR1))
-    assert stopped.returncode == 75 and last_step(exp) == 3, stopped.stderr
+    # What the ranks agree on with the next step's gradients takes effect after that step.
+    assert stopped.returncode == 75 and last_step(exp) in (3, 4), stopped.stderr
     assert call(*train_args(data, exp)).returncode == 0
     assert_same_result(undisturbed, exp)
 

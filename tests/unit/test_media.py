@@ -16,7 +16,6 @@ from sdumc.data.media import check_media_file, probe, read_audio, read_frames, r
 from sdumc.errors import UserError
 
 RATE = 16000
-GRID = Path(__file__).resolve().parents[3] / "shared" / "media" / "bbaf2n.mpg"
 
 
 def sound(seconds: float, rate: int = RATE) -> np.ndarray:
@@ -312,16 +311,16 @@ def test_write_clip_refuses(tmp_path, frames, audio, message):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.skipif(not GRID.exists(), reason="no real recording beside the repository")
-def test_a_real_recording(tmp_path):
-    info = check_media_file(GRID, audio=True, video=True)
+def test_a_real_recording(media_dir, tmp_path):
+    recording = media_dir / "bbaf2n.mpg"  # of the GRID corpus
+    info = check_media_file(recording, audio=True, video=True)
     assert (info.rate, info.fps, info.width, info.height) == (44100, 25.0, 360, 288)
-    audio = read_audio(GRID, 44100)
+    audio = read_audio(recording, 44100)
     assert len(audio) / 44100 == pytest.approx(2.978, abs=0.01) and audio.std() > 0.005
-    part = read_audio(MediaSpan(str(GRID), 1.5, 2.2), 44100)
+    part = read_audio(MediaSpan(str(recording), 1.5, 2.2), 44100)
     np.testing.assert_allclose(part, audio[round(1.5 * 44100) : round(2.2 * 44100)], atol=1e-3)
-    assert len(list(read_frames(GRID, 10))) == 30
-    (tmp_path / "x.mpg").write_bytes(GRID.read_bytes()[:200001])
+    assert len(list(read_frames(recording, 10))) == 30
+    (tmp_path / "x.mpg").write_bytes(recording.read_bytes()[:200001])
     for read in readers(tmp_path / "x.mpg"):
         with pytest.raises(UserError, match="cut short"):
             read()

@@ -8,11 +8,13 @@ import json
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
+from helpers.browser import find_browser
 from helpers.report_tree import make_tree
 
 from sdumc.bin.report import common_title, main
@@ -489,14 +491,24 @@ addEventListener("load", () => setTimeout(() => {
 FRAME = """<!DOCTYPE html><html lang="en"><head><link rel="icon" href="data:,"></head><body>
 <iframe src="PAGE" style="width: 360px; height: 800px"></iframe>
 <script>addEventListener("message", e => { document.body.dataset.probe = e.data; });</script></body></html>"""
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+# What chromium does of itself, such as looking for updates, takes time and needs a network.
+QUIET = ["quic", "background-networking", "component-update", "sync", "gpu"]
 
 
-def browse(*args: object) -> subprocess.CompletedProcess:
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
-    command += ["--virtual-time-budget=8000", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+@pytest.fixture
+def browse(tmp_path):
+    """Chromium without a window; each call with an empty profile."""
+    program = find_browser()
+    if program is None:
+        pytest.skip("no chromium; `tests/run.sh --with-browser` gets it")
+
+    def call(*args: object) -> subprocess.CompletedProcess:
+        command = [program, "--headless", "--no-sandbox", "--no-first-run", "--enable-logging=stderr"]
+        command += [f"--disable-{what}" for what in QUIET]
+        command += ["--virtual-time-budget=8000", f"--user-data-dir={tempfile.mkdtemp(dir=tmp_path)}", *map(str, args)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=900)
+
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -513,9 +525,9 @@ def filmed(made):
 
 
 @pytest.mark.slow
-@needs_chromium
+@pytest.mark.browser
 @pytest.mark.parametrize("width, dark", [(360, False), (360, True), (1280, False), (1280, True)])
-def test_page_in_a_browser(filmed, width, dark):
+def test_page_in_a_browser(browse, filmed, width, dark):
     text = filmed.read_text()
     page = filmed.with_name("probe.html")
     page.write_text(text.replace("</body>", PROBE))
@@ -538,15 +550,15 @@ def test_page_in_a_browser(filmed, width, dark):
 
 
 @pytest.mark.slow
-@needs_chromium
-def test_a_faulty_page_would_be_noticed(tmp_path):
+@pytest.mark.browser
+def test_a_faulty_page_would_be_noticed(browse, tmp_path):
     (tmp_path / "x.html").write_text("<script>nothing.there()</script>")
     assert "CONSOLE" in browse("--dump-dom", (tmp_path / "x.html").as_uri()).stderr
 
 
 @pytest.mark.slow
-@needs_chromium
-def test_page_in_print(filmed, tmp_path):
+@pytest.mark.browser
+def test_page_in_print(browse, filmed, tmp_path):
     """On white paper in dark mode too, without players; every figure and map is there."""
     browse("--force-dark-mode", f"--print-to-pdf={tmp_path / 'page.pdf'}", filmed.as_uri())
     pdf = (tmp_path / "page.pdf").read_bytes()
