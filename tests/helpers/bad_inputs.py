@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
-import io
 import json
-import logging
 import os
 import pickle
 import re
@@ -23,12 +20,10 @@ import resource
 import runpy
 import shlex
 import shutil
-import signal
 import struct
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +33,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from helpers.commands import call_here, run_here  # noqa: E402
 
 A, B = "ann-1", "bob-1"  # two of the utterances
 CLIP = Path(f"data/x/clips/{A}.mp4")
@@ -392,31 +389,12 @@ def call(command: str) -> tuple[int, str]:
     if program.endswith(".sh") or program.endswith("run.py"):
         done = subprocess.run([ROOT / program, *words], capture_output=True, text=True, check=False)
         return done.returncode, done.stdout + done.stderr
-    output, code = io.StringIO(), 0
-    handlers, signals = logging.root.handlers[:], {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}
-    with (
-        contextlib.redirect_stdout(output),
-        contextlib.redirect_stderr(output),
-        mock.patch("sys.argv", [program, *words]),
-        mock.patch("sdumc.cli._module_name", return_value=program),
-    ):
-        try:
-            if program.startswith("sdumc.bin."):
-                sys.argv[0] = program.removeprefix("sdumc.bin.") + ".py"
-                module = importlib.import_module(program)
-                module.run(module.main)
-            else:
-                sys.argv[0] = str(ROOT / program)
-                runpy.run_path(sys.argv[0], run_name="__main__")
-        except SystemExit as e:
-            code = e.code if isinstance(e.code, int) else int(e.code is not None)
-        except BaseException:
-            code = 1
-            traceback.print_exc(file=output)
-    logging.root.handlers[:] = handlers
-    for number, handler in signals.items():
-        signal.signal(number, handler)
-    return code, output.getvalue()
+    if program.startswith("sdumc.bin."):
+        done = call_here(program.removeprefix("sdumc.bin."), *words)
+    else:
+        script = str(ROOT / program)
+        done = run_here([script, *words], lambda: runpy.run_path(script, run_name="__main__"))
+    return done.returncode, done.stdout + done.stderr
 
 
 def try_case(group: str, case: Case) -> Result:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.commands import call_here
 from helpers.dumps import make_dump
 from helpers.stopping import at_step
 
@@ -37,7 +38,8 @@ def recipe(tmp_path_factory):
         # What a kill between an epoch's events and its checkpoint leaves behind: the epoch is done, and noted, twice.
         board = sorted((exp / "tensorboard").iterdir())[0]
         _add_scalar(board, "train/loss", 1e6, step=11)
-        subprocess.run(command, env=ENV, check=True, capture_output=True)
+        again = call_here("train", *command[3:])
+        assert again.returncode == 0, again.stderr
         given = ["--exp-dir", str(exp), "--data-dir", "dump/test", "--output-dir", str(exp / "decode_test")]
         decode.main([*given, "--condition", "full", "missing", "asr", "none", "--device", "cpu"])
         for path in (exp / "decode_test").glob("*/predictions.tsv"):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.commands import call_here
 from helpers.dumps import make_dump
 from helpers.stopping import at_step
 
@@ -26,6 +27,7 @@ def command(module: str, *args: object, ranks: int = 1) -> list[str]:
 
 
 def call(*args: object, ranks: int = 1, env: dict[str, str] = ENV) -> subprocess.CompletedProcess:
+    """In a process of its own, or several."""
     return subprocess.run(command(*args, ranks=ranks), env=env, capture_output=True, text=True, timeout=GUARD)
 
 
@@ -66,7 +68,7 @@ def assert_same_result(a: Path, b: Path, names=FINAL):
 def test_same_seed_same_bytes_and_another_seed_others(data, undisturbed, tmp_path):
     assert call(*train_args(data, tmp_path / "same")).returncode == 0
     assert_same_result(undisturbed, tmp_path / "same")
-    assert call(*train_args(data, tmp_path / "other", "--seed", 2)).returncode == 0
+    assert call_here(*train_args(data, tmp_path / "other", "--seed", 2)).returncode == 0
     name = "model.valid-best.safetensors"
     assert (undisturbed / name).read_bytes() != (tmp_path / "other" / name).read_bytes()
 
@@ -77,7 +79,7 @@ def test_killed_and_run_again_ends_with_the_same_bytes(data, undisturbed, tmp_pa
     # Six steps an epoch, a checkpoint every two: killed between two checkpoints, at the end of an epoch, in the third.
     killed = call(*train_args(data, exp), env=at_step(ENV, step, signal.SIGKILL))
     assert killed.returncode == -signal.SIGKILL and last_step(exp) == (step - 1) // 2 * 2, killed.stderr
-    again = call(*train_args(data, exp))
+    again = call_here(*train_args(data, exp))
     assert again.returncode == 0, again.stderr
     assert_same_result(undisturbed, exp)
 
@@ -93,14 +95,16 @@ def test_a_signal_saves_and_asks_for_another_turn(data, undisturbed, tmp_path):
     stopped = call(*train_args(data, exp), env=at_step(ENV, 3, signal.SIGUSR1))
     # What the ranks agree on with the next step's gradients takes effect after that step.
     assert stopped.returncode == 75 and last_step(exp) in (3, 4), stopped.stderr
-    assert call(*train_args(data, exp)).returncode == 0
+    assert call_here(*train_args(data, exp)).returncode == 0
     assert_same_result(undisturbed, exp)
 
 
 def test_two_ranks_learn_what_one_learns(data, tmp_path):
     plain = ["--dropout", 0, "--attention-dropout", 0, "--modality-dropout", 0]
-    for ranks in (1, 2):
-        done = call(*train_args(data, tmp_path / str(ranks), *plain), ranks=ranks)
+    for done in (
+        call_here(*train_args(data, tmp_path / "1", *plain)),
+        call(*train_args(data, tmp_path / "2", *plain), ranks=2),
+    ):
         assert done.returncode == 0, done.stderr
     one, two = ([json.loads(x) for x in (tmp_path / r / "metrics.jsonl").open()] for r in "12")
     for a, b in zip(one, two, strict=True):
@@ -116,19 +120,19 @@ def test_more_ranks_than_utterances_in_the_last_batch(data, tmp_path):
 
 
 def test_a_changed_setting_is_refused_with_the_difference(data, undisturbed):
-    done = call(*train_args(data, undisturbed, "--lr", "5e-4"))
+    done = call_here(*train_args(data, undisturbed, "--lr", "5e-4"))
     assert done.returncode == 1
     assert "lr: 0.001 -> 0.0005" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_an_unknown_key_in_yaml_is_refused(data, tmp_path):
     (tmp_path / "c.yaml").write_text("learning-rate: 1\n")
-    done = call(*train_args(data, tmp_path / "exp", "--config", tmp_path / "c.yaml"))
+    done = call_here(*train_args(data, tmp_path / "exp", "--config", tmp_path / "c.yaml"))
     assert done.returncode == 2 and "c.yaml" in done.stderr and "learning-rate" in done.stderr
 
 
 def test_a_loss_that_is_not_finite_names_the_utterances(data, tmp_path):
-    done = call(*train_args(data, tmp_path / "exp", "--lr", "1e20", "--warmup-epochs", 0))
+    done = call_here(*train_args(data, tmp_path / "exp", "--lr", "1e20", "--warmup-epochs", 0))
     assert done.returncode == 1
     assert "not finite" in done.stderr and "spk" in done.stderr and "Traceback" not in done.stderr
 
@@ -136,7 +140,7 @@ def test_a_loss_that_is_not_finite_names_the_utterances(data, tmp_path):
 def test_decoding_every_condition(data, undisturbed, tmp_path):
     conditions = ["full", "missing", "asr", "none", "audio", "text", "video", "audio+text", "audio+video", "text+video"]
     args = ["--exp-dir", undisturbed, "--data-dir", data / "valid", "--output-dir"]
-    done = call("decode", *args, tmp_path / "all", "--condition", *conditions)
+    done = call_here("decode", *args, tmp_path / "all", "--condition", *conditions)
     assert done.returncode == 0, done.stderr
     tables = {c: (tmp_path / "all" / c / "predictions.tsv").read_text().splitlines() for c in conditions}
     assert tables["full"][0] == "utt_id\tprediction\tlabel"
@@ -144,7 +148,7 @@ def test_decoding_every_condition(data, undisturbed, tmp_path):
     assert tables["none"] == tables["audio+video"] != tables["missing"]
     ids = [line.split("\t")[0] for line in tables["full"][1:]]
     assert ids == sorted(ids)
-    done = call("decode", *args, tmp_path / "one", "--condition", "full", "--batch-size", 1)
+    done = call_here("decode", *args, tmp_path / "one", "--condition", "full", "--batch-size", 1)
     assert done.returncode == 0, done.stderr
     alone = [float(x.split("\t")[1]) for x in (tmp_path / "one/predictions.tsv").read_text().splitlines()[1:]]
     np.testing.assert_allclose(alone, [float(x.split("\t")[1]) for x in tables["full"][1:]], atol=1e-5)
@@ -168,11 +172,11 @@ def test_predictions_do_not_depend_on_the_number_of_ranks(data, undisturbed, ran
 def test_missing_without_simulated_text_means_none(undisturbed, tmp_path):
     make_dump(tmp_path / "dump", 6, 3, names=("audio", "video"))
     args = ["--exp-dir", undisturbed, "--data-dir", tmp_path / "dump", "--output-dir", tmp_path / "out"]
-    done = call("decode", *args, "--condition", "missing", "none")
+    done = call_here("decode", *args, "--condition", "missing", "none")
     assert done.returncode == 0 and "means the same as none" in done.stderr
     a, b = ((tmp_path / "out" / c / "predictions.tsv").read_text() for c in ("missing", "none"))
     assert a == b
-    done = call("decode", *args, "--condition", "full")
+    done = call_here("decode", *args, "--condition", "full")
     assert done.returncode == 1 and "text.scp" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -182,20 +186,20 @@ def test_a_modality_that_a_whole_set_lacks(tmp_path, without):
     for seed, name in enumerate(("train", "valid", "test")):
         make_dump(tmp_path / "dump" / name, 12, seed, absent={"video": set(range(12))} if name == without else None)
     exp = tmp_path / "exp/small_seed1"
-    done = call(*train_args(tmp_path / "dump", exp, "--epochs", "1"))
+    done = call_here(*train_args(tmp_path / "dump", exp, "--epochs", "1"))
     assert done.returncode == 0, done.stderr
     assert ("video-dim: 0" in (exp / "config.yaml").read_text()) == (without == "train")
     scored = ["--data-dir", tmp_path / "dump/test", "--output-dir", exp / "decode_test"]
-    done = call("decode", "--exp-dir", exp, *scored, "--condition", "full", "missing", "none", "audio")
+    done = call_here("decode", "--exp-dir", exp, *scored, "--condition", "full", "missing", "none", "audio")
     assert done.returncode == 0, done.stderr
     for condition in ("full", "missing", "none", "audio"):
         folder = exp / "decode_test" / condition
-        done = call("score", "--predictions", folder / "predictions.tsv", "--output", folder / "score.json")
+        done = call_here("score", "--predictions", folder / "predictions.tsv", "--output", folder / "score.json")
         assert done.returncode == 0, done.stderr
     same = [(exp / "decode_test" / c / "predictions.tsv").read_text() for c in ("none", "audio")]
     assert (same[0] == same[1]) == (without != "valid")  # no video: nothing left but the sound
-    done = call("decode", "--exp-dir", exp, *scored, "--condition", "video")
+    done = call_here("decode", "--exp-dir", exp, *scored, "--condition", "video")
     assert done.returncode == (0 if without == "valid" else 1) and "Traceback" not in done.stderr
     words = ["--data-root", tmp_path / "data", "--dump-root", tmp_path / "dump", "--output-dir", tmp_path / "report"]
-    done = call("report", "--exp-dirs", exp, *words, "--results", tmp_path / "RESULTS.md", "--test-sets", "test")
+    done = call_here("report", "--exp-dirs", exp, *words, "--results", tmp_path / "RESULTS.md", "--test-sets", "test")
     assert done.returncode == 0, done.stderr
