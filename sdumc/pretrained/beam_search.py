@@ -48,6 +48,122 @@ def _select_columns(cache, prompt_length: int, columns: Tensor) -> None:
             setattr(layer, name, kept)
 
 
+class _Hypotheses:
+    """The hypotheses of the utterances that are still searched: R rows of K running and K finished ones.
+
+    Attributes:
+        rows: (R,) number of each row's utterance. open: (R,) whether a finished hypothesis could still be beaten.
+        scores, tokens: (R, K) log-probabilities and (R, K, t) token ids of the running ones, best first.
+        done_scores, done_tokens, done_lengths, done_flags: the finished ones, best first: (R, K) scores with the length
+            penalty, (R, K, max_new_tokens) token ids, (R, K) their number, and (R, K) False where there is none yet.
+    """
+
+    _PER_ROW = ("rows", "open", "scores", "tokens", "done_scores", "done_tokens", "done_lengths", "done_flags")
+
+    def __init__(self, rows: int, beam: int, eos_ids: Sequence[int], limit: int, penalty: float, device: torch.device):
+        self.beam, self.limit, self.penalty, self.eos_ids = beam, limit, penalty, set(eos_ids)
+        self.eos = torch.tensor(list(eos_ids), device=device)
+        self.candidates = max(2, 1 + len(self.eos)) * beam  # enough that K go on even if all others end
+        self.may_finish = torch.arange(self.candidates, device=device) < beam  # only the best K may
+
+        def new(value: float, *shape: int, kind: torch.dtype = torch.float32) -> Tensor:
+            return torch.full((rows, beam, *shape), value, dtype=kind, device=device)
+
+        self.rows = torch.arange(rows, device=device)
+        self.open = torch.ones(rows, dtype=torch.bool, device=device)
+        self.scores, self.tokens = new(_IMPOSSIBLE), new(0, 0, kind=torch.int64)
+        self.scores[:, 0] = 0.0  # all beams begin alike: only one of them counts
+        self.done_scores, self.done_tokens = new(_IMPOSSIBLE), new(0, limit, kind=torch.int64)
+        self.done_lengths, self.done_flags = new(0, kind=torch.int64), new(0, kind=torch.bool)
+
+    def extend(self, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose the next tokens from their log-probabilities (R, K, V).
+
+        Returns:
+            (R, K) the beam that each new running hypothesis continues, and (R, K) its new token.
+        """
+        step, vocabulary = self.tokens.shape[2], log_probs.shape[-1]
+        total = (log_probs + self.scores[..., None]).flatten(1)
+        scores, index = total.topk(self.candidates)
+        parents, tokens = index // vocabulary, index % vocabulary
+        history = self.tokens.gather(1, parents[..., None].expand(-1, -1, step))
+        extended = torch.cat([history, tokens[..., None]], dim=-1)  # (R, candidates, t + 1)
+        last = step + 1 == self.limit
+        ends = torch.ones_like(tokens, dtype=torch.bool) if last else torch.isin(tokens, self.eos)
+        self.scores, chosen = (scores + ends * _IMPOSSIBLE).topk(self.beam)
+        self.tokens = extended.gather(1, chosen[..., None].expand(-1, -1, step + 1))
+        self._finish(extended, scores, ends & self.may_finish)
+        possible = self.scores[:, :1] / (step + 1) ** self.penalty
+        worst = torch.where(self.done_flags, self.done_scores.min(dim=1, keepdim=True).values, _IMPOSSIBLE)
+        self.open = torch.zeros_like(self.open) if last else self.open & (possible > worst).any(dim=1)
+        return parents.gather(1, chosen), tokens.gather(1, chosen)
+
+    def _finish(self, extended: Tensor, scores: Tensor, ends: Tensor) -> None:
+        """Keep the best K of the finished hypotheses and of those candidates that end now."""
+        length = extended.shape[2]
+        final = scores / length**self.penalty
+        final = final + (~self.open[:, None] * _IMPOSSIBLE) + (~ends * _IMPOSSIBLE)
+        self.done_scores, best = torch.cat([self.done_scores, final], dim=1).topk(self.beam)
+        padded = torch.nn.functional.pad(extended, (0, self.limit - length))
+        index = best[..., None].expand(-1, -1, self.limit)
+        self.done_tokens = torch.cat([self.done_tokens, padded], dim=1).gather(1, index)
+        lengths = torch.full(ends.shape, length, dtype=torch.int64, device=ends.device)
+        self.done_lengths = torch.cat([self.done_lengths, lengths], dim=1).gather(1, best)
+        self.done_flags = torch.cat([self.done_flags, ends], dim=1).gather(1, best)
+
+    def take_winners(self, winners: list[Winner | None]) -> Tensor:
+        """Put the best of each decided row into ``winners``; drop these rows, and return the indices of the others."""
+        for r in (~self.open).nonzero()[:, 0].tolist():
+            found = self.done_tokens[r, 0, : int(self.done_lengths[r, 0])].tolist()
+            ended = bool(found) and found[-1] in self.eos_ids
+            winners[int(self.rows[r])] = Winner(found[: len(found) - ended], ended, float(self.done_scores[r, 0]))
+        alive = self.open.nonzero()[:, 0]
+        for name in self._PER_ROW:
+            setattr(self, name, getattr(self, name)[alive])
+        return alive
+
+
+class _Columns:
+    """Which columns of the cache each beam may look at: the prompt's, and of the generated ones its own ancestors.
+
+    Attributes:
+        prompt: (R, P) bool, False on left padding. ancestors: (R, K, C) bool, over the C generated columns.
+    """
+
+    def __init__(self, prompt: Tensor, beam: int):
+        self.prompt = prompt
+        self.ancestors = torch.zeros(len(prompt), beam, 0, dtype=torch.bool, device=prompt.device)
+        self.own = torch.eye(beam, dtype=torch.bool, device=prompt.device)
+
+    def keep_rows(self, alive: Tensor) -> None:
+        self.prompt, self.ancestors = self.prompt[alive], self.ancestors[alive]
+
+    def extend(self, cache, parents: Tensor) -> Tensor:
+        """K further columns, one for each beam, which continues the beam ``parents`` (R, K).
+
+        Columns that no beam descends from are dropped from ``cache`` when there are many.
+
+        Returns:
+            (R, K, P + C) bool, what each beam may look at.
+        """
+        columns = self.ancestors.shape[2]
+        self.ancestors = self.ancestors.gather(1, parents[..., None].expand(-1, -1, columns))
+        if columns > _PRUNE_AT:
+            self._prune(cache)
+        own = self.own.expand(len(self.prompt), -1, -1)
+        self.ancestors = torch.cat([self.ancestors, own], dim=2)
+        return torch.cat([self.prompt[:, None].expand(-1, len(self.own), -1), self.ancestors], dim=2)
+
+    def _prune(self, cache) -> None:
+        used = self.ancestors.any(dim=1)
+        widest = int(used.sum(1).max())
+        if used.shape[1] - widest < _PRUNE_AT:
+            return
+        order = torch.argsort(used, dim=1, descending=True, stable=True)[:, :widest]
+        _select_columns(cache, self.prompt.shape[1], order)
+        self.ancestors = self.ancestors.gather(2, order[:, None].expand(-1, len(self.own), -1))
+
+
 @torch.inference_mode()
 def beam_search(
     model: torch.nn.Module,
@@ -71,91 +187,27 @@ def beam_search(
     Returns:
         The winner of each utterance.
     """
-    device, dtype = logits.device, next(model.parameters()).dtype
-    rows = torch.arange(len(logits), device=device)  # which utterance each living row is
-    eos = torch.tensor(list(eos_ids), device=device)
-    prompt_length, num_prompt = prompt_mask.shape[1], prompt_mask.sum(1)
-    keep = max(2, 1 + len(eos)) * beam
-    first = torch.arange(keep, device=device) < beam  # only the best K candidates may finish
-
-    def new(value: float, *shape: int, kind: torch.dtype = torch.float32) -> Tensor:
-        return torch.full((len(rows), beam, *shape), value, dtype=kind, device=device)
-
-    running_scores = new(_IMPOSSIBLE)
-    running_scores[:, 0] = 0.0
-    running = new(0, 0, kind=torch.int64)  # (R, K, t)
-    ancestors = new(0, 0, kind=torch.bool)  # (R, K, C): the generated columns that a beam may look at
-    done_scores, done = new(_IMPOSSIBLE), new(0, max_new_tokens, kind=torch.int64)
-    done_lengths, done_flags = new(0, kind=torch.int64), new(0, kind=torch.bool)
-    winners: list[Winner | None] = [None] * len(rows)
-    open_rows = torch.ones(len(rows), dtype=torch.bool, device=device)  # could a finished hypothesis still be beaten?
-
+    dtype = next(model.parameters()).dtype
+    hypotheses = _Hypotheses(len(logits), beam, eos_ids, max_new_tokens, length_penalty, logits.device)
+    columns = _Columns(prompt_mask, beam)
+    positions = prompt_mask.sum(1)  # of the next token, in each row
+    winners: list[Winner | None] = [None] * len(logits)
     log_probs = torch.log_softmax(logits.float(), dim=-1)[:, None].expand(-1, beam, -1)
-    for step in range(max_new_tokens):
-        vocabulary = log_probs.shape[-1]
-        total = (log_probs + running_scores[..., None]).flatten(1)
-        scores, index = total.topk(keep)
-        parents, tokens = index // vocabulary, index % vocabulary
-        history = running.gather(1, parents[..., None].expand(-1, -1, step))
-        candidates = torch.cat([history, tokens[..., None]], dim=-1)  # (R, keep, t + 1)
-        stops = torch.isin(tokens, eos)
-        if step + 1 == max_new_tokens:
-            stops = torch.ones_like(stops)
-
-        running_scores, chosen = (scores + stops * _IMPOSSIBLE).topk(beam)
-        running = candidates.gather(1, chosen[..., None].expand(-1, -1, step + 1))
-        next_parents, next_tokens = parents.gather(1, chosen), tokens.gather(1, chosen)
-
-        final = scores / (step + 1) ** length_penalty
-        final = final + (~open_rows[:, None] * _IMPOSSIBLE) + (~(stops & first) * _IMPOSSIBLE)
-        merged_scores = torch.cat([done_scores, final], dim=1)
-        done_scores, best = merged_scores.topk(beam)
-        padded = torch.nn.functional.pad(candidates, (0, max_new_tokens - step - 1))
-        done = torch.cat([done, padded], dim=1).gather(1, best[..., None].expand(-1, -1, max_new_tokens))
-        lengths = torch.full_like(tokens, step + 1)
-        done_lengths = torch.cat([done_lengths, lengths], dim=1).gather(1, best)
-        done_flags = torch.cat([done_flags, stops & first], dim=1).gather(1, best)
-
-        possible = running_scores[:, :1] / (step + 1) ** length_penalty
-        worst = torch.where(done_flags, done_scores.min(dim=1, keepdim=True).values, _IMPOSSIBLE)
-        open_rows = open_rows & (possible > worst).any(dim=1)
-        if step + 1 == max_new_tokens:
-            open_rows = torch.zeros_like(open_rows)
-
-        if not bool(open_rows.all()):
-            for r in (~open_rows).nonzero()[:, 0].tolist():
-                found = done[r, 0, : int(done_lengths[r, 0])].tolist()
-                ended = bool(found) and found[-1] in eos_ids
-                winners[int(rows[r])] = Winner(found[: len(found) - ended], ended, float(done_scores[r, 0]))
-            alive = open_rows.nonzero()[:, 0]
+    while True:
+        parents, tokens = hypotheses.extend(log_probs)
+        if not bool(hypotheses.open.all()):
+            alive = hypotheses.take_winners(winners)
             if len(alive) == 0:
-                break
+                return [w for w in winners if w is not None]
             cache.batch_select_indices(alive)
-            rows, open_rows, prompt_mask, num_prompt = (x[alive] for x in (rows, open_rows, prompt_mask, num_prompt))
-            running, running_scores, ancestors = running[alive], running_scores[alive], ancestors[alive]
-            done, done_scores, done_lengths, done_flags = (
-                x[alive] for x in (done, done_scores, done_lengths, done_flags)
-            )
-            next_parents, next_tokens = next_parents[alive], next_tokens[alive]
-
-        columns = ancestors.shape[2]
-        ancestors = ancestors.gather(1, next_parents[..., None].expand(-1, -1, columns))
-        if columns > _PRUNE_AT:
-            used = ancestors.any(dim=1)
-            widest = int(used.sum(1).max())
-            if columns - widest >= _PRUNE_AT:
-                order = torch.argsort(used, dim=1, descending=True, stable=True)[:, :widest]
-                _select_columns(cache, prompt_length, order)
-                ancestors = ancestors.gather(2, order[:, None].expand(-1, beam, -1))
-        own = torch.eye(beam, dtype=torch.bool, device=device).expand(len(rows), -1, -1)
-        ancestors = torch.cat([ancestors, own], dim=2)
-        allowed = torch.cat([prompt_mask[:, None].expand(-1, beam, -1), ancestors], dim=2)
+            columns.keep_rows(alive)
+            parents, tokens, positions = parents[alive], tokens[alive], positions[alive]
         output = call_with_cache(
             model,
             cache,
-            input_ids=next_tokens,
-            attention_mask=additive_mask(allowed, dtype),
-            position_ids=(num_prompt + step)[:, None].expand(-1, beam),
+            input_ids=tokens,
+            attention_mask=additive_mask(columns.extend(cache, parents), dtype),
+            position_ids=positions[:, None].expand(-1, beam),
         )
+        positions = positions + 1
         log_probs = torch.log_softmax(output.logits.float(), dim=-1)
-    return winners  # type: ignore[return-value]  # every row was filled when it closed
