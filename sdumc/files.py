@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -193,3 +194,9 @@ def settings_chain(path: str | os.PathLike) -> Iterator[tuple[str, dict]]:
         above, file = file, os.path.join(os.path.dirname(file), str(base))
         if os.path.abspath(file) in seen:
             raise UserError(f"{above}: base {file} leads back to itself")
+
+
+def settings_hash(settings: Mapping[str, Any]) -> str:
+    """A short hash of settings (plain values and paths), the same on every machine."""
+    text = json.dumps(settings, sort_keys=True, default=str, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -18,11 +18,12 @@ import numpy as np
 import torch
 
 from sdumc.bench.measure import goal, interleaved, median, peak_memory, ratio, seconds, spread, table
-from sdumc.data.ark import ShardWriter, merge_shards, split_rxspecifier
+from sdumc.data.ark import split_rxspecifier
 from sdumc.data.dataset import UtteranceDataset, collate
 from sdumc.data.dump import Dump, load_dump
 from sdumc.data.loader import BatchLoader
 from sdumc.data.sampler import GlobalBatchSampler
+from sdumc.data.shards import ShardWriter, merge_shards
 from sdumc.data.tables import write_table
 from sdumc.errors import UserError
 

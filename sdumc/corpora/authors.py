@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from sdumc.corpora.sets import Corpus, FeatureWriter, Fold, split_name
-from sdumc.data.ark import Merged, ShardWriter, merge_shards, settings_hash
 from sdumc.data.kaldi_dir import shard
 from sdumc.data.pickles import load_npy, load_npz_dicts
+from sdumc.data.shards import Merged, ShardWriter, merge_shards
 from sdumc.errors import UserError
+from sdumc.files import settings_hash
 
 log = logging.getLogger("sdumc")
 

@@ -20,8 +20,8 @@ from sdumc.corpora.labels import find_labels, read_labels
 from sdumc.corpora.media_files import MediaFiles, find_media, locate, raw_root
 from sdumc.corpora.sets import FOLDS, Corpus, FeatureWriter, Fold, split_name
 from sdumc.corpora.transcripts import Transcripts, give_times, read_transcripts
-from sdumc.data.ark import ShardWriter, merge_shards
 from sdumc.data.pickles import restricted_load
+from sdumc.data.shards import ShardWriter, merge_shards
 from sdumc.errors import UserError
 
 log = logging.getLogger("sdumc")

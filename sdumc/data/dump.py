@@ -1,7 +1,7 @@
 """A dump folder: features as Kaldi archives and their labels, all that training and decoding need.
 
 ``dump/<set>/`` needs ``<name>.scp`` for one or more of :data:`sdumc.conditions.FEATURES`, and ``utt2label`` for
-training and scoring. What :func:`sdumc.data.ark.merge_shards` writes beside it (``.frames``, ``.yaml``, ``.absent``)
+training and scoring. What :func:`sdumc.data.shards.merge_shards` writes beside it (``.frames``, ``.yaml``, ``.absent``)
 and ``utt2spk`` may be absent: a folder with features from elsewhere is as good.
 """
 

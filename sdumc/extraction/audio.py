@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sdumc.data.ark import ShardWriter
 from sdumc.data.kaldi_dir import KaldiDir
+from sdumc.data.shards import ShardWriter
 from sdumc.extraction.loop import Output, extract_shard, read_wave
 from sdumc.pretrained.speech_encoder import SpeechEncoder
 

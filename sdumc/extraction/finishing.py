@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sdumc.conditions import ASR_SHARDS, TRANSCRIPTS
-from sdumc.data.ark import Merged, merge_shards
 from sdumc.data.kaldi_dir import KaldiDir
+from sdumc.data.shards import Merged, merge_shards
 from sdumc.data.tables import write_table
 from sdumc.errors import UserError
 from sdumc.files import atomic_write, read_json, write_json, write_text

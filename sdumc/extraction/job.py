@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdumc.data.ark import ShardWriter
 from sdumc.data.kaldi_dir import KaldiDir, load_kaldi_dir, shard
+from sdumc.data.shards import ShardWriter
 from sdumc.device import pick_device
 from sdumc.errors import UserError
 from sdumc.extraction.batches import durations, make_batches

@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from sdumc.data.ark import ShardWriter
 from sdumc.data.kaldi_dir import KaldiDir
 from sdumc.data.media import read_audio
+from sdumc.data.shards import ShardWriter
 from sdumc.errors import UserError
 from sdumc.extraction.finishing import BAD_MEDIA
 from sdumc.pretrained.memory import halve_when_out_of_memory

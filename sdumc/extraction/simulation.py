@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from sdumc.data.ark import ShardWriter
 from sdumc.data.kaldi_dir import KaldiDir
+from sdumc.data.shards import ShardWriter
 from sdumc.extraction.finishing import BAD_MEDIA
 from sdumc.extraction.loop import Output, extract_shard, read_wave
 from sdumc.pretrained.llm import SpeechLLM, Transcript

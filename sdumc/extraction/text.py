@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from sdumc.data.ark import ShardWriter
 from sdumc.data.kaldi_dir import KaldiDir
+from sdumc.data.shards import ShardWriter
 from sdumc.errors import UserError
 from sdumc.extraction.finishing import BAD_MEDIA
 from sdumc.extraction.loop import Output, extract_shard, read_wave

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sdumc.data.ark import ShardWriter
 from sdumc.data.kaldi_dir import KaldiDir, MediaSpan
 from sdumc.data.media import read_frames
+from sdumc.data.shards import ShardWriter
 from sdumc.errors import UserError
 from sdumc.extraction.faces import FaceDetector, crop, track_face
 from sdumc.extraction.loop import Output, absent_for_bad_media, extract_shard, reason_if_allowed

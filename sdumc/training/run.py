@@ -22,13 +22,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 from sdumc.cli import setup_logging
 from sdumc.conditions import COMPLETE, MISSING, VALID_CONDITIONS
-from sdumc.data.ark import settings_hash
 from sdumc.data.dataset import Batch, UtteranceDataset
 from sdumc.data.dump import Dump
 from sdumc.data.loader import BatchLoader
 from sdumc.data.sampler import GlobalBatchSampler
 from sdumc.errors import EXIT_REQUEUE, UserError
-from sdumc.files import json_ready, write_text
+from sdumc.files import json_ready, settings_hash, write_text
 from sdumc.losses.objective import sdumc_objective
 from sdumc.model.network import SDUMC, empty_loss_inputs
 from sdumc.processes import StopSignal

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sdumc.data.ark import ShardWriter, merge_shards
+from sdumc.data.shards import ShardWriter, merge_shards
 from sdumc.data.tables import write_table
 
 DIMS = {"audio": 6, "text": 10, "text_sim": 10, "text_asr": 10, "video": 5}

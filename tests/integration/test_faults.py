@@ -245,7 +245,7 @@ def test_a_checkpoint_that_cannot_be_written_to_its_end(tmp_path):
 
 def test_features_that_do_not_fit(tmp_path):
     """What was committed is kept; the job goes on from there when there is room again."""
-    from sdumc.data.ark import ShardWriter
+    from sdumc.data.shards import ShardWriter
     from sdumc.errors import UserError
 
     def write(ids: str) -> None:

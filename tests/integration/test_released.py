@@ -12,7 +12,7 @@ import torch
 from helpers.plain_network import plain_forward, released_weights
 from helpers.shared import RELEASED_KEYS
 
-from sdumc.data.ark import ShardWriter, merge_shards
+from sdumc.data.shards import ShardWriter, merge_shards
 from sdumc.data.tables import write_table
 
 ROOT = Path(__file__).resolve().parents[2]

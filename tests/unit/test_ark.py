@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 import yaml
 
-from sdumc.data.ark import ShardWriter, load_matrix, matrix_shape, merge_shards, settings_hash, split_rxspecifier
+from sdumc.data.ark import load_matrix, matrix_shape, split_rxspecifier
 from sdumc.data.dump import load_dump
+from sdumc.data.shards import ShardWriter, merge_shards
 from sdumc.data.tables import read_table
 from sdumc.errors import UserError
+from sdumc.files import settings_hash
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"model": "m", "layers": [-4, -3]}
@@ -156,7 +158,7 @@ def test_the_dimension_holds_across_a_restart(tmp_path):
 JOB = """
 import sys
 import numpy as np
-from sdumc.data.ark import ShardWriter
+from sdumc.data.shards import ShardWriter
 rng = np.random.default_rng(0)
 values = {f"u{k:03d}": rng.normal(size=(rng.integers(1, 60), 16)) for k in range(60)}
 with ShardWriter(sys.argv[1], "audio", 1, {"a": 1}, sorted(values)) as writer:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from sdumc.data.ark import ShardWriter, merge_shards
 from sdumc.data.dataset import Utterance, UtteranceDataset, collate
 from sdumc.data.dump import load_dump
 from sdumc.data.sampler import GlobalBatchSampler
+from sdumc.data.shards import ShardWriter, merge_shards
 from sdumc.data.tables import write_table
 from sdumc.errors import UserError
 

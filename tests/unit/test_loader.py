@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 import torch
 
-from sdumc.data.ark import ShardWriter, all_finite, merge_shards
+from sdumc.data.ark import all_finite
 from sdumc.data.dataset import UtteranceDataset, collate
 from sdumc.data.dump import load_dump
 from sdumc.data.loader import BatchLoader, _Blocks
 from sdumc.data.sampler import GlobalBatchSampler
+from sdumc.data.shards import ShardWriter, merge_shards
 from sdumc.data.tables import read_table, write_table
 from sdumc.errors import UserError
 

@@ -10,9 +10,9 @@ import pytest
 
 from sdumc.bin import audit_transcripts
 from sdumc.corpora.audit import compare, leave_out, overlap, triples
-from sdumc.data.ark import ShardWriter, merge_shards
 from sdumc.data.dump import load_dump
 from sdumc.data.kaldi_dir import load_kaldi_dir
+from sdumc.data.shards import ShardWriter, merge_shards
 from sdumc.data.tables import write_table
 from sdumc.errors import UserError
 

@@ -13,8 +13,9 @@ from helpers import tiny_models
 from test_features import make_clip, video_data_dir
 
 from sdumc.bin import extract_audio, extract_text, extract_video, finish_dump, recognize, simulate_text, train_projector
-from sdumc.data.ark import ShardWriter, load_matrix
+from sdumc.data.ark import load_matrix
 from sdumc.data.dump import load_dump
+from sdumc.data.shards import ShardWriter
 from sdumc.errors import UserError
 from sdumc.extraction import loop
 from sdumc.extraction.batches import make_batches
