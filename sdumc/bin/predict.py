@@ -1,4 +1,4 @@
-"""Score video or audio files with a trained model: utterances, simulated text, one number each."""
+"""Score video or audio files with a trained model: a number for each utterance and for the whole file."""
 
 from __future__ import annotations
 
@@ -17,33 +17,36 @@ log = logging.getLogger("sdumc")
 
 def get_parser() -> Parser:
     parser = Parser(
-        "Score your own clips: from -3, very negative, to 3, very positive. No transcript is needed; text is\n"
-        "simulated from the sound as it was for the model's training. Long files are cut into utterances where nobody\n"
-        "speaks; the overall score is the mean of theirs weighted by duration. A file that fails does not stop the\n"
-        "others; the exit code is 1 then."
+        "Score your own clips from -3 (very negative) to 3 (very positive). No transcript is needed: text is\n"
+        "simulated from the sound, as for the model's training. Long files are cut into utterances where nobody\n"
+        "speaks; the overall score is the mean of their scores weighted by duration. When a file fails, the others\n"
+        "are still scored, and the exit code is 1."
     )
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--exp-dir", required=True, metavar="PATH", help="folder that training wrote, or what sdumc.bin.pack made of it"
+        "--exp-dir",
+        required=True,
+        metavar="PATH",
+        help="folder that training wrote, or a model packed by sdumc.bin.pack",
     )
     group.add_argument(
         "--checkpoint", choices=("valid-best", "averaged"), default="valid-best", help="both were chosen on valid"
     )
-    group.add_argument("--model-dir", metavar="DIR", help="folder that holds the pretrained models, if they were moved")
+    group.add_argument("--model-dir", metavar="DIR", help="folder of the pretrained models, if they were moved")
     group = parser.add_argument_group("files")
     group.add_argument("files", nargs="*", metavar="FILE", help="video or audio files, or folders of them")
-    group.add_argument("--list", metavar="FILE", help="a text file with one of these a line")
+    group.add_argument("--list", metavar="FILE", help="a text file with one such name per line")
     group.add_argument(
         "--text",
         metavar="TEXT",
-        help="what is said: words, a text file, or subtitles (.srt, .vtt), whose times then cut the file; with several "
-        "files, a table of lines `name words`, the name being the file's without its ending",
+        help="the transcript: words, a text file, or subtitles (.srt, .vtt), whose times give the utterances; with "
+        "several files, a table of lines `name words`, with the name of the file without its extension",
     )
     group.add_argument(
         "--bad-media",
         choices=("stop", "absent"),
         default="stop",
-        help="a sound or picture track that cannot be read fails the file, or counts as absent (noted)",
+        help="when a sound or picture track cannot be read: the file fails, or the track counts as absent (noted)",
     )
     group = parser.add_argument_group("utterances")
     group.add_argument(
@@ -53,15 +56,17 @@ def get_parser() -> Parser:
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="print JSON instead of tables")
     group.add_argument(
-        "--subtitles", choices=("srt", "vtt"), help="also write FILE's name + .sdumc.srt or .vtt: score and words"
+        "--subtitles", choices=("srt", "vtt"), help="also write subtitles with score and words, CLIP.sdumc.srt or .vtt"
     )
-    group.add_argument("--output-dir", metavar="DIR", help="where subtitles go; default: beside the file")
+    group.add_argument("--output-dir", metavar="DIR", help="folder for the subtitles; default: that of the file")
     group = parser.add_argument_group("computing")
     add_device_option(group)
     group.add_argument(
-        "--dtype", choices=("fp32", "bf16", "fp16"), help="of the extractors; default: as the train set's features"
+        "--dtype",
+        choices=("fp32", "bf16", "fp16"),
+        help="number format of the extractors; default: the train set's",
     )
-    group.add_argument("--batch-size", type=int, default=8, metavar="N", help="most utterances at once")
+    group.add_argument("--batch-size", type=int, default=8, metavar="N", help="utterances at once, at most")
     return parser
 
 
@@ -78,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     texts = transcripts(args.text, files)
     results: list[dict] = []
     for path, reason in failures:
-        _report(path, reason, results)
+        _report_failure(path, reason, results)
     if files:
         _score(args, files, texts, results)
     if args.json:
@@ -105,9 +110,11 @@ def _score(args, files: Sequence[Path], texts: dict, results: list[dict]) -> Non
     )
     for note in scorer.notes:
         log.warning("%s", note)
-    # Nothing but lines of text where no person watches; disable=None is tqdm's way to say so.
-    look = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-    with tqdm(total=len(files), bar_format=look, mininterval=0, leave=False, disable=None, file=sys.stderr) as bar:
+    bar_format = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+    # disable=None: no progress bar unless stderr is a terminal.
+    with tqdm(
+        total=len(files), bar_format=bar_format, mininterval=0, leave=False, disable=None, file=sys.stderr
+    ) as bar:
         for number, path in enumerate(files):
             bar.set_description(path.name)
 
@@ -135,12 +142,12 @@ def _score(args, files: Sequence[Path], texts: dict, results: list[dict]) -> Non
                 bar.clear()
                 if results and results[-1].get("file") == str(path):
                     results.pop()
-                _report(str(path), str(e), results)
+                _report_failure(str(path), str(e), results)
             bar.set_postfix_str("", refresh=False)
             bar.update(number + 1 - bar.n)
 
 
-def _report(path: str, reason: str, results: list[dict]) -> None:
+def _report_failure(path: str, reason: str, results: list[dict]) -> None:
     message = reason if path in reason else f"{path}: {reason}"
     print(f"error: {message}", file=sys.stderr, flush=True)
     results.append({"file": path, "error": reason})

@@ -1,4 +1,4 @@
-"""Cutting long recordings into utterances where nobody speaks."""
+"""Find speech in long recordings, and cut them into utterances at the pauses."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import numpy as np
 from sdumc.errors import UserError
 
 RATE = 16000  # Hz
-FRAME = 0.03  # seconds; one of the three lengths that the detector takes
-SILENCE = 1e-3  # root mean square of a frame (-60 dB of full scale) below which there is nothing to hear
-_STRICTNESS = 2  # of WebRTC's detector, 0 to 3
-_STEADY = 2.0  # loud over quiet frames of a file; speech rises and falls by much more, hiss and hum do not
-_SMOOTHING = 9  # frames: a lone frame is neither speech nor a pause
+FRAME = 0.03  # seconds; the detector accepts 10, 20 and 30 ms
+SILENCE = 1e-3  # a frame whose root mean square is below this (-60 dB of full scale) is silent
+_AGGRESSIVENESS = 2  # of WebRTC's detector, 0 to 3
+_LEAST_DYNAMICS = 2.0  # loud frames over quiet frames of a recording: hiss and hum have less, speech has much more
+_SMOOTHING = 9  # frames over which the detector's decisions are averaged, against single wrong ones
 _PAUSE = 0.5  # seconds without speech that end an utterance
-_SHORT = 1.0  # seconds; a shorter utterance joins a neighbour no further away than this
-_LEAST = 0.3  # seconds of speech; an utterance with less is noise
-_MARGIN = 0.15  # seconds left standing before and after the speech, for soft beginnings and ends
+_SHORT = 1.0  # seconds; a shorter utterance joins a neighbour, if the pause between them is no longer than this
+_LEAST_SPEECH = 0.3  # seconds; an utterance with less speech is taken as noise
+_MARGIN = 0.15  # seconds kept before and after the speech, because its beginning and end are often quiet
 
 
 def frame_levels(wave: np.ndarray) -> np.ndarray:
@@ -46,13 +46,13 @@ def find_speech(wave: np.ndarray) -> np.ndarray:
     if not len(levels):
         return np.zeros(0, dtype=bool)
     quiet, loud = np.quantile(levels, [0.1, 0.95])
-    if loud < _STEADY * quiet:  # the detector takes white noise alone for speech
+    if loud < _LEAST_DYNAMICS * quiet:  # without this test the detector takes pure white noise for speech
         return np.zeros(len(levels), dtype=bool)
-    # The detector expects the level of a telephone call; recordings are often much quieter.
+    # The detector expects the loudness of a telephone call; recordings are often much quieter.
     loudest = float(np.quantile(np.abs(wave), 0.999))
     gain = min(0.5 / max(loudest, 1e-9), 30.0)
     samples = (np.clip(wave * gain, -1, 1) * 32767).astype("<i2")
-    detector, size = webrtcvad.Vad(_STRICTNESS), round(FRAME * RATE)
+    detector, size = webrtcvad.Vad(_AGGRESSIVENESS), round(FRAME * RATE)
     found = [detector.is_speech(samples[i * size : (i + 1) * size].tobytes(), RATE) for i in range(len(levels))]
     voiced = np.array(found) & (levels > SILENCE)
     votes = np.convolve(voiced.astype(float), np.ones(_SMOOTHING), mode="same")
@@ -60,15 +60,19 @@ def find_speech(wave: np.ndarray) -> np.ndarray:
 
 
 def utterances(voiced: np.ndarray, levels: np.ndarray, max_seconds: float) -> list[tuple[float, float]]:
-    """Utterances as (start, end) in seconds, from which frames are speech and how loud they are.
+    """Divide a recording into utterances.
 
-    Pauses of half a second end an utterance. One longer than ``max_seconds`` is divided at its longest pause, or, where
-    it has none, at the quietest frame of its middle half. One under a second joins its nearer neighbour if they are
-    close; what has under 0.3 s of speech is left out.
+    A pause of half a second ends an utterance. An utterance longer than ``max_seconds`` is divided at its longest
+    pause or, if it has none, at the quietest frame of its middle half. An utterance shorter than a second is joined to
+    the nearer neighbour, if that is at most a second away. An utterance with less than 0.3 s of speech is left out.
 
     Args:
-        voiced: bool (N,) frames of 30 ms. levels: (N,) their loudness.
+        voiced: (N,) bool, whether each frame of 30 ms is speech.
+        levels: (N,) root mean square of each frame.
         max_seconds: longest utterance, margins included.
+
+    Returns:
+        (start, end) of each utterance in seconds, in time order.
     """
     edges = np.flatnonzero(np.diff(np.concatenate([[0], voiced.astype(np.int8), [0]])))
     runs = [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
@@ -80,7 +84,7 @@ def utterances(voiced: np.ndarray, levels: np.ndarray, max_seconds: float) -> li
         else:
             groups.append([run])
     groups = _join_short([part for group in groups for part in _divide(group, levels, longest)], longest)
-    spans = [(g[0][0], g[-1][1]) for g in groups if sum(b - a for a, b in g) * FRAME >= _LEAST]
+    spans = [(g[0][0], g[-1][1]) for g in groups if sum(b - a for a, b in g) * FRAME >= _LEAST_SPEECH]
     padded = []
     for i, (a, b) in enumerate(spans):
         low = (spans[i - 1][1] + a) / 2 if i else 0.0
@@ -90,11 +94,12 @@ def utterances(voiced: np.ndarray, levels: np.ndarray, max_seconds: float) -> li
 
 
 def _divide(group: list[tuple[int, int]], levels: np.ndarray, longest: int) -> list[list[tuple[int, int]]]:
+    """Divide a group of runs of speech (first and last frame + 1) until no part is longer than ``longest`` frames."""
     start, end = group[0][0], group[-1][1]
     if end - start <= longest:
         return [group]
     if len(group) > 1:
-        # The longest pause; of equal ones, that nearest to the middle.
+        # The longest pause; of pauses of equal length, the one nearest to the middle.
         pauses = [(b[0] - a[1], -abs(a[1] + b[0] - start - end), i) for i, (a, b) in enumerate(pairwise(group), 1)]
         at = max(pauses)[2]
         parts = [group[:at], group[at:]]
@@ -106,6 +111,7 @@ def _divide(group: list[tuple[int, int]], levels: np.ndarray, longest: int) -> l
 
 
 def _join_short(groups: list[list[tuple[int, int]]], longest: int) -> list[list[tuple[int, int]]]:
+    """Join groups shorter than a second to the nearer neighbour, where the result is at most ``longest`` frames."""
     joined = [list(g) for g in groups]
     i = 0
     while i < len(joined):
@@ -135,6 +141,6 @@ def cut_speech(wave: np.ndarray, max_seconds: float) -> list[tuple[float, float]
 
 
 def even_pieces(duration: float, max_seconds: float) -> list[tuple[float, float]]:
-    """``duration`` seconds in as few equal parts of at most ``max_seconds`` as possible: pictures have no pauses."""
+    """(start, end) of as few equal parts of ``duration`` seconds as possible, each at most ``max_seconds`` long."""
     count = max(1, int(np.ceil(duration / max_seconds - 1e-9)))
     return [(round(i * duration / count, 3), round((i + 1) * duration / count, 3)) for i in range(count)]

@@ -1,4 +1,4 @@
-"""What a user names on the command line: files, folders, lists, and the words that are said in them."""
+"""The files to score and their transcripts, as the command line of ``sdumc predict`` names them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from sdumc.errors import UserError
 from sdumc.prediction.subtitles import SUFFIXES, Cue, read_subtitles
 
-# What is taken from a folder; a file that is named itself is tried whatever its name.
+# Extensions of the files that are taken from a folder. A file named by itself may have any extension.
 SOUND = (".aac", ".aif", ".aiff", ".flac", ".m4a", ".mka", ".mp3", ".oga", ".ogg", ".opus", ".wav", ".wma")
 VIDEO = (
     ".3gp",
@@ -31,7 +31,11 @@ VIDEO = (
 
 
 def media_files(names: Sequence[str], list_file: str | None) -> tuple[list[Path], list[tuple[str, str]]]:
-    """Every file named, once, in order; those of folders by name, subfolders included. And (name, reason) of failures.
+    """The media files that ``names`` and the lines of ``list_file`` stand for.
+
+    Returns:
+        The files in the order given, each once, those of a folder and its subfolders sorted by path; and
+        (name, reason) for each name that gives none.
 
     Raises:
         UserError: nothing is named, or the list cannot be read.
@@ -65,7 +69,7 @@ def media_files(names: Sequence[str], list_file: str | None) -> tuple[list[Path]
 
 
 def transcripts(text: str | None, files: Sequence[Path]) -> dict[Path, str | list[Cue]]:
-    """The words of each file, from the value of ``--text``: words, a text file, subtitles, or a table.
+    """The transcript of each file, from the value of ``--text``: words, a text file, subtitles, or a table.
 
     Raises:
         UserError: the file cannot be read, or does not fit the files to score.
@@ -73,18 +77,18 @@ def transcripts(text: str | None, files: Sequence[Path]) -> dict[Path, str | lis
     if text is None or not files:
         return {}
     path = Path(text)
-    is_file = len(text) < 4096 and path.is_file()
+    is_file = len(text) < 4096 and path.is_file()  # a longer text is no path, and asking would be an OSError
     if not is_file and (path.suffix.lower() in (*SUFFIXES, ".txt") and " " not in text):
         raise UserError(f"--text {text}: no such file")
     if len(files) > 1:
         if not is_file or path.suffix.lower() in SUFFIXES:
             raise UserError(
-                "--text with several files must be a table file of lines `name words`; or score them singly"
+                "--text with several files must be a table file of lines `name words`; or score the files one by one"
             )
         table = _table(path)
         stems = [f.stem for f in files]
         if doubled := sorted({s for s in stems if stems.count(s) > 1}):
-            raise UserError(f"--text {path}: several files are called {doubled[0]!r}; score them in turn")
+            raise UserError(f"--text {path}: several files are called {doubled[0]!r}; score them one by one")
         if missing := [s for s in stems if s not in table]:
             raise UserError(f"{path}: no line for {missing[0]!r}; every file needs one")
         return {f: table[f.stem] for f in files}
@@ -99,7 +103,7 @@ def transcripts(text: str | None, files: Sequence[Path]) -> dict[Path, str | lis
 
 
 def _table(path: Path) -> dict[str, str]:
-    """Lines ``name words`` in any order; a tab, where there is one, ends a name that has spaces."""
+    """Read lines ``name words`` in any order. If a line has a tab, the name ends there and may contain spaces."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as e:
@@ -113,6 +117,6 @@ def _table(path: Path) -> dict[str, str]:
         if not words:
             raise UserError(f"{path}:{number}: {name!r} has no words; expected `name words`")
         if name in found:
-            raise UserError(f"{path}:{number}: a second line for {name!r}; leave one out")
+            raise UserError(f"{path}:{number}: a second line for {name!r}; remove one")
         found[name] = words
     return found

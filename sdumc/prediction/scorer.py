@@ -1,4 +1,4 @@
-"""Scoring a video or audio file from scratch: utterances, features, simulated text, one number each."""
+"""Score a video or audio file: find its utterances, extract features, simulate text, run the trained network."""
 
 from __future__ import annotations
 
@@ -32,16 +32,17 @@ from sdumc.training.settings import load_config
 
 log = logging.getLogger("sdumc")
 
-MAX_SECONDS = 20.0  # a longer file is cut; clips that models are trained on are sentences
-_ONE_PICTURE = 0.1  # seconds; a photograph opens as a film of one frame
+MAX_SECONDS = 20.0  # a longer file is cut into utterances: models are trained on clips of a sentence
+_ONE_PICTURE = 0.1  # seconds; a photograph is opened as a video of one frame
 
 
 @dataclass(frozen=True)
 class ScoredUtterance:
-    """One utterance: where it is in the file (seconds), its score, and what the score was made from.
+    """One utterance: its place in the file (seconds), its score, and what the score was computed from.
 
-    ``modalities`` are those that were there (of audio, text, video); ``text`` is "simulated", "real" or None, and
-    ``transcript`` what was simulated or given. ``status`` is how simulation went: ok, empty, refusal, repeat or limit.
+    ``modalities`` are those of audio, text and video that the utterance has. ``text`` is "simulated", "real" or None,
+    and ``transcript`` is the simulated or given text. ``status`` is the result of simulation, one of
+    :data:`sdumc.conditions.TEXT_STATUSES`.
     """
 
     start: float
@@ -57,7 +58,7 @@ class ScoredUtterance:
 class ScoredFile:
     """A file's utterances in time order and their mean score weighted by duration, ``overall``.
 
-    ``notes`` say what was not as usual: a silent sound track, a part without a face, ...
+    ``notes`` report what was unusual: a silent sound track, a part without a face, ...
     """
 
     file: str
@@ -74,14 +75,14 @@ class ScoredFile:
 def overall_score(utterances: Sequence[ScoredUtterance]) -> float:
     """Mean score weighted by duration: sum of (end - start) * score over the sum of (end - start)."""
     seconds = [u.end - u.start for u in utterances]
-    if not sum(seconds):  # a file that does not say how long it is
+    if not sum(seconds):  # the file does not state its duration
         return sum(u.score for u in utterances) / len(utterances)
     return sum(s * u.score for s, u in zip(seconds, utterances, strict=True)) / sum(seconds)
 
 
 @dataclass
 class _Part:
-    """An utterance on its way through: its place, its sound, given words, and, later, its features."""
+    """An utterance while it is being scored: its place, sound and given words, and then its features."""
 
     start: float
     end: float
@@ -94,9 +95,9 @@ class _Part:
 
 
 class Scorer:
-    """A trained model with the extractors of its recipe, ready for single files.
+    """A trained model together with the feature extractors of its recipe; scores single files.
 
-    >>> scorer = Scorer.load("exp/train_seed1")         # or what sdumc.bin.pack wrote
+    >>> scorer = Scorer.load("exp/train_seed1")         # or a packed model (sdumc.bin.pack)
     >>> print(scorer.score("clip.mp4").overall)
     """
 
@@ -112,7 +113,7 @@ class Scorer:
     ):
         self.model, self.extractors, self.device = model, extractors, torch.device(device)
         self.batch_size, self.notes = batch_size, list(notes)
-        self._keep = keep  # a folder that lives as long as this does
+        self._keep = keep  # an unpacked archive's temporary folder, which is removed with this object
         self.features = [name for name in extractors.record.features if modality(name) in model.available]
 
     @classmethod
@@ -131,12 +132,13 @@ class Scorer:
         Args:
             checkpoint: ``valid-best`` or ``averaged``; a packed model has only one.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-            dtype: number format of the extractors; None is the one that the train set's features were made with.
-            model_dir: a folder that holds the pretrained models, if they are not where they were.
-            batch_size: most utterances at once.
+            dtype: number format of the extractors; None: the one with which the train set's features were made.
+            model_dir: folder of the pretrained models, if they have been moved.
+            batch_size: utterances at once, at most.
 
         Raises:
-            UserError: no such experiment, its features came from elsewhere, or a model is not there or another one.
+            UserError: there is no such experiment, its features were not made by this package, or a pretrained model
+                is missing or has other weights than recorded.
         """
         where = pick_device(device)
         folder, keep = open_experiment(Path(exp_dir))
@@ -168,17 +170,37 @@ class Scorer:
         """Score one video or audio file.
 
         Args:
-            text: what is said, if it is known: the words of the whole file, or timed cues, which then are its
-                utterances. The model's complete flow reads it; otherwise text is simulated from the sound.
-            cut: ``auto`` cuts a file that is longer than ``max_seconds`` into utterances, ``yes`` any, ``no`` none.
+            text: the transcript, if it is known: the words of the whole file, or timed cues, which are then the
+                utterances. It is read by the model's complete flow. Without it, text is simulated from the sound.
+            cut: ``auto`` cuts a file longer than ``max_seconds`` into utterances, ``yes`` every file, ``no`` none.
             max_seconds: longest utterance when cutting.
-            bad_media: ``stop``: a sound or picture track that cannot be read fails the file; ``absent``: it counts as
-                absent.
+            bad_media: when a sound or picture track cannot be read: ``stop`` raises, ``absent`` scores without it.
             progress: called with (utterances done, utterances) after each batch.
 
         Raises:
-            UserError: the file is missing, no media, damaged, or holds nothing that can be scored.
+            UserError: the file is missing, no media file, damaged, or has nothing that can be scored.
         """
+        self._check_request(text, cut, max_seconds)
+        path = str(file)
+        notes: list[str] = []
+        info = _probe(path)
+        sees = info.has_video and "video" in self.features
+        wave = self._read_sound(path, info, bad_media, notes)
+        duration = len(wave) / RATE if wave is not None else info.duration
+        if wave is not None and is_silent(wave):
+            notes.append("its sound is silence and is not used")
+            wave = None
+        if wave is None and not sees and text is None:
+            raise UserError(f"{path}: {_why_nothing_is_left(info, 'video' in self.features)}")
+        parts = self._divide(path, wave, duration, text, cut, max_seconds, sees, notes)
+        results = self._score_parts(parts, max(400.0, max_seconds), info.has_video, bad_media, progress, notes)
+        if not results:
+            raise UserError(f"{path}: nothing in it can be scored ({'; '.join(notes)})")
+        return ScoredFile(path, round(duration, 3), overall_score(results), results, notes)
+
+    # ---- steps of score()
+
+    def _check_request(self, text: str | Sequence[Cue] | None, cut: str, max_seconds: float) -> None:
         if cut not in ("auto", "yes", "no"):
             raise UserError(f"cut must be auto, yes or no, not {cut!r}")
         if max_seconds < 1:
@@ -186,50 +208,8 @@ class Scorer:
         if text is not None and "text" not in self.features:
             reason = self.extractors.record.left_out.get("text", "its features of real text are not recorded")
             raise UserError(f"this model cannot take a transcript: {reason}")
-        path = str(file)
-        notes: list[str] = []
-        info = probe(path)
-        if not info.has_audio and not info.has_video:
-            raise UserError(f"{path}: has neither sound nor pictures; give a video or audio file")
-        if not info.has_audio and info.duration < _ONE_PICTURE:
-            raise UserError(f"{path}: a single picture without sound; give a video or audio file")
-        wave = self._sound(path, info, bad_media, notes)
-        duration = len(wave) / RATE if wave is not None else info.duration
-        if wave is not None and is_silent(wave):
-            notes.append("its sound is silence and is not used")
-            wave = None
-        if wave is None and (not info.has_video or "video" not in self.features) and text is None:
-            raise UserError(f"{path}: {_nothing(info, 'video' in self.features)}")
-        parts = self._parts(path, wave, duration, text, cut, max_seconds, info.has_video, notes)
-        done = 0
-        result: dict[int, ScoredUtterance] = {}
-        unseen: Counter[str] = Counter()  # reason -> utterances whose pictures are not used
-        seconds = {str(i): p.end - p.start for i, p in enumerate(parts)}
-        for batch in make_batches(seconds, self.batch_size, max(400.0, max_seconds)):
-            numbers = [int(b) for b in batch]
-            chosen = [parts[i] for i in numbers]
-            self._extract(chosen, info.has_video, bad_media, unseen)
-            for i, scored in zip(numbers, self._predict(chosen), strict=True):
-                if scored is None:
-                    notes.append(f"{parts[i].start:.2f}-{parts[i].end:.2f} s left out: nothing there to score")
-                else:
-                    result[i] = scored
-                parts[i].features, parts[i].wave = {}, None
-            done += len(batch)
-            if progress is not None:
-                progress(done, len(parts))
-        for reason, count in unseen.items():
-            place = f" in {count} of {len(parts)} utterances" if len(parts) > 1 else ""
-            notes.append(f"pictures not used{place}: {reason}")
-        if not result:
-            reasons = "; ".join(notes)
-            raise UserError(f"{path}: nothing in it can be scored ({reasons})")
-        utterances = [result[i] for i in sorted(result)]
-        return ScoredFile(path, round(duration, 3), overall_score(utterances), utterances, notes)
 
-    # ---- steps of score()
-
-    def _sound(self, path: str, info: MediaInfo, bad_media: str, notes: list[str]) -> np.ndarray | None:
+    def _read_sound(self, path: str, info: MediaInfo, bad_media: str, notes: list[str]) -> np.ndarray | None:
         if not info.has_audio:
             notes.append("has no sound track")
             return None
@@ -241,93 +221,115 @@ class Scorer:
             notes.append(f"sound taken as absent: {e}")
             return None
 
-    def _parts(self, path, wave, duration, text, cut, max_seconds, has_video, notes) -> list[_Part]:
-        """The utterances of a file. One that is not cut is read as the recipe reads a clip: to the file's end."""
-        whole = [_Part(0.0, duration, MediaSpan(path), wave)]
-        if text is not None and not isinstance(text, str):
-            cues = sentences(list(text), max_seconds)
-            if not cues or cues[0].start >= duration:
-                raise UserError(f"{path}: lasts {duration:.1f} s, before the first subtitle; is it another video's?")
-            cues = [Cue(c.start, min(c.end, duration), c.text) for c in cues if c.start < duration]
-            spans: list[tuple[float, float]] = [(c.start, c.end) for c in cues]
-            words: list[str | None] = [c.text for c in cues]
-        elif text is not None:
-            if not text.strip():
-                raise UserError("the transcript is empty; leave it out to have text simulated")
-            if cut == "yes":
-                raise UserError("a transcript without times cannot be cut; give subtitles (.srt, .vtt), or --cut no")
-            if duration > max_seconds:
-                notes.append(
-                    f"scored as one utterance of {duration:.0f} s, as its transcript has no times; subtitles have"
-                )
-            whole[0].words = " ".join(text.split())
-            return whole
-        elif cut == "no" or (cut == "auto" and duration <= max_seconds):
-            return whole
-        else:
-            spans = cut_speech(wave, max_seconds) if wave is not None else []
-            if not spans:
-                if wave is not None and not (has_video and "video" in self.features):
-                    raise UserError(
-                        f"{path}: no speech was found in it; --cut no scores it as one utterance all the same"
-                    )
-                if wave is not None:
-                    notes.append("no speech was found in it: its sound is not used, and it is cut into equal parts")
-                spans, wave = even_pieces(duration, max_seconds), None
-            words = [None] * len(spans)
-        return [
-            _Part(a, b, MediaSpan(path, a, b), None if wave is None else wave[round(a * RATE) : round(b * RATE)], w)
-            for (a, b), w in zip(spans, words, strict=True)
-        ]
+    def _divide(
+        self,
+        path: str,
+        wave: np.ndarray | None,
+        duration: float,
+        text: str | Sequence[Cue] | None,
+        cut: str,
+        max_seconds: float,
+        sees: bool,
+        notes: list[str],
+    ) -> list[_Part]:
+        """The utterances of a file. A file that is not cut is read to its end, as the recipe reads a clip."""
+        whole = _Part(0.0, duration, MediaSpan(path), wave)
+        if isinstance(text, str):
+            whole.words = _words_of_whole_file(text, duration, cut, max_seconds, notes)
+            return [whole]
+        if text is not None:
+            return [_part(path, wave, c.start, c.end, c.text) for c in _cues(path, text, duration, max_seconds)]
+        if cut == "no" or (cut == "auto" and duration <= max_seconds):
+            return [whole]
+        if wave is None:
+            return [_part(path, None, a, b) for a, b in even_pieces(duration, max_seconds)]
+        if spans := cut_speech(wave, max_seconds):
+            return [_part(path, wave, a, b) for a, b in spans]
+        if not sees:
+            raise UserError(f"{path}: no speech was found in it; --cut no scores it as one utterance all the same")
+        notes.append("no speech was found in it: its sound is not used, and it is cut into equal parts")
+        return [_part(path, None, a, b) for a, b in even_pieces(duration, max_seconds)]
 
-    def _extract(self, parts: list[_Part], has_video: bool, bad_media: str, unseen: Counter[str]) -> None:
+    def _score_parts(
+        self,
+        parts: list[_Part],
+        batch_seconds: float,
+        has_video: bool,
+        bad_media: str,
+        progress: Callable[[int, int], None] | None,
+        notes: list[str],
+    ) -> list[ScoredUtterance]:
+        """Score utterances in batches; returns those that could be scored, in time order."""
+        done = 0
+        results: dict[int, ScoredUtterance] = {}
+        pictures_not_used: Counter[str] = Counter()  # reason -> number of utterances
+        seconds = {str(i): p.end - p.start for i, p in enumerate(parts)}
+        for batch in make_batches(seconds, self.batch_size, batch_seconds):
+            numbers = [int(b) for b in batch]
+            chosen = [parts[i] for i in numbers]
+            self._extract(chosen, has_video, bad_media, pictures_not_used)
+            for i, scored in zip(numbers, self._predict(chosen), strict=True):
+                if scored is None:
+                    notes.append(f"{parts[i].start:.2f}-{parts[i].end:.2f} s left out: nothing there to score")
+                else:
+                    results[i] = scored
+                parts[i].features, parts[i].wave = {}, None
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(parts))
+        for reason, count in pictures_not_used.items():
+            place = f" in {count} of {len(parts)} utterances" if len(parts) > 1 else ""
+            notes.append(f"pictures not used{place}: {reason}")
+        return [results[i] for i in sorted(results)]
+
+    def _extract(self, parts: list[_Part], has_video: bool, bad_media: str, pictures_not_used: Counter[str]) -> None:
         """Fill in the features of a batch."""
-        heard = [p for p in parts if p.wave is not None and len(p.wave)]
-        waves = [p.wave for p in heard if p.wave is not None]
-        if heard and "audio" in self.features:
-            for p, x in zip(heard, self.extractors.audio(waves), strict=True):
+        with_sound = [p for p in parts if p.wave is not None and len(p.wave)]
+        waves = [p.wave for p in with_sound if p.wave is not None]
+        if with_sound and "audio" in self.features:
+            for p, x in zip(with_sound, self.extractors.audio(waves), strict=True):
                 p.features["audio"] = x
-        spoken = [p for p in parts if p.words is not None]
-        if spoken:
-            states = self.extractors.real_text([p.words or "" for p in spoken], [p.wave for p in spoken])
-            for p, x in zip(spoken, states, strict=True):
+        with_words = [p for p in parts if p.words is not None]
+        if with_words:
+            states = self.extractors.real_text([p.words or "" for p in with_words], [p.wave for p in with_words])
+            for p, x in zip(with_words, states, strict=True):
                 p.features["text"], p.transcript = x, p.words or ""
-        elif heard and "text_sim" in self.features:
-            for p, s in zip(heard, self.extractors.simulated_text(waves), strict=True):
+        elif with_sound and "text_sim" in self.features:
+            for p, s in zip(with_sound, self.extractors.simulated_text(waves), strict=True):
                 p.features["text_sim"], p.transcript, p.status = s.states.float().cpu(), s.text, s.status
         if has_video and "video" in self.features:
             for p in parts:
                 try:
                     p.features["video"], reason = self.extractors.video(p.span)
                 except UserError as e:
-                    # A picture track that ends before the sound is no reason to leave the last utterances out.
+                    # When the picture track ends before the sound, the last utterances are still scored.
                     if bad_media != "absent" and p.span.end is None:
                         raise
                     reason = str(e)
                 if reason:
-                    unseen[reason] += 1
+                    pictures_not_used[reason] += 1
 
     def _predict(self, parts: list[_Part]) -> list[ScoredUtterance | None]:
         condition = CONDITIONS["missing" if parts[0].words is None else "full"]
-        there = [p for p in parts if any(p.features.get(f) is not None for f in condition.inputs.values())]
+        usable = [p for p in parts if any(p.features.get(f) is not None for f in condition.inputs.values())]
         scores: dict[int, float] = {}
-        if there:
-            names = {n: f for n, f in condition.inputs.items() if any(p.features.get(f) is not None for p in there)}
-            dims = {f: next(x.shape[1] for p in there if (x := p.features.get(f)) is not None) for f in names.values()}
+        if usable:
+            names = {n: f for n, f in condition.inputs.items() if any(p.features.get(f) is not None for p in usable)}
+            dims = {f: next(x.shape[1] for p in usable if (x := p.features.get(f)) is not None) for f in names.values()}
             batch = collate(
                 [
                     Utterance(str(i), math.nan, {f: p.features.get(f) for f in names.values()}, dims)
-                    for i, p in enumerate(there)
+                    for i, p in enumerate(usable)
                 ]
             )
             try:
                 with torch.inference_mode():
                     output = run_batch(self.model, batch.to(self.device), names, condition.flow)
-            except ValueError as e:  # the network's own check of dimensions
+            except ValueError as e:  # the network found a wrong dimension
                 raise UserError(
                     f"{self.extractors.record.folder}: model and extractors do not belong together: {e}"
                 ) from None
-            scores = {id(p): float(s) for p, s in zip(there, output.prediction, strict=True)}
+            scores = {id(p): float(s) for p, s in zip(usable, output.prediction, strict=True)}
         return [self._scored(p, scores[id(p)]) if id(p) in scores else None for p in parts]
 
     def _scored(self, part: _Part, score: float) -> ScoredUtterance:
@@ -341,8 +343,41 @@ class Scorer:
         )
 
 
-def _nothing(info: MediaInfo, sees: bool) -> str:
-    if info.has_video and not sees:
+def _probe(path: str) -> MediaInfo:
+    info = probe(path)
+    if not info.has_audio and not info.has_video:
+        raise UserError(f"{path}: has neither sound nor pictures; give a video or audio file")
+    if not info.has_audio and info.duration < _ONE_PICTURE:
+        raise UserError(f"{path}: a single picture without sound; give a video or audio file")
+    return info
+
+
+def _part(path: str, wave: np.ndarray | None, start: float, end: float, words: str | None = None) -> _Part:
+    """The part of a file between two times in seconds."""
+    sound = None if wave is None else wave[round(start * RATE) : round(end * RATE)]
+    return _Part(start, end, MediaSpan(path, start, end), sound, words)
+
+
+def _cues(path: str, text: Sequence[Cue], duration: float, max_seconds: float) -> list[Cue]:
+    """Subtitles as utterances within the file's duration."""
+    cues = sentences(list(text), max_seconds)
+    if not cues or cues[0].start >= duration:
+        raise UserError(f"{path}: lasts {duration:.1f} s, before the first subtitle; is it another video's?")
+    return [Cue(c.start, min(c.end, duration), c.text) for c in cues if c.start < duration]
+
+
+def _words_of_whole_file(text: str, duration: float, cut: str, max_seconds: float, notes: list[str]) -> str:
+    if not text.strip():
+        raise UserError("the transcript is empty; leave it out to have text simulated")
+    if cut == "yes":
+        raise UserError("a transcript without times cannot be cut; give subtitles (.srt, .vtt), or --cut no")
+    if duration > max_seconds:
+        notes.append(f"scored as one utterance of {duration:.0f} s, as its transcript has no times; subtitles have")
+    return " ".join(text.split())
+
+
+def _why_nothing_is_left(info: MediaInfo, model_uses_video: bool) -> str:
+    if info.has_video and not model_uses_video:
         return "has nothing to hear, and this model does not look at pictures"
     if info.has_video:
         return "has nothing to hear"

@@ -1,4 +1,4 @@
-"""Subtitles, read as timed transcripts and written with scores: SubRip (.srt) and WebVTT (.vtt)."""
+"""Subtitles in SubRip (.srt) and WebVTT (.vtt): read as timed transcripts, written with scores."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from sdumc.errors import UserError
 SUFFIXES = (".srt", ".vtt")
 _TIME = re.compile(r"(?:(\d+):)?(\d{1,2}):(\d{1,2})[.,](\d{1,3})")
 _SENTENCE_END = re.compile(r"[.?!…。？！][\"'”’)\]]*$")
-_PAUSE = 0.5  # seconds between two cues after which a new utterance begins
+_PAUSE = 0.5  # seconds; a longer pause between two cues starts a new utterance
 
 
 @dataclass(frozen=True)
 class Cue:
-    """A line of subtitles: ``start`` and ``end`` in seconds, and what is said."""
+    """One subtitle: ``start`` and ``end`` in seconds, and the words."""
 
     start: float
     end: float
@@ -26,10 +26,11 @@ class Cue:
 
 
 def read_subtitles(path: Path) -> list[Cue]:
-    """The cues of an SRT or WebVTT file in time order, those without text left out; markup is removed.
+    """The cues of an SRT or WebVTT file in time order, without markup and without empty cues.
 
     Raises:
-        UserError: naming the file and line: not text, times that cannot be read, an end before its start, no cues.
+        UserError: the file is not text, a time cannot be read, a cue ends before it starts, or there are no cues. The
+            message names the file and the line.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -71,7 +72,7 @@ def _seconds(text: str, path: Path, number: int) -> float:
 
 
 def sentences(cues: Sequence[Cue], max_seconds: float) -> list[Cue]:
-    """Cues joined into utterances: to the end of a sentence, a pause of half a second, or ``max_seconds``."""
+    """Join cues into utterances, which end with a sentence, at a pause of half a second, or before ``max_seconds``."""
     joined: list[Cue] = []
     for cue in cues:
         last = joined[-1] if joined else None
@@ -91,7 +92,7 @@ def format_subtitles(cues: Sequence[Cue], kind: str) -> str:
     """The text of an ``srt`` or ``vtt`` file."""
     blocks = []
     for number, cue in enumerate(cues, start=1):
-        # A blank line would end the cue, and "-->" begin another.
+        # A blank line would end the cue, and "-->" would start another.
         text = " ".join(cue.text.split()).replace("-->", "->")
         if kind == "vtt":
             text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
