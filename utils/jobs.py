@@ -1,6 +1,6 @@
-"""What the job runners run.py and slurm.py share: their argument grammar, the log format, and ending of processes.
+"""Shared by the job runners run.py and slurm.py: command-line syntax, log format, starting and stopping processes.
 
-Needs Python's standard library only, as the runners also work before (and outside) the recipe's environment.
+It uses only Python's standard library, because the runners also work before (and outside) the recipe's environment.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-EXIT_REQUEUE = 75  # a command that saved its state on a signal and wants to be run again; as in sdumc/errors.py
+EXIT_REQUEUE = 75  # of a command that saved its state on a signal and should be run again; as in sdumc/errors.py
 TAIL_LINES = 15
-GRACE = 30.0  # seconds between asking a job to end and killing it: a training saves its state in that time
+GRACE = 30.0  # seconds between SIGTERM and SIGKILL: in that time a training saves its state
 END = "# ended:   "
 REQUEUED = ", requeued"
 # Options of both runners, all with a value; a recipe's slurm.conf may add more.
@@ -85,10 +85,10 @@ class Spec:
 
 
 def check_options(spec: Spec, known: set[str]) -> None:
-    """Refuse options that no one knows.
+    """Check that all options are known.
 
     Raises:
-        UsageError: naming the option and the known ones.
+        UsageError: an option is unknown; the message lists the known ones.
     """
     for name in spec.options:
         if name not in known:
@@ -97,7 +97,7 @@ def check_options(spec: Spec, known: set[str]) -> None:
 
 
 def parse(argv: list[str]) -> Spec:
-    """Read a runner's command line; which options there are, `check_options` decides later.
+    """Read a runner's command line. The names of the options are checked later, by `check_options`.
 
     Raises:
         UsageError: option without value, empty range, no log or command, one log for several jobs.
@@ -130,7 +130,7 @@ def parse(argv: list[str]) -> Spec:
 
 
 def cores() -> int:
-    """CPU cores that this process may use, a container's quota counted."""
+    """Number of CPU cores that this process may use, limited by a container's quota."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -170,7 +170,7 @@ class Running:
 
 
 def die_with_parent(number: int = signal.SIGTERM) -> None:
-    """Let the kernel send this process a signal when its parent dies: a killed recipe leaves nothing running."""
+    """Have the kernel send this process a signal when its parent dies: a killed recipe leaves nothing running."""
     if _PRCTL is not None:
         _PRCTL(1, number)  # PR_SET_PDEATHSIG
 
@@ -183,7 +183,7 @@ except (AttributeError, OSError):  # not Linux
 
 
 def in_child() -> None:
-    """Between fork and exec: follow the parent into death, and hear signals that the parent holds back."""
+    """Between fork and exec: die with the parent, and unblock the signals that the parent blocks."""
     die_with_parent()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _WATCHED)
 
@@ -220,12 +220,12 @@ def start_job(command: list[str], log: Path, env: dict[str, str], index: int = 1
 def finish_job(job: Running, status: int, usage, note: str = "", code: int | None = None) -> int:
     """Write the log's last line; returns the exit code, 128 + signal number for a job ended by a signal.
 
-    A `code` that is given is told in place of the status's.
+    If `code` is given, it is used instead of the exit code in `status`.
     """
     code = os.waitstatus_to_exitcode(status) if code is None else code
     job.process.returncode = code  # wait4 has already collected it
     what = f"exit code {code}" if code >= 0 else f"exit code {128 - code} (killed by {signal_name(-code)})"
-    # The kernel counts the largest single process of the job, in KiB on Linux.
+    # The kernel reports the largest single process of the job, in KiB on Linux.
     memory = usage.ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
     seconds = time.time() - job.start
     with open(job.log, "rb+") as f:
@@ -246,7 +246,7 @@ def signal_name(number: int) -> str:
 
 
 def ended(log: Path) -> int | None:
-    """The exit code in a log's last line; None when the job has not ended by itself, or was put back in the queue."""
+    """The exit code in a log's last line; None when the job has not written one, or was requeued."""
     try:
         with open(log, "rb") as f:
             size = f.seek(0, os.SEEK_END)
@@ -267,17 +267,17 @@ def tail(log: Path, lines: int = TAIL_LINES) -> str:
             text = f.read().decode("utf-8", "replace")
     except OSError as e:
         return f"    (cannot be read: {e.strerror})"
-    # A progress bar rewrites its line with carriage returns: its last state is what counts.
+    # A progress bar rewrites its line with carriage returns; show only its last state.
     kept = [line.rpartition("\r")[2] for line in text.rstrip("\n").split("\n")]
     return "\n".join("    " + line[:500] for line in kept[-lines:]) if text else "    (empty)"
 
 
 def explain(code: int) -> str:
-    """What an exit code means, where that is not plain."""
+    """What an exit code means, if it is a special one."""
     if code == EXIT_REQUEUE:
         return " (stopped by a signal, its state is saved: run the same command again to go on)"
     if code == 137:
-        return " (killed; often for want of memory)"
+        return " (killed; often because memory ran out)"
     return f" ({signal_name(code - 128)})" if 128 < code < 160 else ""
 
 
@@ -288,14 +288,14 @@ _WATCHED = _STOPPING | {signal.SIGCHLD, signal.SIGUSR1}
 
 
 def watch_signals() -> None:
-    """Hold back the signals that `next_signal` hands out one by one, so that none arrives between two lines."""
+    """Block the signals that `next_signal` returns one by one, so that none interrupts other code."""
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
     die_with_parent()
 
 
 def next_signal(timeout: float | None = None) -> int | None:
-    """Wait for a child's end, a stop signal or SIGUSR1; None when `timeout` seconds pass without one."""
+    """Wait until a child ends (SIGCHLD), or for a stop signal or SIGUSR1; None after `timeout` seconds."""
     if timeout is None:
         return signal.sigwait(_WATCHED)
     info = signal.sigtimedwait(_WATCHED, max(0.0, timeout))
@@ -322,7 +322,7 @@ def reap(running: dict[int, Running]) -> list[tuple[Running, int, Any]]:
 
 
 def stop_jobs(running: dict[int, Running], first: int = signal.SIGTERM) -> None:
-    """End all jobs with their children: ask, wait up to GRACE seconds, kill. A second stop signal kills at once."""
+    """Stop jobs and their children: signal, wait up to GRACE seconds, kill. A second stop signal kills at once."""
     groups = list(running)
     _signal_groups(groups, first)
     deadline = time.monotonic() + GRACE
@@ -336,7 +336,7 @@ def stop_jobs(running: dict[int, Running], first: int = signal.SIGTERM) -> None:
             said = True
         for job, status, usage in reap(running):
             finish_job(job, status, usage, note=" (stopped)")
-    _signal_groups(groups, signal.SIGKILL)  # what a job has started and left behind
+    _signal_groups(groups, signal.SIGKILL)  # processes that a job has started and left running
 
 
 def _signal_groups(pids: list[int], number: int) -> None:

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
 # Usage: utils/new_recipe.sh [options] NAME
 #
-# Makes the recipe egs/NAME from egs/TEMPLATE: what all recipes share becomes links, what you are to write becomes copies.
-# The recipe appears whole or not at all. docs/new_recipe.md says how to go on.
+# Makes the recipe egs/NAME from egs/TEMPLATE: files that all recipes share become links, files that you edit become
+# copies. docs/new_recipe.md explains the next steps.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 #: Options
-features_only=false #: without local/ and the settings of stages 1 to 3: for features from elsewhere, from stage 4 on
+features_only=false #: for features from elsewhere: without local/ and the settings of stages 1 to 3
 . utils/parse_options.sh
 
 die() {
   echo "new_recipe.sh: error: $*" >&2
   exit 2
 }
-(($# == 1)) || die "expected one NAME, such as utils/new_recipe.sh reviews; --help tells the rest"
+(($# == 1)) || die "expected one NAME, such as utils/new_recipe.sh reviews; --help explains the options"
 name=$1
 [[ ${name} =~ ^[a-z][a-z0-9_]*$ ]] ||
   die "'${name}': a recipe's name has small letters, digits and underscores only, and begins with a letter"

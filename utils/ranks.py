@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Run a command as several ranks on this machine: ranks.py N COMMAND [WORD...]
 
-Each rank gets RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun gives them, and
-writes to this command's own streams. It differs from torchrun in what a recipe needs:
+Each rank gets RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as from torchrun, and
+writes to this command's streams. Recipes need three things that torchrun does not do:
 
-* SIGTERM and SIGUSR1 reach the ranks, which save their state; when they then exit with 75, so does this command.
-  SIGUSR1 is held back in a rank until it asks for it (pthread_sigmask), so that none is killed while it starts.
-* A rank that fails takes the others down at once, and its exit code is this command's (128 + N for signal N).
-* When this command itself is killed, also by SIGKILL, the ranks die with it.
+* SIGTERM and SIGUSR1 are passed to the ranks, which save their state. If they then exit with 75, so does this command.
+  SIGUSR1 is blocked in a rank until the rank unblocks it (pthread_sigmask), so that it cannot kill a rank that starts.
+* When a rank fails, the others are killed at once, and its exit code is this command's (128 + N for signal N).
+* When this command itself is killed, even by SIGKILL, the ranks die too.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def start(command: list[str], rank: int, size: int, port: int) -> subprocess.Pop
     def in_child() -> None:
         jobs.in_child()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-        jobs.die_with_parent(signal.SIGKILL)  # not SIGTERM, which a stuck rank only notes
-        if os.getppid() != me:  # killed before it could be asked for
+        jobs.die_with_parent(signal.SIGKILL)  # not SIGTERM, which a rank that hangs would not act on
+        if os.getppid() != me:  # the parent was killed before the line above took effect
             os._exit(1)
 
     return subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, preexec_fn=in_child)
@@ -65,7 +65,7 @@ def run(command: list[str], size: int) -> int:
             send(running, signal.SIGTERM)
         elif number == signal.SIGUSR1:
             send(running, signal.SIGUSR1)
-        elif number is None:  # one has saved and gone, others have not come so far
+        elif number is None:  # GRACE seconds after the first rank saved and exited, others still run
             send(running, signal.SIGKILL)
         for rank, process in list(running.items()):
             code = process.poll()
@@ -75,7 +75,7 @@ def run(command: list[str], size: int) -> int:
             code = code if code >= 0 else 128 - code
             if code == jobs.EXIT_REQUEUE and result in (0, code):
                 result, deadline = code, deadline or time.monotonic() + jobs.GRACE
-            elif code and result in (0, jobs.EXIT_REQUEUE):  # the first failure; what follows is its consequence
+            elif code and result in (0, jobs.EXIT_REQUEUE):  # the first failure causes the others
                 result = code
                 print(
                     f"ranks.py: rank {rank} of {size} failed first, exit code {code}{jobs.explain(code)}; "

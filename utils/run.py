@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
 """Run jobs on this machine: run.py [--mem 4G] [--gpu 1] [--num-threads 2] [--max-jobs-run 4] [JOB=1:8] LOG COMMAND...
 
-The name before `=1:8` (JOB, usually) is replaced by the job's number in LOG and in every word of COMMAND. The words
-reach the command as they are: no shell reads them. Each job's output goes to its log between a header (command, host,
-start) and a last line (end, exit code, seconds, peak memory of its largest process). When a job fails the others are
-stopped, the failed log's name and last lines are shown, and the exit code is that job's. Ctrl-C stops all jobs.
+The name before `=1:8` (usually JOB) is replaced by the job's number in LOG and in every word of COMMAND. The words
+reach the command unchanged: no shell reads them. Each job's output goes to its log, between a header (command, host,
+start) and a last line (end, exit code, seconds, peak memory of its largest process). When a job fails, the others are
+stopped, the name and the last lines of the failed job's log are shown, and the exit code is that job's. Ctrl-C stops
+all jobs.
 
-  --gpu N             give each job N of this machine's GPUs by CUDA_VISIBLE_DEVICES; no effect where there is none
-  --num-threads N     OMP_NUM_THREADS of each job; by default the cores divided by the jobs that run at once
+  --gpu N             give each job N of this machine's GPUs by CUDA_VISIBLE_DEVICES; no effect on a machine without GPU
+  --num-threads N     OMP_NUM_THREADS of each job; default: the cores divided by the jobs that run at once
   --tasks-per-node N  processes that COMMAND itself starts (the ranks of ranks.py): they share the cores
-  --max-jobs-run N    jobs at once; by default as many as the GPUs allow, or cores / threads
-  --mem --time --num-nodes --partition ... are for slurm.py; they are accepted and not used here
+  --max-jobs-run N    jobs at once; default: as many as the GPUs allow, or cores / threads
+  --mem --time --num-nodes --partition ... are for slurm.py; here they are accepted and ignored
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def run(spec: jobs.Spec) -> int:
     threads = spec.number("num_threads", 0)
     if spec.number("num_nodes", 1) > 1:
         raise jobs.UsageError(
-            "--num-nodes: this runner knows one machine; several nodes need cmd_backend=slurm in cmd.sh"
+            "--num-nodes: this runner uses one machine; several nodes need cmd_backend=slurm in cmd.sh"
         )
     gpus = visible_gpus() if gpus_per_job else []
     if gpus and gpus_per_job > len(gpus):
@@ -84,7 +85,7 @@ def run(spec: jobs.Spec) -> int:
 
 
 def report(spec: jobs.Spec, index: int, code: int, running: dict[int, jobs.Running]) -> int:
-    """Stop the other jobs and tell the user which log to read; returns the failed job's exit code."""
+    """Stop the other jobs and show the user the failed job's log; returns that job's exit code."""
     others = f"; {len(running)} other job(s) stopped" if running else ""
     jobs.stop_jobs(running)
     log = spec.log_of(index)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Run several Python modules in one process: several.py MODULE [WORD...] [--then MODULE [WORD...]]...
 
-Each is run as `python3 -m MODULE WORD...` would, one after the other until one fails; its exit code is passed on. What
-they import is imported once: with torch and transformers that saves five seconds of a processor for each but the first.
+Each runs like `python3 -m MODULE WORD...`, one after the other until one fails, and the exit code of that one is passed
+on. Packages are imported only once: for torch and transformers that saves five seconds of CPU time per further module.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def run(module: str, words: list[str]) -> int:
 
 
 def release() -> None:
-    """Give back what the last module held, a GPU's memory too: the next one loads its own models."""
+    """Free the last module's memory, also on the GPU, before the next module loads its models."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     status = main(sys.argv[1:])
-    # Python would now take torch and transformers apart, a second's work that no one needs.
+    # Skip Python's clean-up of torch and transformers, which takes a second.
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,21 +1,21 @@
 #!/usr/bin/env python3
 """Run jobs on Slurm: slurm.py [--mem 4G] [--gpu 1] [--num-threads 2] [--time 4:00:00] [JOB=1:8] LOG COMMAND...
 
-The same command line, log format and exit codes as run.py; conf/slurm.conf says how the options become sbatch options.
-One job array is submitted and waited for. A task that fails, is cancelled or is killed by Slurm ends the others, its
-reason and its log's last lines are shown, and the exit code is not zero. Ctrl-C cancels the array and waits for its
-end; a second Ctrl-C kills it.
+The command line, log format and exit codes are those of run.py; conf/slurm.conf translates the options to sbatch
+options. The runner submits one job array and waits for it. When a task fails, is cancelled or is killed by Slurm, the
+other tasks are cancelled, the reason and the last lines of its log are shown, and the exit code is not zero. Ctrl-C
+cancels the array and waits until it has ended; a second Ctrl-C kills it.
 
   --gpu N             GPUs of each task (of each node with --num-nodes)
   --num-threads N     CPUs of each task; also its OMP_NUM_THREADS
   --max-jobs-run N    tasks at once
-  --num-nodes N       nodes of each task; COMMAND then begins with srun
+  --num-nodes N       nodes of each task; COMMAND must then begin with srun
   --tasks-per-node N  srun's ranks on each node
-  --config FILE       another file than conf/slurm.conf
+  --config FILE       a file to use instead of conf/slurm.conf
 
-A command that exits with 75 has saved its state on a signal (preemption, time limit): its task goes back to the queue,
-unless it was cancelled. The environment and the working directory are passed on; both need a file system that the nodes
-share.
+Exit code 75 of a command means that it has saved its state on a signal (preemption, time limit): its task is requeued,
+unless it was cancelled. The environment and the working directory are passed on; both must be on a file system that the
+nodes share.
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ from pathlib import Path
 import jobs
 import slurm_conf
 
-POLL = 1.0  # seconds between two looks at the logs
-QUEUE_POLL = 6.0  # seconds between two questions to the scheduler
-LOST_AFTER = 6.0  # a task that Slurm calls ended, without an end in its log for so long, will not write one any more
-LATE_AFTER = 60.0  # the same for one that Slurm calls completed: its log's end is on another node's file system
-CANCEL_PATIENCE = 120.0  # for cancelled tasks to save their state and end; Slurm's own KillWait is 30 by default
-SUBMIT_PATIENCE = 10.0  # after Ctrl-C, for sbatch to tell the number of what is to be cancelled
-# Slurm's words for a task that will not run any more; all others mean that it waits, runs or ends.
+# All in seconds.
+POLL = 1.0  # between two reads of the logs
+QUEUE_POLL = 6.0  # between two queries of the scheduler
+LOST_AFTER = 6.0  # when Slurm says that a task has ended, how long to wait for the last line of its log
+LATE_AFTER = 60.0  # the same when Slurm says "completed": a shared file system can show the line late
+CANCEL_PATIENCE = 120.0  # how long cancelled tasks may take to save their state and end; Slurm's KillWait is 30
+SUBMIT_PATIENCE = 10.0  # after Ctrl-C, how long to wait for the job number, which is needed to cancel the job
+# States of a task that will not run any more; in all other states it waits, runs or is ending.
 ENDED = {
     "COMPLETED",
     "FAILED",
@@ -56,9 +57,9 @@ ENDED = {
     "DEADLINE",
     "REVOKED",
 }
-# Reasons for waiting that pass by themselves; the others are shown.
+# Reasons for waiting that need no action of the user; all others are shown.
 ORDINARY = {"None", "Resources", "Priority", "BeginTime", "Cleaning", "JobArrayTaskLimit", "Prolog", "Licenses"}
-# How srun ends when it has killed ranks (--kill-on-bad-exit), and a command that does not know SIGUSR1.
+# Exit codes of srun when it has killed ranks (--kill-on-bad-exit), and of a command that does not handle SIGUSR1.
 KILLED = {128 + signal.SIGTERM, 128 + signal.SIGKILL, 128 + signal.SIGUSR1}
 
 
@@ -79,13 +80,13 @@ def run_task(spec_file: str) -> int:
     if threads:
         env["OMP_NUM_THREADS"] = str(threads)
     env.setdefault("OMP_NUM_THREADS", "1")
-    if "SLURM_CPUS_PER_TASK" in env:  # srun within a job does not take it over by itself
+    if "SLURM_CPUS_PER_TASK" in env:  # srun inside a job does not read this variable, but SRUN_CPUS_PER_TASK
         env.setdefault("SRUN_CPUS_PER_TASK", env["SLURM_CPUS_PER_TASK"])
-    # Where srun's ranks meet: on this node, which is the first of the task's, and thus rank 0's.
+    # srun's ranks meet on this node: the first node of the task, where rank 0 runs.
     env.setdefault("MASTER_ADDR", socket.gethostname())
     env.setdefault("MASTER_PORT", str(jobs.free_port(int(env.get("SLURM_JOB_ID", 0)))))
     log = spec.log_of(index)
-    again = int(env.get("SLURM_RESTART_COUNT", 0)) > 0  # a requeued task adds to its log
+    again = int(env.get("SLURM_RESTART_COUNT", 0)) > 0  # a requeued task appends to its log
     before = log.stat().st_size if again and log.exists() else 0
     jobs.watch_signals()
     try:
@@ -98,14 +99,14 @@ def run_task(spec_file: str) -> int:
     while True:
         number = jobs.next_signal()
         if number is not None and number != signal.SIGCHLD and running:
-            # Preemption or time limit: the command saves its state and exits with 75. Popen.send_signal would collect a
-            # command that has just ended, and leave nothing for reap.
+            # Preemption or time limit: the command saves its state and exits with 75. Not Popen.send_signal: if the
+            # command has just ended, that would collect its exit status, which reap needs.
             os.kill(job.process.pid, number)
             warned = warned or number == signal.SIGUSR1
         for job, status, usage in jobs.reap(running):
             code = os.waitstatus_to_exitcode(status)
             code = code if code >= 0 else 128 - code
-            # The first rank to be gone makes srun kill the others, and srun then tells of that.
+            # When the first rank has exited, srun kills the others, and its own exit code is that of the kill.
             of_ranks = code_of_ranks(log, before) if code in KILLED else None
             code = of_ranks or code
             saved = code == jobs.EXIT_REQUEUE or (code in KILLED and warned)
@@ -114,29 +115,29 @@ def run_task(spec_file: str) -> int:
 
 
 def code_of_ranks(log: Path, before: int) -> int | None:
-    """The exit code that ranks ended with by themselves, as srun has told since the log had `before` bytes.
+    """The exit code of the ranks that exited by themselves, from srun's messages after `before` bytes of the log.
 
-    None when srun told of none. 75 only if all of them had saved their state, else the first other one.
+    Returns 75 only if all of these ranks exited with 75, else the first other code. None if there is no message.
     """
     with open(log, "rb") as f:
         f.seek(before)
-        told = re.findall(rb"^srun: error: .*: Exited with exit code (\d+)\s*$", f.read(), re.M)
-    codes = [int(code) for code in told]
+        found = re.findall(rb"^srun: error: .*: Exited with exit code (\d+)\s*$", f.read(), re.M)
+    codes = [int(code) for code in found]
     return next((code for code in codes if code != jobs.EXIT_REQUEUE), codes[0] if codes else None)
 
 
 def back_in_queue(wanted: bool) -> bool:
-    """Whether this task will run again: Slurm has put it back, or, if it is `wanted`, this function has."""
+    """Whether this task will run again: Slurm has requeued it, or this function does so, if `wanted`."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     name = f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
     query = ["scontrol", "show", "job", "--oneliner", name]
-    said = subprocess.run(query, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
-    fields = dict(word.partition("=")[::2] for word in said.split())
-    # Preempted or put back by its owner: counted as another start before this one has ended.
+    answer = subprocess.run(query, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
+    fields = dict(word.partition("=")[::2] for word in answer.split())
+    # When a task is preempted or its owner requeues it, Slurm counts the restart before this run has ended.
     restarts = fields.get("Restarts", "")
     if restarts.isdigit() and int(restarts) > int(os.environ.get("SLURM_RESTART_COUNT", 0)):
         return True
-    # Ending before this script has: Slurm itself has called for it, for want of time or because it was cancelled.
+    # The task is ending although this script still runs: it has reached its time limit, or it was cancelled.
     ending = fields.get("JobState") in ("COMPLETING", "CANCELLED")
     if not wanted or (ending and seconds(fields.get("RunTime", "")) < seconds(fields.get("TimeLimit", ""))):
         return False
@@ -144,7 +145,7 @@ def back_in_queue(wanted: bool) -> bool:
 
 
 def seconds(text: str) -> float:
-    """Slurm's [days-]hours:minutes:seconds; infinite where there is no limit."""
+    """Slurm's [days-]hours:minutes:seconds in seconds; infinite if it is no such time (UNLIMITED)."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
     if match is None:
         return float("inf")
@@ -156,11 +157,11 @@ def seconds(text: str) -> float:
 
 
 class Array:
-    """A submitted job array and what is known of its tasks."""
+    """A job array: its files, submission, and the states of its tasks."""
 
     def __init__(self, spec: jobs.Spec, conf: slurm_conf.SlurmConf):
         self.spec = spec
-        # Kaldi's place for what the scheduler writes: a folder q beside the logs.
+        # As in Kaldi, the scheduler's files are in a folder q beside the logs.
         folder = spec.log_of(spec.first).parent / "q"
         folder.mkdir(parents=True, exist_ok=True)
         base = re.sub(r"\W+", "_", spec.fill(Path(spec.log).name.removesuffix(".log"), 0)).strip("_")
@@ -184,14 +185,14 @@ class Array:
         words = [sys.executable, str(Path(__file__).resolve()), "--task", str(spec_file)]
         Path(self.command[-1]).write_text(f"#!/bin/bash\nexec {shlex.join(words)}\n", encoding="utf-8")
         self.id = ""
-        self.id_file = folder / f"{base}.id"  # there while the array is in the queue
-        self.stopped = 0  # the signal that came while sbatch was at it
-        self.ended_since: dict[int, float] = {}  # task -> when Slurm was first seen to call it ended
-        self.told: set[str] = set()  # reasons for waiting that the user has been told
-        self.silent_since = 0.0  # since when the scheduler does not answer; 0: it does
+        self.id_file = folder / f"{base}.id"  # exists while the array is in the queue
+        self.stopped = 0  # a stop signal that came while sbatch ran
+        self.ended_since: dict[int, float] = {}  # task -> when Slurm first reported that it has ended
+        self.told: set[str] = set()  # messages that the user has seen
+        self.silent_since = 0.0  # since when the scheduler has not answered; 0: it answers
 
     def end_earlier(self) -> None:
-        """Cancel the array of an earlier run that was killed before it could do so: two would write the same files."""
+        """Cancel the array of an earlier run that was killed: two arrays would write the same files."""
         try:
             self.id = self.id_file.read_text().strip()
         except OSError:
@@ -202,9 +203,10 @@ class Array:
         self.id = ""
 
     def empty_logs(self) -> None:
-        """Empty the logs of an earlier run, whose end lines must not count for this one.
+        """Empty the logs of an earlier run, so that their last lines are not taken for those of this run.
 
-        They are not removed: a name once looked for in vain can stay unseen on a network file system for a minute.
+        They are not removed: on a network file system, a file that was looked up while it did not exist can stay
+        invisible for a minute.
         """
         for index in self.spec.indices:
             log = self.spec.log_of(index)
@@ -213,15 +215,15 @@ class Array:
             (self.folder / f"{self.base}.{index}.out").unlink(missing_ok=True)
 
     def submit(self) -> subprocess.Popen:
-        """Start `sbatch --wait`; returns when it has told the array's number.
+        """Start `sbatch --wait`; returns when it has printed the array's number.
 
         Raises:
-            UsageError: sbatch refused, or was stopped before it told the number.
+            UsageError: sbatch refused, or was stopped before it printed the number.
         """
-        # Called within a job (an interactive session, say), sbatch and srun would take that job's variables for ours.
+        # Inside another job, such as an interactive session, sbatch and srun would use that job's variables.
         inside = "SLURM_JOB_ID" in os.environ
         env = {k: v for k, v in os.environ.items() if not (inside and k.startswith("SLURM_")) or k == "SLURM_CONF"}
-        # Through a pipe sbatch would tell its number only at the end; through a terminal it does at once.
+        # sbatch buffers its output if that is a pipe, and would print the number only at the end; hence a terminal.
         master, slave = pty.openpty()
         process = subprocess.Popen(
             self.command,
@@ -240,7 +242,9 @@ class Array:
                 self.stopped, give_up = number, time.monotonic() + SUBMIT_PATIENCE
             if time.monotonic() > give_up:
                 process.terminate()
-                raise jobs.UsageError("stopped before sbatch told a number: look into squeue for what it has submitted")
+                raise jobs.UsageError(
+                    "stopped before sbatch printed a job number; see squeue for a job it has submitted"
+                )
             if not select.select([master], [], [], 0.2)[0]:
                 continue
             try:
@@ -260,7 +264,7 @@ class Array:
         return process
 
     def states(self) -> dict[int, tuple[str, str]] | None:
-        """Task -> (state, reason) of those that Slurm knows of; None when the scheduler does not answer."""
+        """Task -> (state, reason) for the tasks that Slurm knows; None when the scheduler does not answer."""
         query = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={self.id}", "--format=%K|%T|%r|%j"]
         try:
             done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60)
@@ -280,9 +284,9 @@ class Array:
         subprocess.run(command, check=False, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def cancel(self) -> None:
-        """Cancel all tasks and wait until they have ended: what they write may be what the next run reads.
+        """Cancel all tasks and wait until they have ended, because the next run may read the files that they write.
 
-        A training saves its state in that time. A stop signal meanwhile kills them.
+        Meanwhile a training saves its state. A stop signal in that time kills the tasks.
         """
         self.scancel()
         start, said = time.monotonic(), False
@@ -292,7 +296,7 @@ class Array:
             if states is not None and not left:
                 self.id_file.unlink(missing_ok=True)
                 return
-            # One that was being put back into the queue when it was cancelled.
+            # A task that was being requeued when it was cancelled.
             self.scancel("--state=PENDING")
             if not said and time.monotonic() > start + 3:
                 what = f"{len(left)} task(s) to end; once more to kill them" if left else "the scheduler's answer"
@@ -305,7 +309,7 @@ class Array:
         print(f"slurm.py: Slurm job {self.id} has still not ended; see squeue", file=sys.stderr)
 
     def reason(self, index: int) -> str:
-        """What the scheduler says of a task: its state, reason and exit code."""
+        """The scheduler's information about a task: its state, reason and exit code."""
         said = ""
         for name in (f"{self.id}_{index}", self.id):  # a task that never started has no entry of its own
             query = ["scontrol", "show", "job", "--oneliner", name]
@@ -319,7 +323,7 @@ class Array:
         return ", Slurm says " + " ".join(found) if found else ""
 
     def problems(self) -> dict[int, str]:
-        """Tasks whose log tells of a failure."""
+        """Tasks whose log ends with a failure."""
         found = {}
         for index in self.spec.indices:
             code = jobs.ended(self.spec.log_of(index))
@@ -328,13 +332,14 @@ class Array:
         return found
 
     def unfinished(self) -> list[int]:
-        """Tasks without an end in their log."""
+        """Tasks whose log has no last line yet."""
         return [i for i in self.spec.indices if jobs.ended(self.spec.log_of(i)) is None]
 
     def lost(self, now: float) -> dict[int, str]:
-        """Ask the scheduler; tasks that ended some time ago and have no end in their log were cancelled or killed.
+        """Query the scheduler for tasks that have ended without a last line in their log: cancelled or killed ones.
 
-        Also tells the user, once each, of reasons to wait that may not pass, and of a scheduler that does not answer.
+        Also tells the user, once each, when a task waits for a reason that needs action, and when the scheduler does
+        not answer.
         """
         states = self.states()
         if states is None:
@@ -352,7 +357,7 @@ class Array:
                 continue
             since[index] = self.ended_since.get(index, now)
             if now - since[index] >= (LATE_AFTER if state == "COMPLETED" else LOST_AFTER):
-                found[index] = "ended without a word of its own (cancelled, killed, out of memory or time)"
+                found[index] = "ended without a last line in its log (cancelled, killed, out of memory or time)"
         self.ended_since = since
         return found
 
@@ -363,7 +368,7 @@ class Array:
 
 
 def active(states: dict[int, tuple[str, str]] | None) -> list[int]:
-    """Tasks that wait, run or end, as far as the scheduler tells."""
+    """Tasks that wait, run or are ending, according to the scheduler."""
     return [i for i, (state, _) in (states or {}).items() if state not in ENDED]
 
 
@@ -375,7 +380,7 @@ def run(spec: jobs.Spec, conf: slurm_conf.SlurmConf) -> int:
     array.empty_logs()
     process = array.submit()
     next_query = time.monotonic() + QUEUE_POLL
-    returned = False  # whether sbatch --wait has come back
+    returned = False  # whether sbatch --wait has ended
     while True:
         number = array.stopped or jobs.next_signal(POLL)
         if jobs.is_stop(number):
@@ -388,24 +393,25 @@ def run(spec: jobs.Spec, conf: slurm_conf.SlurmConf) -> int:
             returned, next_query = True, now
         if not bad and now >= next_query:
             bad = array.lost(now)
-            # Soon over, or something is wrong: ask more often.
+            # The array will end soon, or something is wrong: query more often.
             next_query = now + (2 * POLL if returned or array.ended_since else QUEUE_POLL)
         if bad:
             return report(array, bad)
         if not array.unfinished():
-            # The logs decide, not sbatch: it returns 0 for a job cancelled while pending.
+            # The logs decide, not sbatch: its exit code is 0 for a job that was cancelled while it waited.
             if not returned:
                 process.terminate()
-            array.scancel("--state=PENDING")  # one that was put back in the queue when it was about to end well
+            array.scancel("--state=PENDING")  # a task that was requeued just before it ended successfully
             array.id_file.unlink(missing_ok=True)
             return 0
 
 
 def report(array: Array, bad: dict[int, str]) -> int:
-    """Cancel the rest; tell which tasks failed, why, and what the log ends with; returns the first one's exit code."""
+    """Cancel the other tasks; show which tasks failed and why; returns the exit code of the first one."""
     codes = {i: jobs.ended(array.spec.log_of(i)) for i in bad}
     print(f"\nslurm.py: {array.spec.label(next(iter(bad)))} failed; ending Slurm job {array.id}", file=sys.stderr)
-    # The log's end is written a moment before the task's: cancelled in between, that is what Slurm would say of it.
+    # A task writes the last line of its log just before it ends. If it is cancelled in between, Slurm reports
+    # "cancelled" and not its exit code; so wait until it has ended.
     deadline = time.monotonic() + LOST_AFTER
     while set(bad) & set(active(array.states())) and time.monotonic() < deadline:
         if jobs.is_stop(jobs.next_signal(POLL / 2)):
@@ -420,7 +426,7 @@ def report(array: Array, bad: dict[int, str]) -> int:
     print(f"slurm.py: log: {log}\nslurm.py: its last lines:\n{jobs.tail(log)}", file=sys.stderr)
     scheduler_log = array.folder / f"{array.base}.{index}.out"
     if scheduler_log.exists() and scheduler_log.stat().st_size:
-        print(f"slurm.py: Slurm's own words ({scheduler_log}):\n{jobs.tail(scheduler_log)}", file=sys.stderr)
+        print(f"slurm.py: Slurm's output ({scheduler_log}):\n{jobs.tail(scheduler_log)}", file=sys.stderr)
     return codes[index] or 1
 
 

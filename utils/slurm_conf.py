@@ -1,4 +1,4 @@
-"""How the runners' options become sbatch options: conf/slurm.conf, in the syntax of Kaldi's queue.conf.
+"""Translate the runners' options to sbatch options, as conf/slurm.conf says in the syntax of Kaldi's queue.conf.
 
 command sbatch --export=ALL          # the command that every submission begins with
 option mem=* --mem=$0                # --mem 4G gives --mem=4G
@@ -33,37 +33,37 @@ option qos=* --qos=$0
 
 @dataclass
 class SlurmConf:
-    """A read slurm.conf."""
+    """The content of a slurm.conf."""
 
     command: list[str] = field(default_factory=list)
     rules: dict[str, dict[str, list[str]]] = field(default_factory=dict)  # option -> value or "*" -> words
     defaults: dict[str, str] = field(default_factory=dict)
 
     def words(self, options: dict[str, str]) -> list[str]:
-        """The sbatch words for a runner's options.
+        """The sbatch options for a runner's options.
 
         Raises:
-            UsageError: an option that no rule covers.
+            UsageError: there is no rule for an option.
         """
         words = []
         for name, value in {**self.defaults, **options}.items():
-            if name in ("max_jobs_run", "config"):  # the array's limit, and this file
+            if name in ("max_jobs_run", "config"):  # not for sbatch: the array's limit, and the name of this file
                 continue
             rules = self.rules.get(name, {})
             rule = rules.get(value, rules.get("*"))
             if rule is None:
                 raise UsageError(
-                    f"--{name.replace('_', '-')} {value}: no `option {name}=...` line of slurm.conf covers it"
+                    f"--{name.replace('_', '-')} {value}: slurm.conf has no line `option {name}=...` for it"
                 )
             words += [word.replace("$0", value) for word in rule]
         return words
 
 
 def read(text: str, origin: str) -> SlurmConf:
-    """Read slurm.conf's text; `origin` names it in errors.
+    """Parse the text of a slurm.conf; `origin` is its name in error messages.
 
     Raises:
-        UsageError: a line that is none of command, option, default.
+        UsageError: a line is not a command, option or default line, or there is no command line.
     """
     conf = SlurmConf()
     for number, line in enumerate(text.splitlines(), 1):
@@ -90,7 +90,7 @@ def read(text: str, origin: str) -> SlurmConf:
 
 
 def load(path: str | None) -> SlurmConf:
-    """Read the file that `--config` names, or conf/slurm.conf, or where there is none a plain default."""
+    """Read the file that `--config` names, else conf/slurm.conf; if that does not exist, use the built-in text."""
     if path is None and not Path(DEFAULT_FILE).exists():
         return read(DEFAULT_TEXT, "built-in slurm.conf")
     path = path or DEFAULT_FILE
@@ -98,5 +98,5 @@ def load(path: str | None) -> SlurmConf:
 
 
 def extra_options() -> set[str]:
-    """Options that the recipe's slurm.conf adds: with them its commands run unchanged on one machine."""
+    """Options that the recipe's slurm.conf adds; run.py accepts them too, so that commands need no change."""
     return set(load(None).rules) if Path(DEFAULT_FILE).exists() else set()

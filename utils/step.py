@@ -6,25 +6,26 @@
             -- [RUNNER... --] COMMAND... [--then [RUNNER... --] COMMAND...]... [--next --name ...]...
 
 A step is up to date when all its outputs exist and neither its commands nor its inputs have changed since it last
-succeeded. Inputs, optional inputs and settings are files, folders or quoted patterns ('dump/train/*.scp'), compared by
-size and time; all but the optional ones have to exist. RUNNER is what stands before a command (a job runner with its
-options and log, ranks.py): it is no part of the comparison. Nor are the options named by --ignore (without their
-dashes) with the word after each, for what does not change the result: `--ignore device` for `--device cuda`.
+succeeded. Inputs, optional inputs and settings are files, folders or quoted patterns ('dump/train/*.scp'). They are
+compared by size and modification time. All but the optional ones must exist. RUNNER is a job runner with its options
+and log, or ranks.py; it is not compared. Options named by --ignore (without their dashes) are not compared either,
+nor are their values: `--ignore device` ignores `--device cuda`, which does not change the result.
 
-The commands run one after the other until one fails. One whose work was cut short is expected to go on where it
-stopped, so nothing is deleted between two attempts; but when an input has changed, or with --force, what `--stale`
-names is deleted before: it was made from something else. Changed settings files and options delete nothing, as commands
-check these themselves. Two recipes that come to the same step at once do it once: the second waits.
+The commands run one after the other until one fails. An interrupted command is expected to continue where it stopped,
+so nothing is deleted between two attempts. But when an input has changed, or with --force, the files that `--stale`
+names are deleted first, because they were made from other inputs. Changed settings files and options delete nothing:
+the commands check these themselves. When two recipes reach the same step at the same time, the second waits, and the
+step is done once.
 
-After `--next` comes another step of the same kind, such as the same feature of another set. Those of them that are not
+After `--next` comes another step of the same kind, such as the same feature of another set. Those steps that are not
 up to date are done together: their commands, each `python3 -m MODULE ...`, run in one process by utils/several.py,
-with the first one's runner.
+with the first step's runner.
 
 Prints one line. The exit code is that of the command that failed.
 """
 
-# Every recipe calls this dozens of times, most often to learn that there is nothing to do: it starts in 30 ms, and
-# imports that only a running step needs stand in the functions.
+# Every recipe calls this dozens of times, and usually there is nothing to do. To start in 30 ms, it imports what only a
+# running step needs inside the functions.
 import fcntl
 import glob
 import json
@@ -43,7 +44,7 @@ def fail(message: str) -> None:
 
 
 class Step:
-    """One step: what the command line says of it, and what is known of its last time."""
+    """One step, as the command line describes it, and the files in which its last run is recorded."""
 
     def __init__(self, words: list[str]):
         options: dict = {name: [] for name in LISTS} | {"--name": "", "--state-dir": ".done", "--force": False}
@@ -72,8 +73,8 @@ class Step:
             runner, *rest = split(segment, "--", 1)
             self.commands.append((runner, rest[0]) if rest else ([], runner))
         if not self.name or not all(command for _, command in self.commands):
-            fail("usage: step.py --name NAME [options] -- [RUNNER... --] COMMAND...; --help tells the rest")
-        # The first output tells apart steps of the same name in other folders.
+            fail("usage: step.py --name NAME [options] -- [RUNNER... --] COMMAND...; --help explains the options")
+        # The hash of the first output distinguishes steps of the same name in other folders.
         slug = "".join(c if c.isalnum() else "-" for c in self.name)
         slug += f"-{crc32('|'.join([self.name, *self.outputs[:1]]).encode()):08x}"
         self.done_file, self.started_file, self.lock_file = (
@@ -81,7 +82,7 @@ class Step:
         )
 
     def signature(self) -> dict:
-        """What the step's result depends on, as it is now."""
+        """The commands, inputs and settings on which the step's result depends, as they are now."""
         options = self.options
         return {
             "commands": [without_ignored(command, options["--ignore"]) for _, command in self.commands],
@@ -89,7 +90,7 @@ class Step:
             "settings": stamps(options["--settings"], needed_by=self.name),
         }
 
-    def why(self, now: dict) -> str:
+    def reason_to_run(self, now: dict) -> str:
         """Why the step is not up to date; empty when it is."""
         if self.force:
             return "forced"
@@ -100,15 +101,15 @@ class Step:
         return next((path for path in self.outputs if not stamp(path)), "")
 
     def begin(self, now: dict) -> str:
-        """Make ready for the commands; returns why they are run, in a word or two."""
-        reason = self.why(now)
+        """Prepare for the commands; returns the reason to run them, in a word or two."""
+        reason = self.reason_to_run(now)
         last = load(self.started_file) or load(self.done_file)
         if reason == "new" and last is not None and last["inputs"] == now["inputs"]:
             reason = "going on"
         if self.force or (last is not None and last["inputs"] != now["inputs"]):
             delete(self.options["--stale"])
         save(self.started_file, now)
-        if os.path.exists(self.done_file):  # what it vouched for is about to change
+        if os.path.exists(self.done_file):  # the outputs that it describes are about to change
             os.unlink(self.done_file)
         return reason
 
@@ -159,7 +160,7 @@ def stamps(paths: list[str], needed_by: str = "") -> list[list]:
 
 
 def without_ignored(command: list[str], ignored: list[str]) -> list[str]:
-    """The command's words less the options that do not change its result and the values after them."""
+    """The command's words without the ignored options and their values."""
     kept: list[str] = []
     skip = False
     for word in command:
@@ -199,7 +200,7 @@ def save(path: str, value: dict) -> None:
 
 
 def lock(path: str, name: str):
-    """Hold the step; wait while another recipe holds it. The lock ends with this process, however it ends."""
+    """Lock the step; wait while another recipe has it locked. The lock ends when this process ends, even if killed."""
     f = open(path, "a")  # noqa: SIM115 (held until this process ends)
     try:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -223,7 +224,7 @@ def delete(patterns: list[str]) -> None:
 
 
 def run(command: list[str]) -> int:
-    """Run a command with this process's streams; stop signals are passed on, and it dies if this process dies."""
+    """Run a command with this process's streams. It gets the stop signals of this process, and dies with it."""
     import signal
     import subprocess
 
@@ -235,7 +236,7 @@ def run(command: list[str]) -> int:
 
     def pass_on(number, _frame):
         caught.append(number)
-        # Ctrl-C reaches the whole foreground group by itself; other signals come to this process alone.
+        # Ctrl-C reaches all processes of the foreground group; other signals reach only this process.
         if process is not None and number != signal.SIGINT:
             process.send_signal(number)
 
@@ -277,13 +278,13 @@ def main(argv: list[str]) -> int:
     steps = [Step(words) for words in split(argv, "--next")]
     if len({len(step.commands) for step in steps}) > 1:
         fail("steps joined by --next have equally many commands")
-    todo = [step for step in steps if step.why(step.signature())]
+    todo = [step for step in steps if step.reason_to_run(step.signature())]
     held = []
     for step in todo:
         os.makedirs(step.folder, exist_ok=True)
         held.append(lock(step.lock_file, step.name))
-    # Once more: another recipe may have done it while this one waited.
-    pending = [(step, now) for step in todo if step.why(now := step.signature())]
+    # Check again: another recipe may have done it while this one waited.
+    pending = [(step, now) for step in todo if step.reason_to_run(now := step.signature())]
     todo = [step for step, _ in pending]
     if done := [step.name for step in steps if step not in todo]:
         print(f"  skip   {', '.join(done)} (up to date)", flush=True)
@@ -301,7 +302,7 @@ def main(argv: list[str]) -> int:
             return code
     for step in todo:
         if step.missing():
-            print(f"failed   {step.name}: it ended well, but {step.missing()} is not there", flush=True)
+            print(f"failed   {step.name}: it ended without an error, but {step.missing()} is missing", flush=True)
             return 1
         step.end()
     print(f"{time.monotonic() - start:.1f} s", flush=True)

@@ -2,9 +2,9 @@
 # How jobs are run; sourced by sdumc.sh. `./run.sh --cmd-backend slurm` overrides the next line for one run.
 : "${cmd_backend:=local}"
 
-# Three kinds of job: train_cmd works on files (corpus, tables, scores), decode_cmd runs models over a set (features,
-# simulated text, predictions), cuda_cmd trains. sdumc.sh adds --gpu, --num-nodes and the number of jobs, and
-# conf/slurm.conf says what the options mean to sbatch; the local runner takes and ignores what it has no use for.
+# There are three kinds of job: train_cmd works on files (corpus, tables, scores), decode_cmd runs models over a set
+# (features, simulated text, predictions), cuda_cmd trains. sdumc.sh adds --gpu, --num-nodes and the number of jobs.
+# conf/slurm.conf translates the options to sbatch options; the local runner ignores those that it does not need.
 case ${cmd_backend} in
   local)
     train_cmd="utils/run.py"

@@ -92,7 +92,7 @@ work=(-- bash -c 'echo x >>out')
 
 @test "a command that does not make its output has failed" {
   step -- true
-  [[ ${status} == 1 && ${output} == *"out is not there"* ]]
+  [[ ${status} == 1 && ${output} == *"out is missing"* ]]
 }
 
 @test "a missing input is named" {

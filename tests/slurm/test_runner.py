@@ -159,11 +159,11 @@ def test_tasks_that_cannot_speak_any_more_are_noticed(cluster, place):
         code, said[name] = runner.ends()
         assert code != 0, said[name]
     print(*said.values())
-    assert "job 2 of 1:2 failed: ended without a word" in said["waiting"]
+    assert "job 2 of 1:2 failed: ended without a last line" in said["waiting"]
     assert "JobState=CANCELLED" in said["waiting"] and "JobState=CANCELLED" in said["running"]
     assert "job 1 of 1:2 failed: exit code 143" in said["running"]
-    assert "exceeded memory limit" in said["memory"] and "the job failed: ended without a word" in said["memory"]
-    assert "the job failed: ended without a word" in said["script"]
+    assert "exceeded memory limit" in said["memory"] and "the job failed: ended without a last line" in said["memory"]
+    assert "the job failed: ended without a last line" in said["script"]
     assert not cluster.jobs()
 
 
