@@ -17,7 +17,6 @@ import os
 import pickle
 import re
 import resource
-import runpy
 import shlex
 import shutil
 import struct
@@ -34,7 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from helpers.commands import call_here, run_here  # noqa: E402
+from helpers.commands import call_here, script_here  # noqa: E402
 
 A, B = "ann-1", "bob-1"  # two of the utterances
 CLIP = Path(f"data/x/clips/{A}.mp4")
@@ -392,8 +391,7 @@ def call(command: str) -> tuple[int, str]:
     if program.startswith("sdumc.bin."):
         done = call_here(program.removeprefix("sdumc.bin."), *words)
     else:
-        script = str(ROOT / program)
-        done = run_here([script, *words], lambda: runpy.run_path(script, run_name="__main__"))
+        done = script_here(ROOT / program, *words)
     return done.returncode, done.stdout + done.stderr
 
 

@@ -6,12 +6,14 @@ import contextlib
 import importlib
 import io
 import logging
+import runpy
 import signal
 import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from unittest import mock
 
 
@@ -34,6 +36,11 @@ def call_here(module: str, *words: object) -> Done:
     # As `python -m` has it: messages name the command by it.
     with mock.patch.object(sys.modules["__main__"], "__spec__", ModuleSpec(f"sdumc.bin.{module}", None)):
         return run_here([f"{module}.py", *map(str, words)], body)
+
+
+def script_here(path: Path, *words: object) -> Done:
+    """What ``python PATH WORDS...`` does and says."""
+    return run_here([str(path), *map(str, words)], lambda: runpy.run_path(str(path), run_name="__main__"))
 
 
 def run_here(argv: list[str], body: Callable[[], object]) -> Done:

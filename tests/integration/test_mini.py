@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from helpers.small_mini import make_small_mini
 
+from sdumc import Scorer
 from sdumc.data.dump import load_dump
+from sdumc.data.tables import read_table
 
 CONDITIONS = ("full", "missing", "asr", "none")
 
@@ -59,6 +61,16 @@ def test_every_stage_leaves_what_the_next_needs(recipe, first_run):
     text = (recipe / "RESULTS.md").read_text()
     assert all(condition in text for condition in CONDITIONS)
     assert (recipe / "exp" / "train" / "report.html").stat().st_size > 100_000
+
+
+def test_single_clips_score_as_in_decoding(recipe, first_run, monkeypatch):
+    monkeypatch.chdir(recipe)
+    clips = read_table("data/test/wav.scp")
+    lines = Path("exp/train_seed1/decode_test/missing/predictions.tsv").read_text().splitlines()[1:]
+    scorer = Scorer.load("exp/train_seed1", device="cpu")
+    for line in lines[::2]:
+        utt, value, _ = line.split("\t")
+        assert scorer.score(clips[utt]).overall == pytest.approx(float(value), abs=1e-4), utt
 
 
 def test_a_second_run_does_nothing_and_says_so(recipe, first_run):

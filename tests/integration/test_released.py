@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.commands import Done, call_here, script_here
 from helpers.plain_network import plain_forward, released_weights
 from helpers.shared import RELEASED_KEYS
 
@@ -19,12 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DIMS = {"audio": 12, "text": 20, "video": 9}
 
 
-def call(*words: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True)
-
-
-def importing(source: Path, exp: Path, *more: str) -> subprocess.CompletedProcess:
-    return call("tools/import_checkpoint.py", source, exp, *more)
+def importing(source: Path, exp: Path, *more: str) -> Done:
+    return script_here(ROOT / "tools/import_checkpoint.py", source, exp, *more)
 
 
 def save(path: Path, weights: dict[str, torch.Tensor]) -> Path:
@@ -61,7 +56,7 @@ def test_decoding_an_imported_checkpoint_equals_the_plain_network(tmp_path, dump
     done = importing(save(tmp_path / "released.pt", weights), tmp_path / "exp", *more)
     assert done.returncode == 0, done.stderr
     options = ["--exp-dir", tmp_path / "exp", "--data-dir", folder, "--output-dir", tmp_path / "out"]
-    done = call("-m", "sdumc.bin.decode", *options, "--condition", "full", "missing")
+    done = call_here("decode", *options, "--condition", "full", "missing")
     assert done.returncode == 0, done.stderr
     for condition, text, imagine in (("full", "text", False), ("missing", "text_sim", imagination == "both")):
         lines = (tmp_path / "out" / condition / "predictions.tsv").read_text().splitlines()[1:]
