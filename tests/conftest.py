@@ -32,6 +32,21 @@ settings.register_profile("sdumc", deadline=None, derandomize=True, suppress_hea
 settings.load_profile("sdumc")
 
 
+def refuse_deprecations() -> None:
+    """What transformers logs of deprecated arguments is an error, like Python's warnings by `filterwarnings`."""
+    warn = logging.Logger.warning
+
+    def checked(self: logging.Logger, message: object, *args, stacklevel: int = 1, **more) -> None:
+        if self.name.startswith("transformers") and "deprecated" in str(message):
+            raise DeprecationWarning(str(message) % args if args else str(message))
+        warn(self, message, *args, stacklevel=stacklevel + 1, **more)
+
+    logging.Logger.warning = checked
+
+
+refuse_deprecations()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--strict-skips", action="store_true", help="fail when a skip's reason is not an allowed one")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -25,3 +26,16 @@ def test_nothing_warns(code):
     done = subprocess.run([sys.executable, "-W", strict, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+
+
+def test_what_is_deprecated_is_an_error_in_tests():
+    """As `filterwarnings` in pyproject.toml and `refuse_deprecations` in tests/conftest.py have it."""
+    for kind in (DeprecationWarning, FutureWarning, PendingDeprecationWarning, UserWarning):
+        with pytest.raises(kind):
+            warnings.warn("`x` is deprecated", kind, stacklevel=1)
+    from transformers.utils.logging import get_logger
+
+    logger = get_logger("transformers.somewhere")
+    for warn in (logger.warning, logger.warning_once):
+        with pytest.raises(DeprecationWarning, match="use `y`"):
+            warn("`x` is deprecated, use `y`")
