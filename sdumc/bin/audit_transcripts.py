@@ -52,16 +52,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.min_overlap,
         args.min_words,
     )
-    videos, striking = video_table(findings)
+    videos, bad_videos = video_table(findings)
     write_text(output_dir / "audit.tsv", ranked_table(findings))
     write_text(output_dir / "videos.tsv", videos)
     suspicious = [f for f in findings if f.suspicious]
     moved = sum(bool(f.fits) for f in suspicious)
     print(
         f"{data_dir}: {len(suspicious)} of {len(findings)} clips are suspicious; {moved} of these fit another "
-        f"clip; {len(striking)} of {len({f.speaker for f in findings})} videos are so in at least half of their clips"
+        f"clip; {len(bad_videos)} of {len({f.speaker for f in findings})} videos are so in at least half of their clips"
     )
-    for video, verdict in striking[:10]:
+    for video, verdict in bad_videos[:10]:
         print(f"  {video}: {verdict}")
     print(f"  lists: {output_dir / 'audit.tsv'}, {output_dir / 'videos.tsv'}")
     reasons = {f.utt: f"word error rate {f.wer:.2f}, overlap {f.overlap:.2f}" for f in suspicious}

@@ -1,1 +1,1 @@
-"""Corpora in the forms in which people hold them: raw distributions, feature pickles, feature folders."""
+"""Importers of corpora: raw distributions, feature pickles, feature folders; :mod:`.importing` drives them all."""

@@ -1,7 +1,7 @@
-"""Transcript against recognised speech of the same clip: where do the times of a corpus point to other words?
+"""Transcripts against recognised speech of the same clips: find clips whose times in the corpus are wrong.
 
-Two measures of how far apart the two texts are, since either alone misleads: the word error rate punishes other
-spellings, and the overlap of letter triples is high for texts that only share common words.
+A clip is suspicious by two measures together, since either alone misleads: the word error rate is high for other
+spellings too, and the overlap of letter triples is high for any two texts of common words.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def compare(
         utt2spk: the source video of each utterance.
         max_wer, min_overlap: an utterance is suspicious when its word error rate is above the one and its overlap below
             the other.
-        min_words: transcripts of fewer words are never suspicious ("yeah." tells nothing).
+        min_words: transcripts of fewer words are never suspicious: "yeah." occurs anywhere.
 
     Raises:
         UserError: the tables are of different utterances.
@@ -120,7 +120,9 @@ def ranked_table(findings: Iterable[Finding]) -> str:
 
 
 def video_table(findings: Sequence[Finding]) -> tuple[str, list[tuple[str, str]]]:
-    """``videos.tsv``, a video a line, worst first, and the (video, what is likely wrong) of the striking ones."""
+    """``videos.tsv``, a video a line, worst first; and (video, what is likely wrong) of those with half their clips
+    suspicious.
+    """
     by_video: dict[str, list[Finding]] = {}
     for f in findings:
         by_video.setdefault(f.speaker, []).append(f)

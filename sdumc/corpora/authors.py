@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -188,13 +190,19 @@ def import_feature(
     jobs: int,
     max_absent: float,
 ) -> Merged:
-    """Write a feature of one set as archives and index, with ``jobs`` processes; a killed run goes on where it stopped.
+    """Write a feature of one set as archives and index, with ``jobs`` processes; a killed run continues.
 
-    An utterance without a file, or with an empty one, is absent in this feature and listed as such. What was made of
-    files that have changed since is made again.
+    An utterance without a file, or with an empty one, is absent in this feature and listed as such. Archives made from
+    files that have changed since are made again.
 
     Args:
-        found: what :func:`list_features` says of ``folder``. files: utterance -> name of its file.
+        name: the feature.
+        folder: its ``.npy`` files.
+        found: what :func:`list_features` returns for ``folder``.
+        files: utterance -> name of its file.
+        dump_dir: where the archives and the index go.
+        jobs: processes.
+        max_absent: largest share of the utterances that may have no file.
 
     Raises:
         UserError: more than ``max_absent`` of the utterances have no file, a file cannot be read, or dimensions differ.
@@ -207,13 +215,12 @@ def import_feature(
         )
     state = [(utt, files[utt], found.get(files[utt])) for utt in sorted(files)]
     settings = {"extractor": "imported", "folder": folder.name, "data_hash": settings_hash({"files": state})}
-    work = [(name, folder, dump_dir, settings, job, jobs, files, frozenset(lacking)) for job in range(1, jobs + 1)]
+    work = partial(_import_shard, name, folder, dump_dir, settings, files, frozenset(lacking), jobs)
     if jobs == 1:
-        _import_shard(work[0])
+        work(1)
     else:
         with ProcessPoolExecutor(max_workers=jobs) as pool:
-            for _ in pool.map(_import_shard, work):
-                pass
+            list(pool.map(work, range(1, jobs + 1)))
     merged = merge_shards(dump_dir, name, jobs, {**settings, "imported": True}, files)
     log.info(
         "%s.scp: %d utterances, %s dimensions, %d absent",
@@ -225,9 +232,18 @@ def import_feature(
     return merged
 
 
-def _import_shard(work: tuple) -> None:
-    name, folder, dump_dir, settings, job, jobs, files, lacking = work
-    utterances: Sequence[str] = shard(list(files), f"{job}/{jobs}")
+def _import_shard(
+    name: str,
+    folder: Path,
+    dump_dir: Path,
+    settings: Mapping[str, Any],
+    files: Mapping[str, str],
+    lacking: frozenset[str],
+    jobs: int,
+    job: int,
+) -> None:
+    """Write the archive of job ``job`` of ``jobs``; ``lacking`` are the utterances without a file."""
+    utterances = shard(list(files), f"{job}/{jobs}")
     with ShardWriter(dump_dir, name, job, settings, utterances) as writer:
         for number, utt in enumerate((u for u in utterances if u not in writer.done), start=1):
             if utt in lacking:

@@ -17,7 +17,6 @@ from sdumc.errors import UserError
 class Sequence:
     """``intervals`` (m, 2) in seconds and ``features`` (m, D) by video, and the file's metadata."""
 
-    root: str
     intervals: dict[str, np.ndarray] = field(default_factory=dict)
     features: dict[str, np.ndarray] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -61,7 +60,7 @@ def _read(path: Path, file: Any) -> Sequence:
     roots = [name for name in file if "data" in file[name]]
     if len(roots) != 1:
         raise UserError(f"{path}: expected one sequence in the file, found {len(roots)}; is it a .csd file?")
-    result = Sequence(roots[0])
+    result = Sequence()
     group = file[roots[0]]
     for key, value in group.get("metadata", {}).items():
         result.metadata[key] = _metadata(value)

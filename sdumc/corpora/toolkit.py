@@ -1,8 +1,8 @@
 """The feature pickles of the field's common toolkit: ``unaligned_50.pkl``, ``aligned_50.pkl`` of MOSEI and MOSI.
 
 ``{train, valid, test} -> {id, raw_text, audio (N, T, A), vision (N, T, V), text (N, 50, 768), text_bert (N, 3, 50),
-audio_lengths, vision_lengths, regression_labels}``, everything zero-padded to one length. In the aligned file all three
-go by word piece, and the text's length is everyone's.
+audio_lengths, vision_lengths, regression_labels}``, zero-padded to one length. In the aligned file all three have a
+frame per word piece, and the text's length is that of all.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from sdumc.errors import UserError
 
 log = logging.getLogger("sdumc")
 
-KNOWN_SHA256 = {
+PUBLISHED_SHA256 = {
     "ad8b23d50557045e7d47959ce6c5b955d8d983f2979c7d9b7b9226f6dd6fec1f": "MOSEI's unaligned_50.pkl as published"
 }
-KNOWN_NAMES = ", ".join(KNOWN_SHA256.values())
+PUBLISHED_NAMES = ", ".join(PUBLISHED_SHA256.values())
 FEATURES = {"audio": "audio", "text": "text", "video": "vision"}  # our name -> theirs
 _COMMIT_EVERY = 256
 
@@ -59,13 +59,13 @@ def describe_sha256(path: Path, digest: str, wanted: str | None, corpus: str = "
     if wanted and wanted.lower() != digest:
         raise UserError(f"{path}: its SHA-256 is {digest}, not {wanted.lower()}; fetch the file again")
     line = f"{path.name}: SHA-256 {digest}"
-    if digest in KNOWN_SHA256:
-        return f"{line}, {KNOWN_SHA256[digest]}"
+    if digest in PUBLISHED_SHA256:
+        return f"{line}, {PUBLISHED_SHA256[digest]}"
     if wanted:
         return f"{line}, as asked for"
     if corpus == "mosei" and path.name == "unaligned_50.pkl":
-        return f"{line}, which is not that of {KNOWN_NAMES}: another release, or a damaged copy"
-    return f"{line}; the only one known here to compare with is that of {KNOWN_NAMES}"
+        return f"{line}, which is not that of {PUBLISHED_NAMES}: another release, or a damaged copy"
+    return f"{line}; the only one known here to compare with is that of {PUBLISHED_NAMES}"
 
 
 @dataclass
@@ -175,7 +175,7 @@ def _give_media(parts: Mapping[str, Part], root: Path, media: MediaFiles) -> Non
 
 @dataclass
 class Trimmed:
-    """Counts of what was mended while a feature was cut to its true lengths."""
+    """Counts of what was changed while a feature was cut to its true lengths."""
 
     values: int = 0  # non-finite values set to 0
     utterances: int = 0  # utterances that had any
@@ -185,19 +185,19 @@ class Trimmed:
     absent: int = 0  # of length 0, or zero throughout
 
     def lines(self, name: str) -> list[str]:
-        """What there is to say, one string each."""
-        said = []
+        """Notes for the summary, one string each."""
+        notes = []
         if self.values:
-            said.append(f"{name}: {self.values} values of {self.utterances} utterances were not finite, set to 0")
+            notes.append(f"{name}: {self.values} values of {self.utterances} utterances were not finite, set to 0")
         if self.longer:
-            said.append(f"{name}: {self.longer} stated lengths are longer than the array, cut to it")
+            notes.append(f"{name}: {self.longer} stated lengths are longer than the array, cut to it")
         if self.front:
-            said.append(f"{name}: {self.front} utterances are padded in front, taken from the end")
+            notes.append(f"{name}: {self.front} utterances are padded in front, taken from the end")
         if self.beyond:
-            said.append(f"{name}: {self.beyond} utterances have values beyond their stated length, cut off")
+            notes.append(f"{name}: {self.beyond} utterances have values beyond their stated length, cut off")
         if self.absent:
-            said.append(f"{name}: {self.absent} utterances have none (length 0, or zeros throughout): absent")
-        return said
+            notes.append(f"{name}: {self.absent} utterances have none (length 0, or zeros throughout): absent")
+        return notes
 
 
 def true_lengths(path: Path, part: Part, feature: str) -> np.ndarray | None:
@@ -273,7 +273,7 @@ def write_feature(path: Path, part: Part, feature: str, dump_dir: Path, digest: 
     """Write one feature of one fold into ``dump_dir`` as archive and index; only the utterances kept in ``part.fold``.
 
     Returns:
-        Lines about what was mended; see :class:`Trimmed`.
+        Notes about what was changed; see :class:`Trimmed`.
 
     Raises:
         UserError: the feature is missing, or has another shape than expected.

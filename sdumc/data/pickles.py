@@ -20,7 +20,7 @@ from sdumc.errors import UserError
 
 
 def _latin1_bytes(text: str, encoding: str = "latin1") -> bytes:
-    """Stands for ``_codecs.encode``, with which pickles of old protocols spell bytes; other codecs are refused."""
+    """Replaces ``_codecs.encode``, with which pickles of old protocols spell bytes; other codecs are refused."""
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
         raise UserError(
             f"a pickle that calls codec {encoding!r}, which is not loaded; ask for the data as plain arrays"
@@ -29,12 +29,12 @@ def _latin1_bytes(text: str, encoding: str = "latin1") -> bytes:
 
 
 def _no_bytes() -> bytes:
-    """Stands for ``bytes`` without arguments, an empty byte string of old protocols."""
+    """Replaces ``bytes`` without arguments, an empty byte string of old protocols."""
     return b""
 
 
 def _bytearray(value: bytes | str = b"", encoding: str = "latin1") -> bytearray:
-    """Stands for ``bytearray`` of given content; by a number it would reserve that much memory."""
+    """Replaces ``bytearray`` of given content; of a number it would reserve that much memory."""
     return bytearray(_latin1_bytes(value, encoding) if isinstance(value, str) else bytes(memoryview(value)))
 
 
@@ -105,7 +105,7 @@ def _load(file: IO[bytes], name: str) -> Any:
         raise
     except EOFError:
         raise UserError(f"{name}: the pickle is cut short; copy it again") from None
-    except Exception as e:  # the unpickler's machine raises nearly anything on bytes that are no pickle
+    except Exception as e:  # pickle raises almost any exception on damaged input
         raise UserError(
             f"{name}: not a pickle that can be loaded ({e}); it may be cut short or of another kind"
         ) from None

@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
 # Usage: local/audit_transcripts.sh [options]
 #
-# Compares each clip's transcript with what the recogniser heard in it (data/<set>/text_asr, from stage 2): which clips,
-# and which whole videos, have times that point to other words? Writes exp/audit/<set>/audit.tsv, worst first, and
-# videos.tsv. With --leave-out, also data/<set>_clean and dump/<set>_clean without the suspicious clips:
+# Compares each clip's transcript with what the recogniser heard in it (data/<set>/text_asr, from stage 2), to find clips
+# and whole videos whose times are wrong. Writes exp/audit/<set>/audit.tsv, worst first, and videos.tsv. With --leave-out, also data/<set>_clean and dump/<set>_clean without the suspicious clips:
 #
 #   local/audit_transcripts.sh --sets "train valid" --leave-out
 #   ./run.sh --stage 4 --train-set train_clean --valid-set valid_clean ...

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Are these model folders whole? Prints what each is, or what is wrong with it; loads nothing."""
+"""Check that model folders are complete: print what each holds, or what is wrong with it. Loads nothing."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Stage 0: nothing is downloaded here; see that what later stages need is there and whole, before hours have been spent.
+# Stage 0: check that everything that later stages need is there and complete. Nothing is downloaded.
 # shellcheck disable=SC2154  # run.sh and sdumc.sh export the variables
 set -euo pipefail
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Stage 1: data directories (and, for --source toolkit and authors, dump folders) from the corpus as it is held.
+# Stage 1: data directories (and, for --source toolkit and authors, dump folders) from the form that the user has.
 # shellcheck disable=SC2154,SC2086,SC2206  # run.sh and sdumc.sh export the variables; the words of train_cmd are to be split
 set -euo pipefail
 
-# Stage 0 has seen to it that these are given; it may have been left out.
+# Stage 0 checks these too, but it may have been skipped.
 case ${source} in
   raw) : "${corpus_dir:?--source raw needs --corpus-dir}" "${folds:?--source raw needs --folds}" ;;
   toolkit) : "${pickle:?--source toolkit needs --pickle}" ;;

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What the recipe needs on disk and, with the throughput of a machine, how many GPU-hours each stage takes.
+"""Disk space that the recipe needs and, from the throughput of a machine, GPU-hours of each stage.
 
 The formulas are those of README.md. Throughput has no defaults: `python -m sdumc.bench` measures it on the machine in
 question, and the logs of stages 2 and 3 state it after the first utterances.
