@@ -1,4 +1,4 @@
-"""What every command line shares: a parser that reads YAML strictly, logging, and errors without tracebacks."""
+"""Shared by all commands: a parser that reads YAML strictly, logging, and errors without tracebacks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 
 
 class _ConfigFileParser(configargparse.YAMLConfigFileParser):
-    """YAML in which a file of comments alone sets nothing; configargparse would call it an error."""
+    """Accepts a YAML file that has only comments; configargparse would call it an error."""
 
     def parse(self, stream):
         text = stream.read()
@@ -41,7 +41,7 @@ class _ConfigFileParser(configargparse.YAMLConfigFileParser):
 
 
 class Parser(configargparse.ArgumentParser):
-    """A configargparse parser with ``--config FILE.yaml`` in which an unknown or doubled key is an error."""
+    """A configargparse parser with ``--config FILE.yaml``, in which an unknown or repeated key is an error."""
 
     def __init__(self, description: str):
         super().__init__(
@@ -62,12 +62,12 @@ class Parser(configargparse.ArgumentParser):
             settings = {}
             for path in paths:
                 settings.update(self._read_settings(path))
-            # Given as text, so that configargparse does not read the files again without their base.
+            # configargparse does not know `base:`, so it gets the merged settings as text and reads no file itself.
             kwargs["config_file_contents"] = yaml.safe_dump(settings)
         return super().parse_args(args, namespace, **kwargs)
 
     def _read_settings(self, path: str) -> dict:
-        """The keys of a settings file on top of those of its bases; an unknown key is refused by file and name."""
+        """The settings of a file on top of those of its bases; exits with an error for an unknown key."""
         known = {
             option.lstrip("-").replace("_", "-")
             for action in self._actions
@@ -96,12 +96,13 @@ def _config_files(args: Sequence[str]) -> list[str]:
 
 
 def _command() -> str:
+    """How this command was called, for messages: ``python -m sdumc.bin.train`` or ``sdumc train``."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     return f"python -m {spec.name}" if spec and spec.name != "sdumc.__main__" else Path(sys.argv[0]).name
 
 
 def setup_logging(verbose: bool = False, prefix: str = "") -> None:
-    """Log to stderr with the time; ``prefix`` tells ranks or jobs apart."""
+    """Log to stderr with the time. ``prefix`` is put before each message, such as a rank's number."""
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO,
         format=f"%(asctime)s %(levelname)s {prefix}%(message)s",
@@ -113,7 +114,7 @@ def setup_logging(verbose: bool = False, prefix: str = "") -> None:
 
 
 def at_least(low: float, kind: type = float, below: float | None = None) -> Callable[[str], Any]:
-    """The ``type`` of an option that is a number from ``low`` up, and smaller than ``below``."""
+    """The ``type`` of an option whose value must be at least ``low`` and, if given, less than ``below``."""
 
     def parse(text: str):
         value = kind(text)
@@ -135,9 +136,9 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
         print(f"error: {e}", file=sys.stderr)
         code = EXIT_USER_ERROR
     except OSError as e:
-        if (told := disk_full(e.filename or "output", e)) is None:
+        if (error := disk_full(e.filename or "output", e)) is None:
             raise
-        print(f"error: {told}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         code = EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -22,12 +22,12 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def disk_full(path: str | os.PathLike, error: OSError) -> UserError | None:
-    """What to tell a user whose disk is full; None if ``error`` is another one."""
+    """The error message for a full disk; None if ``error`` is another error."""
     if error.errno not in _DISK_FULL:
         return None
     return UserError(
-        f"{path}: could not be written ({error.strerror}); what was whole on disk before is kept. Free space and run "
-        "the same command again"
+        f"{path}: could not be written ({error.strerror}); files that were complete before are kept. Free space and "
+        "run the same command again"
     )
 
 
@@ -46,7 +46,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
         fd, temporary = _open_temporary(path)
     except OSError as e:
         raise disk_full(path, e) or UserError(f"{path}: cannot be written ({e.strerror})") from None
-    # Renamed or removed before it is closed, as closing ends the lock on its name.
+    # It is renamed or removed before it is closed, because closing releases the lock on its name.
     with contextlib.closing(os.fdopen(fd, mode, encoding=None if "b" in mode else "utf-8")) as f:
         try:
             yield f
@@ -56,29 +56,29 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
         except BaseException as e:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
-            # Closing would try to write what is left in the buffer, and fail in the same way.
+            # Closing tries to write the rest of the buffer, and can fail in the same way.
             with contextlib.suppress(OSError):
                 f.close()
-            if isinstance(e, OSError) and (told := disk_full(path, e)):
-                raise told from None
+            if isinstance(e, OSError) and (error := disk_full(path, e)):
+                raise error from None
             raise
 
 
 def _open_temporary(path: Path) -> tuple[int, str]:
-    """Descriptor and name of a file beside ``path`` that no one else writes.
+    """Descriptor and name of a file beside ``path`` that no other process writes.
 
-    It has always the same name unless that is in use, so that what killed runs leave behind is written over by the
-    next one and does not pile up.
+    The name is always the same, unless it is in use: files that killed runs leave behind are overwritten by the next
+    run and do not accumulate.
     """
     usual = path.with_name(f".{path.name}.tmp")
     with contextlib.suppress(OSError):
         fd = os.open(usual, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.stat(usual).st_ino == os.fstat(fd).st_ino:  # else it has got its final name in the meantime
+            if os.stat(usual).st_ino == os.fstat(fd).st_ino:  # else another process has renamed it meanwhile
                 os.ftruncate(fd, 0)
                 return fd, str(usual)
-        except OSError:  # in use, or a file system without locks
+        except OSError:  # the name is in use, or the file system has no locks
             pass
         os.close(fd)
     fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -106,7 +106,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def json_ready(value: Any) -> Any:
-    """The same plain value with None for NaN, which JSON does not have."""
+    """A copy of a plain value with None in place of NaN, which JSON does not have."""
     if isinstance(value, dict):
         return {k: json_ready(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

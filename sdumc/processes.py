@@ -1,4 +1,4 @@
-"""Signals that end a process: noted until its state is saved, and the kernel's, when its parent ends."""
+"""Signals that ask a process to stop, and ending a process together with its parent."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with(parent: int | None = None) -> None:
-    """Have the kernel kill this process when the one that started it ends, however that ends (Linux; else nothing).
+    """Have the kernel kill this process when its parent ends, even if the parent is killed. No effect outside Linux.
 
-    Left alone, it would go on writing files beside the run that takes its killed parent's place.
+    Otherwise it would continue to write files while the next run writes the same ones.
 
     Args:
-        parent: process number of the parent as it was a moment ago. If another one is there by now, it has died
-            already, and this process ends at once.
+        parent: the parent's process number. If the parent has another number by now, the expected one has died
+            already, and this process exits at once.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -26,13 +26,13 @@ def die_with(parent: int | None = None) -> None:
 
 
 class StopSignal:
-    """Notes that one of the given signals came, for a loop to act on between two steps."""
+    """Records in ``raised`` that one of the given signals came, so that a loop can stop between two steps."""
 
     def __init__(self, *signals: int):
         self.raised = False
         for number in signals:
             signal.signal(number, self._raise)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)  # utils/ranks.py holds SIGUSR1 back until now
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)  # utils/ranks.py starts ranks with SIGUSR1 blocked
 
     def _raise(self, number: int, frame) -> None:
         self.raised = True

@@ -114,17 +114,6 @@ def test_bad_features_name_utterance_and_file(dump, values, message):
     assert "utterance 'u3'" in str(error.value) and "bad.ark" in str(error.value)
 
 
-def test_an_error_in_a_worker_reads_like_one_in_the_main_process(dump):
-    break_feature(dump, np.full((4, 3), np.nan, np.float32))
-    dataset = UtteranceDataset(load_dump(dump), ["audio"])
-    loader = torch.utils.data.DataLoader(dataset, batch_size=8, collate_fn=collate, num_workers=1)
-    with pytest.raises(UserError) as direct:
-        dataset[3]
-    with pytest.raises(UserError) as error:
-        list(loader)
-    assert str(error.value) == str(direct.value) and "Traceback" not in str(error.value)
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_with_sampler_and_workers(dump, workers):
     dataset = UtteranceDataset(load_dump(dump), ["audio", "text"])
