@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
+import signal
 from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from sdumc.cli import Parser, run, setup_logging
+from sdumc.cli import Parser, at_least, run, setup_logging
+from sdumc.errors import EXIT_REQUEUE
 from sdumc.extraction.options import add_compute_options, add_prompt_option
+from sdumc.processes import StopSignal
+
+if TYPE_CHECKING:
+    from sdumc.pretrained.llm import SpeechLLM
+    from sdumc.pretrained.speech_encoder import SpeechEncoder
 
 
 def get_parser() -> Parser:
@@ -24,77 +35,86 @@ def get_parser() -> Parser:
     group.add_argument("--encoder-layer", type=int, default=-1, help="encoder layer that the projector reads")
     group.add_argument("--llm", required=True, metavar="DIR", help="causal LLM: a transformers folder")
     add_prompt_option(group)
-    group.add_argument("--k", type=int, default=5, metavar="N", help="encoder frames per LLM embedding")
-    group.add_argument("--hidden", type=int, default=2048, metavar="N", help="width of the projector's hidden layer")
+    group.add_argument("--k", type=at_least(1, int), default=5, metavar="N", help="encoder frames per LLM embedding")
+    group.add_argument(
+        "--hidden", type=at_least(1, int), default=2048, metavar="N", help="width of the projector's hidden layer"
+    )
     add_compute_options(parser)
-    group = parser.add_argument_group("training")
-    group.add_argument("--steps", type=int, default=10000, metavar="N", help="optimiser steps")
-    group.add_argument("--batch-size", type=int, default=16, metavar="N", help="utterances per step")
-    group.add_argument("--learning-rate", type=float, default=1e-4, metavar="X", help="highest, after the warm-up")
-    group.add_argument(
-        "--warmup-steps", type=int, default=1000, metavar="N", help="linear rise; then a linear fall to 0"
-    )
-    group.add_argument("--weight-decay", type=float, default=0.0, metavar="X", help="of AdamW")
-    group.add_argument("--clip", type=float, default=1.0, metavar="X", help="largest gradient norm")
-    group.add_argument("--seed", type=int, default=1, metavar="N", help="of weights and order")
-    group.add_argument("--cache-mb", type=int, default=1024, metavar="N", help="memory for encoder outputs")
-    group.add_argument("--checkpoint-interval", type=int, default=500, metavar="N", help="steps between checkpoints")
-    group = parser.add_argument_group("validation")
-    group.add_argument("--valid-interval", type=int, default=1000, metavar="N", help="steps between looks at the loss")
-    group.add_argument("--valid-utterances", type=int, default=500, metavar="N", help="how many, spread evenly")
-    group.add_argument(
-        "--wer-utterances", type=int, default=50, metavar="N", help="how many are transcribed at the end"
-    )
-    group.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="longest transcript then")
+    _add_training(parser.add_argument_group("training"))
+    _add_validation(parser.add_argument_group("validation"))
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = get_parser().parse_args(argv)
-    setup_logging(args.verbose)
-    from dataclasses import fields
+def _add_training(g: Any) -> None:
+    whole, positive = at_least(0, int), at_least(1, int)
+    g.add_argument("--steps", type=positive, default=10000, metavar="N", help="optimiser steps")
+    g.add_argument("--batch-size", type=positive, default=16, metavar="N", help="utterances per step")
+    g.add_argument("--learning-rate", type=at_least(0), default=1e-4, metavar="X", help="highest, after the warm-up")
+    g.add_argument("--warmup-steps", type=whole, default=1000, metavar="N", help="linear rise; then a linear fall to 0")
+    g.add_argument("--weight-decay", type=at_least(0), default=0.0, metavar="X", help="of AdamW")
+    g.add_argument("--clip", type=at_least(0), default=1.0, metavar="X", help="largest gradient norm (0: any)")
+    g.add_argument("--seed", type=whole, default=1, metavar="N", help="of weights and order")
+    g.add_argument("--cache-mb", type=whole, default=1024, metavar="N", help="memory for encoder outputs")
+    g.add_argument("--checkpoint-interval", type=positive, default=500, metavar="N", help="steps between checkpoints")
 
-    from sdumc.data.kaldi_dir import load_kaldi_dir
-    from sdumc.device import pick_device
-    from sdumc.errors import UserError
-    from sdumc.extraction.job import data_hash
-    from sdumc.pretrained.folders import DTYPES, fingerprint
-    from sdumc.pretrained.llm import SpeechLLM
-    from sdumc.pretrained.prompts import prompt_text
-    from sdumc.pretrained.speech_encoder import SpeechEncoder
-    from sdumc.simulation.projector_training import Corpus, TrainingSettings, train_projector
 
-    settings = TrainingSettings(**{f.name: getattr(args, f.name) for f in fields(TrainingSettings)})
-    for name in ("steps", "batch_size", "learning_rate", "k", "hidden", "valid_interval", "checkpoint_interval"):
-        if getattr(settings, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} must be positive")
-    device, dtype = pick_device(args.device), DTYPES[args.dtype]
-    dirs = {"train": load_kaldi_dir(args.train_data_dir)}
-    if args.valid_data_dir:
-        dirs["valid"] = load_kaldi_dir(args.valid_data_dir)
-    prompt = prompt_text(args.prompt)
-    llm = SpeechLLM(args.llm, dtype, device, prompt)
-    encoder = SpeechEncoder(args.encoder, dtype, device, args.encoder_layer)
-    described = {
+def _add_validation(g: Any) -> None:
+    whole, positive = at_least(0, int), at_least(1, int)
+    g.add_argument("--valid-interval", type=positive, default=1000, metavar="N", help="steps between looks at the loss")
+    g.add_argument("--valid-utterances", type=positive, default=500, metavar="N", help="how many, spread evenly")
+    g.add_argument("--wer-utterances", type=whole, default=50, metavar="N", help="how many are transcribed at the end")
+    g.add_argument("--max-new-tokens", type=positive, default=200, metavar="N", help="longest transcript then")
+
+
+def describe_models(args: argparse.Namespace, encoder: SpeechEncoder, llm: SpeechLLM) -> dict[str, Any]:
+    """What of the command line, besides data and settings, decides the result; it is kept in config.yaml."""
+    from sdumc.pretrained.folders import fingerprint
+
+    return {
         "encoder": args.encoder,
         "encoder_hash": fingerprint(encoder.folder),
         "encoder_layer": args.encoder_layer,
         "llm": args.llm,
         "llm_hash": fingerprint(llm.folder),
         "embedding_scale": llm.embedding_scale,
-        "prompt": prompt,
+        "prompt": llm.prompt,
         "text_case": args.text_case,
         "dtype": args.dtype,
     }
-    corpora = {}
-    for name, data in dirs.items():
-        described[f"{name}_data_dir"] = str(data.path)
-        described[f"{name}_data_hash"] = data_hash(data, data.path / "text")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = get_parser().parse_args(argv)
+    stop = StopSignal(signal.SIGTERM, signal.SIGUSR1)
+    setup_logging(args.verbose)
+    from sdumc.data.kaldi_dir import load_kaldi_dir
+    from sdumc.device import pick_device
+    from sdumc.extraction.job import data_hash
+    from sdumc.pretrained.folders import DTYPES
+    from sdumc.pretrained.llm import SpeechLLM
+    from sdumc.pretrained.prompts import prompt_text
+    from sdumc.pretrained.speech_encoder import SpeechEncoder
+    from sdumc.training.projector import ProjectorSettings, train_projector
+    from sdumc.training.transcribed import TranscribedSpeech
+
+    settings = ProjectorSettings(**{f.name: getattr(args, f.name) for f in fields(ProjectorSettings)})
+    dirs = {"train": args.train_data_dir, "valid": args.valid_data_dir}
+    sets = {name: load_kaldi_dir(path) for name, path in dirs.items() if path}
+    device, dtype = pick_device(args.device), DTYPES[args.dtype]
+    llm = SpeechLLM(args.llm, dtype, device, prompt_text(args.prompt))
+    encoder = SpeechEncoder(args.encoder, dtype, device, args.encoder_layer)
+    described, speech = describe_models(args, encoder, llm), {}
+    for name, data in sets.items():
+        described |= {f"{name}_data_dir": str(data.path), f"{name}_data_hash": data_hash(data, data.path / "text")}
         texts = {u: t.lower() if args.text_case == "lower" else t for u, t in data.text.items()}
-        corpora[name] = Corpus(data, texts, encoder, settings.cache_mb * 2**20 // len(dirs))
-    result = train_projector(llm, encoder, corpora["train"], corpora.get("valid"), settings, args.output, described)
+        speech[name] = TranscribedSpeech(data, texts, encoder, settings.cache_mb * 2**20 // len(sets))
+    train, valid, output = speech["train"], speech.get("valid"), Path(args.output)
+    result = train_projector(llm, encoder, train, valid, settings, output, described, stop)
+    if result is None:
+        return EXIT_REQUEUE
     if result.get("valid_wer") is not None:
         print(f"{args.output}: valid loss {result['valid_loss']:.3f}, WER {100 * result['valid_wer']:.1f}%")
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a training run is between two steps: one object, saved whole, and the random generators of its ranks."""
+"""What a training run is between two steps: one object that is saved whole, and the random generators of its ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,26 @@ from torch import Tensor, nn
 
 
 @dataclass
-class TrainingState:
+class SavedState:
+    """A dataclass that goes into a checkpoint: tensors, plain values, and what has a ``state_dict`` itself."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Every field, as tensors and plain values."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: x.state_dict() if hasattr(x, "state_dict") else x for name, x in values.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a :meth:`state_dict`; models and optimisers stay on their device."""
+        for f in fields(self):
+            own = getattr(self, f.name)
+            if hasattr(own, "load_state_dict"):
+                own.load_state_dict(state[f.name])
+            else:
+                setattr(self, f.name, state[f.name])
+
+
+@dataclass
+class TrainingState(SavedState):
     """A run that goes on from a saved state ends with the files of one that was never stopped.
 
     Attributes:
@@ -34,19 +53,6 @@ class TrainingState:
     history: list[dict[str, Any]] = field(default_factory=list)
     ranking: list[tuple[float, int]] = field(default_factory=list)
     rng: list[list[Tensor]] = field(default_factory=list)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything, as tensors and plain values."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {**values, "model": self.model.state_dict(), "optimiser": self.optimiser.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a :meth:`state_dict`; the model and the optimiser stay on their device."""
-        for f in fields(self):
-            if f.name in ("model", "optimiser"):
-                getattr(self, f.name).load_state_dict(state[f.name])
-            else:
-                setattr(self, f.name, state[f.name])
 
     def finish_step(self, terms: Mapping[str, Tensor], utterances: int) -> None:
         """Count a step on a global batch of so many utterances; ``terms`` are means over them."""

@@ -12,8 +12,13 @@ import yaml
 from helpers import tiny_models
 from test_features import make_clip, video_data_dir
 
+<<<<<<< HEAD
 from sdumc.bin import extract_audio, extract_text, extract_video, finish_dump, recognize, simulate_text, train_projector
 from sdumc.data.ark import load_matrix
+=======
+from sdumc.bin import extract_audio, extract_text, extract_video, finish_dump, recognize, simulate_text
+from sdumc.data.ark import ShardWriter, load_matrix
+>>>>>>> b1ad62b (Projector's training as plain as the main one; changed settings refused)
 from sdumc.data.dump import load_dump
 from sdumc.data.shards import ShardWriter
 from sdumc.errors import UserError
@@ -320,81 +325,3 @@ def test_more_jobs_than_utterances(work, tmp_path):
         )
     finish(work, tmp_path, "audio", 11)
     assert len(load_dump(tmp_path).features["audio"].entries) == 9
-
-
-def test_projector_training(work, tmp_path, monkeypatch):
-    arguments = [
-        *("--train-data-dir", str(work / "data"), "--valid-data-dir", str(work / "data")),
-        *("--encoder", str(work / "encoder"), "--llm", str(work / "llm"), "--device", "cpu", "--hidden", "16"),
-        *("--steps", "12", "--batch-size", "4", "--learning-rate", "0.01", "--warmup-steps", "2"),
-        *("--valid-interval", "4", "--checkpoint-interval", "5", "--wer-utterances", "2", "--max-new-tokens", "5"),
-    ]
-    train_projector.main([*arguments, "--output", str(tmp_path / "one")])
-    files = contents(tmp_path / "one")
-    assert set(files) == {"projector.safetensors", "config.yaml", "train.log"}
-    assert "valid loss" in files["train.log"].decode()
-    config = yaml.safe_load(files["config.yaml"])
-    assert config["result"]["valid_wer"] is not None
-    assert config["embedding_scale"] == 1.0
-    assert config["versions"] == installed_versions() and "transformers" in config["versions"]
-    lines = files["train.log"].decode().splitlines()
-    losses = [float(line.split()[-1]) for line in lines if ": valid loss" in line and "WER" not in line]
-    assert losses[-1] < losses[0]
-
-    # Killed at step 7, after the checkpoint of step 5: the same projector in the end.
-    from sdumc.simulation import projector_training
-
-    steps = []
-    original = projector_training.learning_rate
-
-    def dying(step, settings):
-        steps.append(step)
-        if step == 7 and len(steps) == 8:
-            raise KeyboardInterrupt
-        return original(step, settings)
-
-    monkeypatch.setattr(projector_training, "learning_rate", dying)
-    with pytest.raises(KeyboardInterrupt):
-        train_projector.main([*arguments, "--output", str(tmp_path / "two")])
-    assert not (tmp_path / "two").exists()
-    train_projector.main([*arguments, "--output", str(tmp_path / "two")])
-    assert steps[8:] == list(range(5, 12))
-    assert contents(tmp_path / "two")["projector.safetensors"] == files["projector.safetensors"]
-
-    # The projector goes with its prompt.
-    wrong = simulation(work, tmp_path / "dump", "--prompt", "long")
-    wrong[wrong.index("--projector") + 1] = str(tmp_path / "one")
-    with pytest.raises(UserError, match="trained with the prompt"):
-        simulate_text.main(wrong)
-
-
-def test_projector_training_in_parts(work, tmp_path, monkeypatch, capsys):
-    """Two clips at once are too many for the memory: the batch goes in parts, with the same gradients."""
-    from safetensors.torch import load_file
-
-    from sdumc.simulation import projector_training
-
-    arguments = [
-        *("--train-data-dir", str(work / "data"), "--valid-data-dir", str(work / "data")),
-        *("--encoder", str(work / "encoder"), "--llm", str(work / "llm"), "--device", "cpu", "--hidden", "16"),
-        *("--steps", "4", "--batch-size", "4", "--warmup-steps", "2", "--wer-utterances", "1", "--max-new-tokens", "3"),
-    ]
-    train_projector.main([*arguments, "--output", str(tmp_path / "whole")])
-    original, sizes = projector_training.answer_loss, []
-
-    def small(llm, contexts, answers):
-        sizes.append(len(answers))
-        if len(answers) > limit:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
-        return original(llm, contexts, answers)
-
-    limit = 1
-    monkeypatch.setattr(projector_training, "answer_loss", small)
-    train_projector.main([*arguments, "--output", str(tmp_path / "parts")])
-    assert sizes[:4] == [4, 2, 1, 1] and "going on with parts of 1" in capsys.readouterr().err
-    a, b = (load_file(tmp_path / name / "projector.safetensors") for name in ("whole", "parts"))
-    for name, tensor in a.items():
-        torch.testing.assert_close(tensor, b[name], atol=1e-4, rtol=1e-3)
-    limit = 0
-    with pytest.raises(UserError, match="one utterance alone does not fit"):
-        train_projector.main([*arguments, "--output", str(tmp_path / "none")])

@@ -1,0 +1,366 @@
+"""Training the projector, top to bottom: cross entropy of transcripts through the frozen LLM.
+
+A step's input is laid out exactly as in simulation, ``[audio embeddings][BOS]"USER: {prompt}\\n ASSISTANT:"``, followed
+by the transcript and EOS, on which alone the loss is taken.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor, nn
+
+from sdumc.errors import UserError
+from sdumc.extraction.loop import read_ahead
+from sdumc.files import write_text
+from sdumc.pretrained.llm import SpeechLLM
+from sdumc.pretrained.memory import halve_when_out_of_memory
+from sdumc.pretrained.projector import FILE_NAME, Projector, project, save_projector
+from sdumc.pretrained.quality import word_error_rate
+from sdumc.pretrained.speech_encoder import SpeechEncoder
+from sdumc.processes import StopSignal
+from sdumc.training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
+from sdumc.training.experiment import log_to
+from sdumc.training.state import SavedState
+from sdumc.training.transcribed import TranscribedSpeech, epoch_batches, spread
+from sdumc.versions import installed_versions
+
+log = logging.getLogger("sdumc")
+
+# What may differ between a run and the run that continues it. Models and data may have moved: hashes tell them apart.
+FREE_TO_CHANGE = frozenset({"encoder", "llm", "train_data_dir", "valid_data_dir", "checkpoint_interval"})
+_LOG_EVERY = 20.0  # seconds
+_VALID_SECONDS = 400.0  # most seconds of sound in a batch of the valid set, padded
+
+
+@dataclass(frozen=True)
+class ProjectorSettings:
+    """What decides a run's result, besides models and data; the defaults are those of the command line.
+
+    Attributes:
+        steps: optimiser steps, each on ``batch_size`` utterances.
+        learning_rate: reached after ``warmup_steps``; it then falls linearly to zero at ``steps``.
+        weight_decay: of AdamW.
+        clip: largest norm of the gradient; 0 for any.
+        k, hidden: encoder frames per LLM embedding, width of the hidden layer.
+        seed: of weights and order.
+        valid_interval: steps between measurements of the loss on ``valid_utterances``.
+        wer_utterances: how many are transcribed in the end, with at most ``max_new_tokens`` tokens each.
+        checkpoint_interval: steps between checkpoints.
+        cache_mb: bounds the encoder outputs kept in memory; what does not fit is encoded anew each time.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float
+    clip: float
+    k: int
+    hidden: int
+    seed: int
+    valid_interval: int
+    valid_utterances: int
+    wer_utterances: int
+    max_new_tokens: int
+    checkpoint_interval: int
+    cache_mb: int
+
+
+@dataclass
+class ProjectorState(SavedState):
+    """What a run is between two steps.
+
+    Attributes:
+        projector, optimiser: with all they have learned.
+        step: steps done.
+        parts: in how many parts a batch goes through the LLM, as the GPU's memory asks for.
+        best: ``step``, ``loss`` and ``projector`` (its weights) of the lowest loss on valid so far.
+    """
+
+    projector: Projector
+    optimiser: torch.optim.Optimizer
+    step: int = 0
+    parts: int = 1
+    best: dict[str, Any] | None = None
+
+
+def train_projector(
+    llm: SpeechLLM,
+    encoder: SpeechEncoder,
+    train: TranscribedSpeech,
+    valid: TranscribedSpeech | None,
+    settings: ProjectorSettings,
+    output: Path,
+    described: Mapping[str, Any],
+    stop: StopSignal,
+) -> dict[str, Any] | None:
+    """Train and write ``output``/{projector.safetensors, config.yaml, train.log}, which appear together at the end.
+
+    The work happens in ``output`` + ``.partial``; a run that was stopped or killed goes on from its checkpoint there,
+    to the same result.
+
+    Args:
+        described: models and data with their hashes, for config.yaml and to tell whether a run may be continued.
+
+    Returns:
+        Losses and word error rate at the end; None when a signal stopped the run.
+
+    Raises:
+        UserError: the loss is NaN or infinite (naming the batch), a transcript or media file is missing, or the
+            checkpoint was made with other settings.
+    """
+    # --- set up -------------------------------------------------------------------------------------------------------
+    partial = output.with_name(output.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    log_to(partial / "train.log")
+    torch.manual_seed(settings.seed)
+    projector = Projector(encoder.dim, llm.dim, settings.k, settings.hidden).to(llm.device)
+    optimiser = torch.optim.AdamW(
+        projector.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
+    )
+    state = ProjectorState(projector, optimiser)
+    checked = spread(valid.utterances, settings.valid_utterances) if valid else []
+
+    # --- resume -------------------------------------------------------------------------------------------------------
+    identity = {"valid_data_dir": None, "valid_data_hash": None, **described, **asdict(settings)}
+    saved = load_checkpoint(partial / CHECKPOINT, identity, FREE_TO_CHANGE, "another --output (run.sh: --force starts again)")
+    if saved is not None:
+        state.load_state_dict(saved)
+        log.info("resuming after step %d", state.step)
+    train.fill_cache(train.utterances)
+    if valid:
+        valid.fill_cache(checked)
+    size = sum(p.numel() for p in projector.parameters())
+    log.info("%d utterances, %d parameters, %d steps", len(train.utterances), size, settings.steps)
+
+    # --- train --------------------------------------------------------------------------------------------------------
+    shown = Shown(settings.steps, state.step)
+    for batch, waves in read_ahead(list(remaining_batches(train.utterances, settings, state.step)), train.read):
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(state.step, settings)
+        loss, tokens = add_gradients(state, llm, train, batch, waves)
+        if not math.isfinite(loss):
+            raise UserError(f"projector training: loss {loss} at step {state.step + 1}; the batch: {' '.join(batch)}")
+        if settings.clip:
+            nn.utils.clip_grad_norm_(projector.parameters(), settings.clip)
+        optimiser.step()
+        state.step += 1
+        last, measured = state.step == settings.steps, state.step % settings.valid_interval == 0
+        shown.add(state.step, loss, tokens, now=measured or last)
+        if valid and (measured or last):
+            keep_if_best(state, validate(projector, llm, valid, checked))
+        if stop.raised or last or state.step % settings.checkpoint_interval == 0:
+            save_checkpoint(partial / CHECKPOINT, state.state_dict(), identity)
+        if stop.raised and not last:
+            log.info("stopped by a signal at step %d; run the same command again to go on", state.step)
+            return None
+
+    # --- end ----------------------------------------------------------------------------------------------------------
+    result: dict[str, Any] = {"steps": settings.steps}
+    if valid:
+        result.update(measure_best(state, llm, valid, checked, settings))
+    save_projector(partial / FILE_NAME, projector)
+    config = {**described, **asdict(settings), "versions": installed_versions(), "result": result}
+    write_text(partial / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    publish(partial, output)
+    return result
+
+
+def remaining_batches(utterances: Sequence[str], settings: ProjectorSettings, start: int) -> Iterator[list[str]]:
+    """The batches of the steps from ``start`` (0 is the first) to the end."""
+    per_epoch = math.ceil(len(utterances) / settings.batch_size)
+    for step in range(start, settings.steps):
+        epoch, index = divmod(step, per_epoch)
+        if index == 0 or step == start:
+            batches = epoch_batches(utterances, settings.batch_size, settings.seed, epoch)
+        yield batches[index]
+
+
+def learning_rate(step: int, settings: ProjectorSettings) -> float:
+    """Linear warm-up, then linear decay to zero at the last step; ``step`` counts from 0."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    left = max(1, settings.steps - settings.warmup_steps)
+    return settings.learning_rate * max(0.0, (settings.steps - step) / left)
+
+
+# ----------------------------------------------------------------------------------------------------------------- loss
+
+
+def answer_tokens(llm: SpeechLLM, texts: Mapping[str, str], batch: Sequence[str]) -> list[list[int]]:
+    """Token ids of the transcripts, EOS included."""
+    eos = llm.tokenizer.eos_token_id
+    return [[*llm.answer_ids(texts[u]), eos if eos is not None else llm.eos_ids[0]] for u in batch]
+
+
+def answer_loss(llm: SpeechLLM, contexts: Sequence[Tensor], answers: Sequence[Sequence[int]]) -> Tensor:
+    """Summed cross entropy of ``answers`` (token ids, EOS included) behind ``contexts`` (P_i, D)."""
+    rows = [torch.cat([c, llm.embed(a).to(c)]) for c, a in zip(contexts, answers, strict=True)]
+    longest, most = max(map(len, rows)), max(map(len, answers))
+    # Left padding, as in simulation; all answers then end in the last column, and only `most` logits are needed.
+    embeds = torch.stack([nn.functional.pad(r, (0, 0, longest - len(r), 0)) for r in rows])
+    lengths = torch.tensor([len(r) for r in rows], device=embeds.device)
+    mask = torch.arange(longest, device=embeds.device)[None] >= longest - lengths[:, None]
+    logits = llm.model(
+        inputs_embeds=embeds,
+        attention_mask=mask.long(),
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        use_cache=False,
+        logits_to_keep=most + 1,
+    ).logits[:, :-1]
+    targets = torch.full((len(rows), most), -100, dtype=torch.long)
+    for row, answer in zip(targets, answers, strict=True):
+        row[most - len(answer) :] = torch.tensor(list(answer))
+    return nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten().to(logits.device), ignore_index=-100, reduction="sum"
+    )
+
+
+def add_gradients(
+    state: ProjectorState,
+    llm: SpeechLLM,
+    train: TranscribedSpeech,
+    batch: Sequence[str],
+    waves: Mapping[str, np.ndarray],
+) -> tuple[float, int]:
+    """The gradients of a batch's mean loss over its tokens, in as many parts as memory asks for.
+
+    Where memory runs out on the GPU, the batch is begun again in twice as many parts, and later batches keep to that;
+    the gradients are the same.
+
+    Returns:
+        The summed loss, and the number of tokens.
+
+    Raises:
+        UserError: memory does not suffice for a single utterance.
+    """
+    answers = answer_tokens(llm, train.texts, batch)
+    tokens = sum(map(len, answers))
+    while True:
+        state.optimiser.zero_grad(set_to_none=True)
+        size, total = -(-len(batch) // state.parts), 0.0
+        loss: Any
+        contexts: Any
+        try:
+            for start in range(0, len(batch), size):
+                part = slice(start, start + size)
+                contexts = llm.contexts(project(state.projector, train.frames(batch[part], waves)))
+                loss = answer_loss(llm, contexts, answers[part])
+                total += loss.item()
+                (loss / tokens).backward()
+            return total, tokens
+        except torch.cuda.OutOfMemoryError as e:
+            message = str(e).splitlines()[0]
+        # Outside the handler: the exception would keep the failed pass's tensors alive.
+        loss = contexts = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if size == 1:
+            raise UserError(
+                f"projector training: one utterance alone does not fit into the GPU's memory ({message}); use --dtype "
+                f"bf16 or a larger GPU. The batch: {' '.join(batch)}"
+            )
+        state.parts *= 2
+        smaller = -(-len(batch) // state.parts)
+        log.warning("out of GPU memory with %d utterances; going on with parts of %d", size, smaller)
+
+
+# ----------------------------------------------------------------------------------------------------------- validation
+
+
+@torch.no_grad()
+def validate(
+    projector: Projector,
+    llm: SpeechLLM,
+    valid: TranscribedSpeech,
+    utterances: Sequence[str],
+    transcribed: Sequence[str] = (),
+    max_new_tokens: int = 0,
+) -> dict[str, Any]:
+    """Loss per token on ``utterances`` and, where some are to be ``transcribed``, their word error rate (beam 4)."""
+    total, tokens = 0.0, 0
+    hypotheses: dict[str, str] = {}
+    for batch, waves in read_ahead(valid.batches(utterances, _VALID_SECONDS), valid.read):
+
+        def measure(part: Sequence[str], waves=waves) -> list[tuple[float, int]]:
+            contexts = llm.contexts(project(projector, valid.frames(part, waves)))
+            answers = answer_tokens(llm, valid.texts, part)
+            loss = float(answer_loss(llm, contexts, answers))
+            if chosen := [i for i, u in enumerate(part) if u in transcribed]:
+                written = llm.transcribe([contexts[i] for i in chosen], max_new_tokens=max_new_tokens)
+                hypotheses.update({part[i]: w.text for i, w in zip(chosen, written, strict=True)})
+            return [(loss, sum(map(len, answers)))]
+
+        for loss, count in halve_when_out_of_memory(batch, measure):
+            total, tokens = total + loss, tokens + count
+    wer = word_error_rate(valid.texts, hypotheses)["wer"] if hypotheses else None
+    return {"loss": total / max(tokens, 1), "wer": wer}
+
+
+def keep_if_best(state: ProjectorState, measured: Mapping[str, Any]) -> None:
+    """Keep a copy of the projector's weights if its loss on valid is the lowest so far."""
+    log.info("step %d: valid loss %.4f", state.step, measured["loss"])
+    if state.best is None or measured["loss"] < state.best["loss"]:
+        weights = {name: x.detach().clone() for name, x in state.projector.state_dict().items()}
+        state.best = {"step": state.step, "loss": measured["loss"], "projector": weights}
+
+
+def measure_best(
+    state: ProjectorState,
+    llm: SpeechLLM,
+    valid: TranscribedSpeech,
+    checked: Sequence[str],
+    settings: ProjectorSettings,
+) -> dict[str, Any]:
+    """Go back to the projector with the lowest loss on valid, and measure it."""
+    assert state.best is not None  # the last step is always measured
+    state.projector.load_state_dict(state.best["projector"])
+    heard = spread(checked, settings.wer_utterances)
+    measured = validate(state.projector, llm, valid, checked, heard, settings.max_new_tokens)
+    wer = "not measured" if measured["wer"] is None else f"{100 * measured['wer']:.1f}% on {len(heard)} utterances"
+    log.info("kept step %d: valid loss %.4f, WER %s", state.best["step"], measured["loss"], wer)
+    return {"kept_step": state.best["step"], "valid_loss": measured["loss"], "valid_wer": measured["wer"]}
+
+
+# ---------------------------------------------------------------------------------------------------- log, final folder
+
+
+class Shown:
+    """A line in the log now and then: the train loss since the last one, and the speed."""
+
+    def __init__(self, steps: int, done: int):
+        self.steps, self.first = steps, done
+        self.begin = self.last = time.monotonic()
+        self.loss, self.tokens = 0.0, 0
+
+    def add(self, step: int, loss: float, tokens: int, now: bool) -> None:
+        """Count a step; write a line ``now``, or when the last one is old."""
+        self.loss, self.tokens = self.loss + loss, self.tokens + tokens
+        time_now = time.monotonic()
+        if now or time_now - self.last > _LOG_EVERY:
+            rate = (step - self.first) / (time_now - self.begin)
+            mean = self.loss / self.tokens
+            log.info("step %d of %d: train loss %.4f, %.2f steps a second", step, self.steps, mean, rate)
+            self.last, self.loss, self.tokens = time_now, 0.0, 0
+
+
+def publish(partial: Path, output: Path) -> None:
+    """Give a finished folder its final name, without the checkpoint, in place of what an earlier run left there."""
+    (partial / CHECKPOINT).unlink()
+    old = output.with_name(output.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if output.exists():
+        output.rename(old)
+    partial.rename(output)
+    shutil.rmtree(old, ignore_errors=True)
