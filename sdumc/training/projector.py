@@ -39,6 +39,7 @@ log = logging.getLogger("sdumc")
 
 # What may differ between a run and the run that continues it. Models and data may have moved: hashes tell them apart.
 FREE_TO_CHANGE = frozenset({"encoder", "llm", "train_data_dir", "valid_data_dir", "checkpoint_interval"})
+_ELSEWHERE = "another --output (run.sh: --force starts again)"
 _LOG_EVERY = 20.0  # seconds
 _VALID_SECONDS = 400.0  # most seconds of sound in a batch of the valid set, padded
 
@@ -134,7 +135,7 @@ def train_projector(
 
     # --- resume -------------------------------------------------------------------------------------------------------
     identity = {"valid_data_dir": None, "valid_data_hash": None, **described, **asdict(settings)}
-    saved = load_checkpoint(partial / CHECKPOINT, identity, FREE_TO_CHANGE, "another --output (run.sh: --force starts again)")
+    saved = load_checkpoint(partial / CHECKPOINT, identity, FREE_TO_CHANGE, _ELSEWHERE)
     if saved is not None:
         state.load_state_dict(saved)
         log.info("resuming after step %d", state.step)

@@ -12,13 +12,8 @@ import yaml
 from helpers import tiny_models
 from test_features import make_clip, video_data_dir
 
-<<<<<<< HEAD
-from sdumc.bin import extract_audio, extract_text, extract_video, finish_dump, recognize, simulate_text, train_projector
-from sdumc.data.ark import load_matrix
-=======
 from sdumc.bin import extract_audio, extract_text, extract_video, finish_dump, recognize, simulate_text
-from sdumc.data.ark import ShardWriter, load_matrix
->>>>>>> b1ad62b (Projector's training as plain as the main one; changed settings refused)
+from sdumc.data.ark import load_matrix
 from sdumc.data.dump import load_dump
 from sdumc.data.shards import ShardWriter
 from sdumc.errors import UserError
