@@ -29,7 +29,7 @@ ASR_SHARDS = "asr_hyp"
 # Shards with transcripts in them, and the file of data/<set>/ that these become.
 TRANSCRIPTS = {ASR_SHARDS: "text_asr", "text_sim": "text_sim"}
 
-# What became of a transcript that a model wrote; sdumc.extraction.quality tells them apart.
+# What became of a transcript that a model wrote; sdumc.pretrained.quality tells them apart.
 TEXT_STATUSES = ("ok", "empty", "refusal", "repeat", "limit")
 
 # The seven queries of cross-attention. The first four sum the weighted vectors of several modalities.
@@ -115,6 +115,11 @@ def known_conditions(names: Iterable[str]) -> list[Condition]:
         if name not in CONDITIONS:
             raise UserError(f"there is no condition {name!r}; the conditions are: {', '.join(CONDITIONS)}")
     return [CONDITIONS[name] for name in names]
+
+
+def by_condition(name: str) -> tuple[int, str]:
+    """A key to sort by: the order of :data:`CONDITIONS`, and then unknown names, from folders, by the alphabet."""
+    return (list(CONDITIONS).index(name), "") if name in CONDITIONS else (len(CONDITIONS), name)
 
 
 def possible_conditions(dump_dir: Path, names: Iterable[str]) -> list[str]:

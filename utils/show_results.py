@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sdumc.conditions import CONDITIONS
+from sdumc.conditions import by_condition
 from sdumc.errors import EXIT_USER_ERROR, UserError
 from sdumc.files import read_json
 
@@ -27,9 +27,7 @@ def table(decoded: Path) -> str:
     """
     header = "".join(f" {name:>{width}}" for name, width in zip(MEASURES, WIDTHS, strict=True))
     lines = [str(decoded), f"  {'condition':<12}{header} {'n':>5}"]
-    names = {path.parent.name for path in decoded.glob("*/score.json")}
-    for name in [*(c for c in CONDITIONS if c in names), *sorted(names.difference(CONDITIONS))]:
-        path = decoded / name / "score.json"
+    for path in sorted(decoded.glob("*/score.json"), key=lambda p: by_condition(p.parent.name)):
         score = read_json(path, "run stage 5 again")
         try:
             cells = ["-" if score[m] is None else f"{score[m]:.3f}" for m in MEASURES]
@@ -37,7 +35,7 @@ def table(decoded: Path) -> str:
         except (KeyError, TypeError, ValueError):
             raise UserError(f"{path}: not a score; run stage 5 again") from None
         row = "".join(f" {cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True))
-        lines.append(f"  {name:<12}{row} {n:>5}")
+        lines.append(f"  {path.parent.name:<12}{row} {n:>5}")
     return "\n".join(lines)
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from sdumc.reporting.markdown import markdown_table
+
 
 def machine() -> str:
     """One line on what was measured on."""
@@ -103,7 +105,5 @@ def goal(what: str, value: float, least: float | None = None, most: float | None
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [header, ["-" * w for w in widths], *rows]
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in lines)
+    """A Markdown table with straight columns, as it is printed on a terminal too."""
+    return markdown_table(header, rows, left=len(header), padded=True)

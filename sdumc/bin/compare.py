@@ -13,8 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdumc.cli import Parser, run
+from sdumc.conditions import CONDITIONS
 from sdumc.errors import UserError
 from sdumc.files import read_json
+from sdumc.reporting.markdown import markdown_table
+from sdumc.scoring.metrics import MEASURES
 
 _LOWER_IS_BETTER = ("mae",)
 
@@ -25,9 +28,14 @@ def get_parser() -> Parser:
     group.add_argument("--experiments", nargs="+", required=True, metavar="EXP", help="exp folders without _seed<N>")
     group.add_argument("--test-set", default="test", help="set whose scores are shown")
     group.add_argument(
-        "--conditions", nargs="+", default=["full", "missing", "none"], metavar="NAME", help="a column each"
+        "--conditions",
+        nargs="+",
+        choices=CONDITIONS,
+        default=["full", "missing", "none"],
+        metavar="NAME",
+        help="a column each",
     )
-    group.add_argument("--measure", default="mae", help="a key of score.json")
+    group.add_argument("--measure", choices=MEASURES, default="mae", metavar="NAME", help="a measure of score.json")
     group = parser.add_argument_group("output")
     group.add_argument("--title", default="Comparison", help="heading of the table")
     group.add_argument("--output", metavar="FILE.md", help="also write the table here")
@@ -53,7 +61,9 @@ def collect(experiment: str, test_set: str, condition: str, measure: str) -> dic
         try:
             values[seed] = read_json(file, f"run stage 5 with --conditions {condition}")[measure]
         except (KeyError, TypeError):
-            raise UserError(f"{file}: has no measure {measure!r}") from None
+            raise UserError(f"{file}: not a score file; run stage 5 again") from None
+        if values[seed] is None:
+            raise UserError(f"{file}: {measure} is undefined there; compare another measure")
     return values
 
 
@@ -75,13 +85,11 @@ def make_table(args) -> str:
             cells.append(text)
             seeds = len(values)
         rows.append([Path(experiment).name.replace("_", " "), *cells, str(seeds)])
-    lines = [header, ["---"] * len(header), *rows]
     better = "lower" if args.measure in _LOWER_IS_BETTER else "higher"
     return (
         f"# {args.title}\n\n{args.measure.upper()} on {args.test_set} ({better} is better), mean ± standard deviation "
         f"over seeds; in brackets the difference from `{Path(args.experiments[0]).name}`.\n\n"
-        + "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        + "\n"
+        f"{markdown_table(header, rows)}\n"
     )
 
 

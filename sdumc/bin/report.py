@@ -39,24 +39,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     setup_logging(args.verbose)
     from sdumc.files import write_text
-    from sdumc.reporting.attention import attention_figure
     from sdumc.reporting.board import write_board
-    from sdumc.reporting.collect import collect_runs, collect_set, used_set
-    from sdumc.reporting.figures import set_figures, training_figures, write_figures
+    from sdumc.reporting.drawing import write_figures
+    from sdumc.reporting.figures import set_figures, training_figures
     from sdumc.reporting.page import page_html
     from sdumc.reporting.results import results_markdown
+    from sdumc.reporting.runs import collect_runs, used_set
+    from sdumc.reporting.sets import collect_set
     from sdumc.reporting.summary import summarise
 
     output_dir, data_root, dump_root = Path(args.output_dir), Path(args.data_root), Path(args.dump_root)
     runs = collect_runs(args.exp_dirs)
-    train_set = used_set(runs, "train-dir", args.train_set, "train")
-    valid_set = used_set(runs, "valid-dir", args.valid_set, "valid")
+    train_set = used_set(runs, "train-dir", args.train_set)
+    valid_set = used_set(runs, "valid-dir", args.valid_set)
     sets = [collect_set(runs, name, data_root, dump_root, output_dir) for name in dict.fromkeys(args.test_sets)]
     title = args.title or common_title([r.path.name for r in runs])
     summary = summarise(title, runs, sets, train_set, valid_set, data_root, dump_root)
 
     training = training_figures(runs, valid_set)
-    by_set = {s.name: [*set_figures(s, runs), *filter(None, [attention_figure(s, runs)])] for s in sets}
+    by_set = {s.name: set_figures(s, runs) for s in sets}
     everything = [*training, *(f for figures in by_set.values() for f in figures)]
     images = write_figures(everything, output_dir / "images")
     for path in images:

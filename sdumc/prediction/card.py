@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from sdumc import __version__
-from sdumc.conditions import CONDITIONS
+from sdumc.conditions import CONDITIONS, by_condition
+from sdumc.reporting.markdown import markdown_table
+from sdumc.scoring.metrics import MEASURES, format_measure
 
-_MEASURES = (
-    ("mae", "MAE"),
-    ("corr", "Corr"),
-    ("acc7", "Acc-7"),
-    ("acc2_non0", "Acc-2 (non0)"),
-    ("f1_non0", "F1 (non0)"),
-)
+_SHOWN = ("mae", "corr", "acc7", "acc2_non0", "f1_non0")
 _ROLES = {
     "audio": "audio features",
     "encoder": "hears for the language model",
@@ -82,10 +79,10 @@ def _front_matter(name: str, scores: Mapping[str, Mapping[str, Mapping[str, Any]
     results = []
     for test_set, conditions in scores.items():
         metrics = [
-            {"type": key, "name": f"{title}, {condition}", "value": round(float(values[key]), 4)}
+            {"type": m, "name": f"{MEASURES[m]}, {condition}", "value": round(float(values[m]), 4)}
             for condition, values in conditions.items()
-            for key, title in _MEASURES
-            if values.get(key) is not None
+            for m in _SHOWN
+            if values[m] is not None
         ]
         results.append(
             {
@@ -102,34 +99,36 @@ def _front_matter(name: str, scores: Mapping[str, Mapping[str, Mapping[str, Any]
 def _score_table(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     if not scores:
         return "None were measured with this checkpoint.\n"
-    lines = ["| set | condition | it reads | n | " + " | ".join(t for _, t in _MEASURES) + " |"]
-    lines.append("|---|---|---|--:|" + "--:|" * len(_MEASURES))
-    for test_set, conditions in scores.items():
-        known = [c for c in CONDITIONS if c in conditions]
-        for condition in [*known, *(c for c in conditions if c not in CONDITIONS)]:
-            values = conditions[condition]
-            meaning = CONDITIONS[condition].given if condition in CONDITIONS else ""
-            cells = [_number(key, values.get(key)) for key, _ in _MEASURES]
-            lines.append(
-                f"| {test_set} | {condition} | {meaning} | {values.get('n', '-')} | " + " | ".join(cells) + " |"
-            )
+    rows = [
+        (
+            test_set,
+            condition,
+            CONDITIONS[condition].given if condition in CONDITIONS else "",
+            conditions[condition]["n"],
+            *(format_measure(m, _nan_for_null(conditions[condition][m])) for m in _SHOWN),
+        )
+        for test_set, conditions in scores.items()
+        for condition in sorted(conditions, key=by_condition)
+    ]
+    table = markdown_table(("set", "condition", "it reads", "n", *(MEASURES[m] for m in _SHOWN)), rows, left=3)
     note = "`missing` is what a clip without a transcript gets, `full` one with. Accuracies and F1 in per cent.\n"
-    return "\n".join(lines) + "\n\n" + note
+    return f"{table}\n\n{note}"
 
 
-def _number(key: str, value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.3f}" if key in ("mae", "corr") else f"{100 * value:.1f}"
+def _nan_for_null(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _model_table(models: Sequence[Mapping[str, Any]]) -> str:
-    lines = ["| model | for | size |", "|---|---|--:|"]
-    for m in models:
-        roles = ", ".join(_ROLES[r] for r in m["roles"])
-        size = f"{m['bytes'] / 1e6:.1f} MB" if m["bytes"] else "not packed"
-        lines.append(f"| `{m['name']}` | {roles} | {size} |")
-    return "\n".join(lines) + "\n"
+    rows = [
+        (
+            f"`{m['name']}`",
+            ", ".join(_ROLES[r] for r in m["roles"]),
+            f"{m['bytes'] / 1e6:.1f} MB" if m["bytes"] else "not packed",
+        )
+        for m in models
+    ]
+    return markdown_table(("model", "for", "size"), rows, left=2) + "\n"
 
 
 def _fetching(models: Sequence[Mapping[str, Any]]) -> str:

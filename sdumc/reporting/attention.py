@@ -1,9 +1,10 @@
-"""Attention of the seven queries over the frames of single utterances, as heat maps for the page and as a figure."""
+"""Attention of the seven queries over the frames of single utterances: heat maps for the page, and a figure."""
 
 from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,28 +13,39 @@ import numpy as np
 from matplotlib.axes import Axes
 from PIL import Image
 
-from sdumc.reporting.collect import MODALITY_NAMES, QUERY_NAMES, Condition, Run, TestSet
-from sdumc.reporting.figures import Figure, Panel, Theme
+from sdumc.conditions import FUSED_QUERIES, MODALITIES, TEXTS
+from sdumc.reporting.drawing import QUERY_TITLES, Figure, Panel, Theme
+from sdumc.reporting.runs import Run
+from sdumc.reporting.sets import ConditionResults, TestSet
 from sdumc.scoring.attention_file import drawn_at_random
 
-SHORT_QUERIES = ("fused", "a + t", "t + v", "a + v", "audio", "text", "video")
-TEXT_FEATURES = {"missing": "text_sim", "asr": "text_asr"}  # of the other conditions: text
-TEXT_TITLES = {"text": "real text", "text_sim": "simulated text", "text_asr": "ASR text"}
+# The queries beside a heat map: ``a + t`` for audio + text.
+SHORT_QUERIES = [
+    *("fused" if len(summed) == 3 else " + ".join(m[0] for m in summed) for summed in FUSED_QUERIES.values()),
+    *MODALITIES,
+]
 MAX_TOKENS = 26  # labels that still fit below a map as wide as a card
 FIGURE_UTTERANCES = 3
 _COLOURS = matplotlib.colormaps["cividis"]
 
 
 @dataclass
-class HeatMap:
-    """One modality of one utterance: a picture of 7 x T cells, and what stands beside and below it."""
+class Axis:
+    """What the columns of one utterance's map are: frames of a modality, or tokens of a text."""
 
     title: str
     unit: str  # what a column is, with their number
-    image: str  # data URI of a PNG, a pixel a cell
-    alt: str
     ticks: list[tuple[float, str]]  # where along the map, in per cent, and what
     tokens: list[str]  # one a column, or empty
+
+
+@dataclass
+class HeatMap:
+    """One modality of one utterance: a picture of 7 x T cells, and what stands beside and below it."""
+
+    axis: Axis
+    image: str  # data URI of a PNG, a pixel a cell
+    alt: str
 
 
 @dataclass
@@ -56,14 +68,14 @@ def modality_scales(test_set: TestSet) -> dict[str, Scale]:
             for modality, a in attention_of(condition, utt)[1].items():
                 values.setdefault(modality, []).append((a * a.shape[1]).ravel())
     scales = {}
-    for modality in MODALITY_NAMES:
+    for modality in MODALITIES:
         if modality in values:
             low, high = np.percentile(np.concatenate(values[modality]), [1, 99])
             scales[modality] = Scale(float(min(low, 1)), float(max(high, 1)))
     return scales
 
 
-def attention_of(condition: Condition, utterance: str) -> tuple[int, dict[str, np.ndarray]]:
+def attention_of(condition: ConditionResults, utterance: str) -> tuple[int, dict[str, np.ndarray]]:
     """The first run that kept the utterance, and its attention by modality; empty where none did."""
     for i, run in enumerate(condition.attention):
         if run.get(utterance):
@@ -71,63 +83,50 @@ def attention_of(condition: Condition, utterance: str) -> tuple[int, dict[str, n
     return 0, {}
 
 
-def heat_maps(test_set: TestSet, condition: Condition, utterance: str, scales: dict[str, Scale]) -> list[HeatMap]:
+def heat_maps(
+    test_set: TestSet, condition: ConditionResults, utterance: str, scales: dict[str, Scale]
+) -> list[HeatMap]:
     """A map per modality that the utterance has under ``condition``."""
     maps = []
     _, found = attention_of(condition, utterance)
-    for modality in MODALITY_NAMES:
+    for modality in MODALITIES:
         if modality not in found:
             continue
         a = found[modality]
-        title, unit, ticks, tokens = _axis(test_set, condition.name, utterance, modality, a.shape[1])
-        cells = _COLOURS(scales[modality](a * a.shape[1]), bytes=True)
+        axis = make_axis(test_set, condition.text if modality == "text" else modality, utterance, a.shape[1])
         out = io.BytesIO()
-        Image.fromarray(cells).save(out, "png")
+        Image.fromarray(_COLOURS(scales[modality](a * a.shape[1]), bytes=True)).save(out, "png")
         peak = int(a[0].argmax())
-        where = f"at {tokens[peak]!r}" if tokens else f"{100 * (peak + 0.5) / a.shape[1]:.0f}% of the way through"
+        place = f"{100 * (peak + 0.5) / a.shape[1]:.0f}% of the way through"
+        where = f"at {axis.tokens[peak]!r}" if axis.tokens else place
         maps.append(
             HeatMap(
-                title,
-                unit,
+                axis,
                 "data:image/png;base64," + base64.b64encode(out.getvalue()).decode(),
-                f"attention of seven queries over {title} of {utterance}; the fused query looks most {where}",
-                ticks,
-                tokens if len(tokens) <= MAX_TOKENS else [],
+                f"attention of seven queries over {axis.title} of {utterance}; the fused query looks most {where}",
             )
         )
     return maps
 
 
-def _axis(
-    test_set: TestSet, condition: str, utterance: str, modality: str, frames: int
-) -> tuple[str, str, list[tuple[float, str]], list[str]]:
-    """Title, unit, ticks and tokens of a map with ``frames`` columns."""
-    if modality == "text":
-        feature = TEXT_FEATURES.get(condition, "text")
+def make_axis(test_set: TestSet, feature: str, utterance: str, frames: int) -> Axis:
+    """The axis of a map over the ``frames`` columns of one feature: tokens of a text, else time, else frames."""
+    if feature in TEXTS:
         words = test_set.texts.get(feature, {}).get(utterance, "")
         tokens = test_set.tokenisers[feature](words, frames) if feature in test_set.tokenisers else words.split()
-        tokens = tokens if len(tokens) == frames else []
+        ticks = [(100 * (i + 0.5) / frames, str(i + 1)) for i in range(0, frames, max(1, -(-frames // 6)))]
         unit = "1 token" if frames == 1 else f"{frames} tokens"
-        every = max(1, -(-frames // 6))
-        return (
-            TEXT_TITLES[feature],
-            unit,
-            [(100 * (i + 0.5) / frames, str(i + 1)) for i in range(0, frames, every)],
-            tokens,
-        )
-    rate = test_set.frame_rates.get(modality)
-    if not rate:
-        step = _round_step(frames / 4)
-        return (
-            modality,
-            f"{frames} frames",
-            [(100 * i / frames, f"{i:g}") for i in np.arange(0, frames + 1e-9, step)],
-            [],
-        )
-    seconds = frames / rate
-    step = _round_step(seconds / 4)
-    ticks = [(100 * t / seconds, f"{t:g} s") for t in np.arange(0, seconds + 1e-9, step).round(3)]
-    return modality, f"{frames} frames, {seconds:.1f} s", ticks, []
+        return Axis(TEXTS[feature], unit, ticks, tokens if len(tokens) == frames else [])
+    if rate := test_set.frame_rates.get(feature):
+        seconds = frames / rate
+        ticks = [(100 * t / seconds, f"{t:g} s") for t in _steps(seconds).round(3)]
+        return Axis(feature, f"{frames} frames, {seconds:.1f} s", ticks, [])
+    return Axis(feature, f"{frames} frames", [(100 * i / frames, f"{i:g}") for i in _steps(frames)], [])
+
+
+def _steps(end: float) -> np.ndarray:
+    """Round numbers from 0 to ``end``, four or fewer steps."""
+    return np.arange(0, end + 1e-9, _round_step(end / 4))
 
 
 def _round_step(least: float) -> float:
@@ -136,7 +135,7 @@ def _round_step(least: float) -> float:
     return float(next(power * m for m in (1, 2, 5, 10) if power * m >= least * (1 - 1e-9)))
 
 
-def attention_figure(test_set: TestSet, runs: list[Run]) -> Figure | None:
+def attention_over_frames(test_set: TestSet, runs: Sequence[Run]) -> Figure | None:
     """The worst utterance and some drawn at random, a row each, for images/ and TensorBoard; the page has more."""
     name = next((c for c in ("missing", "full", *test_set.shown) if c in test_set.shown), "")
     condition = test_set.shown[name]
@@ -149,11 +148,12 @@ def attention_figure(test_set: TestSet, runs: list[Run]) -> Figure | None:
         run, found = attention_of(condition, utt)
         for modality in scales:
             if modality in found:
-                axis = _axis(test_set, name, utt, modality, found[modality].shape[1])
+                feature = condition.text if modality == "text" else modality
+                axis = make_axis(test_set, feature, utt, found[modality].shape[1])
                 panels.append(
                     Panel(
                         partial(_draw_map, a=found[modality], scale=scales[modality], axis=axis, utterance=utt),
-                        f"attention over {axis[0]} of {utt}, seed {runs[run].seed}",
+                        f"attention over {axis.title} of {utt}, seed {runs[run].seed}",
                         width=4.2,
                         height=2.6,
                     )
@@ -172,8 +172,7 @@ def attention_figure(test_set: TestSet, runs: list[Run]) -> Figure | None:
     )
 
 
-def _draw_map(ax: Axes, theme: Theme, a: np.ndarray, scale: Scale, axis: tuple, utterance: str) -> None:
-    title, unit, ticks, tokens = axis
+def _draw_map(ax: Axes, theme: Theme, a: np.ndarray, scale: Scale, axis: Axis, utterance: str) -> None:
     frames = a.shape[1]
     image = ax.imshow(
         a * frames,
@@ -182,16 +181,16 @@ def _draw_map(ax: Axes, theme: Theme, a: np.ndarray, scale: Scale, axis: tuple, 
         vmin=scale.low,
         vmax=max(scale.high, scale.low + 1e-9),
         interpolation="nearest",
-        extent=(0, frames, len(QUERY_NAMES), 0),
+        extent=(0, frames, len(QUERY_TITLES), 0),
     )
     ax.grid(False)
-    ax.set_yticks(np.arange(len(QUERY_NAMES)) + 0.5, QUERY_NAMES, fontsize=7)
-    if tokens and len(tokens) <= MAX_TOKENS:
-        ax.set_xticks(np.arange(frames) + 0.5, tokens, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
+    ax.set_yticks(np.arange(len(QUERY_TITLES)) + 0.5, QUERY_TITLES, fontsize=7)
+    if 0 < len(axis.tokens) <= MAX_TOKENS:
+        ax.set_xticks(np.arange(frames) + 0.5, axis.tokens, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
     else:
-        ax.set_xticks([frames * p / 100 for p, _ in ticks], [t for _, t in ticks], fontsize=7)
+        ax.set_xticks([frames * p / 100 for p, _ in axis.ticks], [t for _, t in axis.ticks], fontsize=7)
     ax.tick_params(length=2)
-    ax.set_title(f"{utterance}: {title} ({unit})", fontsize=8)
+    ax.set_title(f"{utterance}: {axis.title} ({axis.unit})", fontsize=8)
     bar = ax.figure.colorbar(image, ax=ax, shrink=0.9)
     bar.ax.tick_params(labelsize=7)
     bar.outline.set_visible(False)

@@ -1,12 +1,15 @@
-"""What needs no network: the train median, and ridge regression on features averaged over time."""
+"""Ridge regression on features averaged over time: what can be reached without a network."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 
+from sdumc.conditions import CONDITIONS, MAIN_CONDITIONS, modality
 from sdumc.data.ark import load_matrix
 from sdumc.data.dump import Dump
 from sdumc.errors import UserError
@@ -95,3 +98,51 @@ def fit_ridge(
     # The strongest penalty among equals, so that noise in the last digit cannot change the choice.
     best = max(i for i, e in enumerate(errors) if e <= errors.min() + 1e-9)
     return Ridge(PENALTIES[best], weights[best], intercept, standardisers)
+
+
+@dataclass
+class FittedRidge:
+    """A ridge regression, and its inputs for every set that has its features."""
+
+    features: tuple[str, ...]
+    model: Ridge
+    inputs: dict[str, list[np.ndarray]]  # by set: one pooled (N, D) per feature
+
+
+def fit_ridges(
+    dumps: Mapping[str, Dump], train_set: str, valid_set: str, dump_root: Path
+) -> tuple[dict[str, FittedRidge], list[str]]:
+    """A regression on the features of each main condition, as far as the dumps have them, and notes on what is not.
+
+    Raises:
+        UserError: a feature has different dimensions in different sets, or values that are not finite.
+    """
+    if train_set not in dumps or valid_set not in dumps:
+        return {}, [f"No baselines: {dump_root} lacks {train_set} or {valid_set}."]
+
+    @cache
+    def inputs(dataset: str, name: str) -> np.ndarray:
+        return pooled(dumps[dataset], name)
+
+    ridges, notes = {}, []
+    for condition in MAIN_CONDITIONS:
+        wanted = CONDITIONS[condition].features
+        names = tuple(n for n in wanted if n in dumps[train_set].features)
+        if not names or any(modality(n) == "text" and n not in names for n in wanted):
+            continue
+        if any(n not in dumps[valid_set].features for n in names):
+            notes.append(f"No ridge regression on {' + '.join(names)}: {dump_root / valid_set} lacks one of them.")
+            continue
+        train, valid = ([inputs(d, n) for n in names] for d in (train_set, valid_set))
+        y_train, y_valid = (np.array([dumps[d].labels[u] for u in dumps[d].utterances]) for d in (train_set, valid_set))
+        model = fit_ridge(train, y_train, valid, y_valid)
+        able = [d for d in dumps if all(n in dumps[d].features for n in names)]
+        ridges[condition] = FittedRidge(names, model, {d: [inputs(d, n) for n in names] for d in able})
+    return ridges, notes
+
+
+def _check_dimensions(dumps: Mapping[str, Dump], names: Sequence[str], dump_root: Path) -> None:
+    for name in names:
+        dims = {d: dump.features[name].dim for d, dump in dumps.items() if name in dump.features}
+        if len(set(dims.values())) > 1:
+            raise UserError(f"{dump_root}: the feature {name} has different dimensions: {dims}; extract it again")

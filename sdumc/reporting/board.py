@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import struct
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from PIL import Image
+
 from sdumc.files import atomic_write
-from sdumc.reporting.collect import Run
-from sdumc.reporting.figures import mean_curve
+from sdumc.reporting.curves import mean_curve
+from sdumc.reporting.runs import Run
 
 SUFFIX = ".report"
 
@@ -37,7 +39,7 @@ def write_board(runs: Sequence[Run], images: Sequence[Path], directory: Path) ->
                 records.write(event.SerializeToString())
         for image in images:
             png = image.read_bytes()
-            width, height = struct.unpack(">II", png[16:24])  # IHDR, always the first chunk
+            width, height = Image.open(io.BytesIO(png)).size
             picture = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=png)
             entry = Summary.Value(tag=f"figures/{image.stem}", image=picture)
             event = Event(wall_time=time, step=last, summary=Summary(value=[entry]))

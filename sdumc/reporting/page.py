@@ -11,7 +11,9 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from sdumc.conditions import MAIN_CONDITIONS, TEXTS
 from sdumc.reporting.attention import (
+    MAX_TOKENS,
     SHORT_QUERIES,
     HeatMap,
     Scale,
@@ -19,11 +21,14 @@ from sdumc.reporting.attention import (
     heat_maps,
     modality_scales,
 )
-from sdumc.reporting.collect import CONDITION_NAMES, Condition, Media, Run, TestSet
-from sdumc.reporting.figures import DARK, LIGHT, Figure, render, speaker_errors
-from sdumc.reporting.results import recovered_sentence
-from sdumc.reporting.summary import MEASURE_NAMES, Summary, format_value, spread
+from sdumc.reporting.drawing import DARK, LIGHT, Figure, render
+from sdumc.reporting.errors import speaker_errors
+from sdumc.reporting.runs import Run
+from sdumc.reporting.scores import spread
+from sdumc.reporting.sets import ConditionResults, Media, TestSet
+from sdumc.reporting.summary import Summary
 from sdumc.scoring.attention_file import drawn_at_random
+from sdumc.scoring.metrics import MEASURES, format_measure
 
 WORST = 9  # utterances shown per condition
 WORST_CONDITIONS = ("missing", "full")
@@ -40,8 +45,7 @@ class Card:
     predictions: list[tuple[str, float]]  # condition and mean over seeds
     condition: str  # what error and maps are of
     error: float
-    texts: list[tuple[str, str]]  # heading and words
-    status: str
+    texts: list[tuple[str, str, str]]  # heading, words, and the status of simulated text that is not ok
     media: Media | None
     maps: list[HeatMap]
     seed: str  # of the run whose attention it is
@@ -76,11 +80,13 @@ def page_html(summary: Summary, training: Sequence[Figure], by_set: dict[str, li
         lstrip_blocks=True,
     )
     environment.globals.update(
-        measure_names=MEASURE_NAMES,
-        format_value=format_value,
-        recovered=recovered_sentence,
+        measures=MEASURES,
+        themes=(LIGHT, DARK),
+        classes=(*MAIN_CONDITIONS, "other"),
         scale=scale,
+        css_class=css_class,
         short_queries=SHORT_QUERIES,
+        max_tokens=MAX_TOKENS,
     )
     sections = []
     for part in summary.sets:
@@ -96,7 +102,7 @@ def page_html(summary: Summary, training: Sequence[Figure], by_set: dict[str, li
                 "scales": scales,
                 "speakers": speakers[:SPEAKER_ROWS],
                 "speaker_count": len(speakers),
-                "notes": [*part.notes, *_missing_pieces(test_set)],
+                "notes": [*part.notes, *_left_out(test_set)],
             }
         )
     return environment.get_template("page.html").render(
@@ -135,11 +141,13 @@ def utterance_lists(test_set: TestSet, runs: Sequence[Run], scales: dict[str, Sc
     return lists
 
 
-def _card(test_set: TestSet, condition: Condition, index: int, runs: Sequence[Run], scales: dict[str, Scale]) -> Card:
+def _card(
+    test_set: TestSet, condition: ConditionResults, index: int, runs: Sequence[Run], scales: dict[str, Scale]
+) -> Card:
     """The utterance number ``index`` with its mean error over seeds and its attention under ``condition``."""
-    headings = {"text": "True text", "text_sim": "Simulated text", "text_asr": "ASR text"}
     utt = test_set.utterances[index]
     run, _ = attention_of(condition, utt)
+    status = test_set.status.get(utt, "ok").replace("ok", "")
     return Card(
         utterance=utt,
         speaker=test_set.speakers.get(utt, ""),
@@ -147,8 +155,7 @@ def _card(test_set: TestSet, condition: Condition, index: int, runs: Sequence[Ru
         predictions=[(n, float(c.predictions[:, index].mean())) for n, c in test_set.shown.items()],
         condition=condition.name,
         error=float(np.abs(condition.predictions[:, index] - test_set.labels[index]).mean()),
-        texts=[(headings[k], t.get(utt, "")) for k, t in test_set.texts.items()],
-        status=test_set.status.get(utt, ""),
+        texts=[(TEXTS[k], t.get(utt, ""), status if k == "text_sim" else "") for k, t in test_set.texts.items()],
         media=test_set.media.get(utt),
         maps=heat_maps(test_set, condition, utt, scales),
         seed=runs[run].seed,
@@ -167,12 +174,16 @@ def scale(card: Card) -> Markup:
         parts.append(f'<text x="{x(tick):g}" y="36">{tick}</text>')
     parts.append(f'<path class="truth" d="M{x(card.label):.1f} 20 l-5 -11 h10 z"/>')
     for name, value in card.predictions:
-        css = name if name in CONDITION_NAMES else "other"
-        parts.append(f'<circle class="c-{css}" cx="{x(value):.1f}" cy="20" r="4.5"/>')
+        parts.append(f'<circle class="c-{css_class(name)}" cx="{x(value):.1f}" cy="20" r="4.5"/>')
     words = f"true {card.label:.2f}; " + "; ".join(f"{n} {v:.2f}" for n, v in card.predictions)
     return Markup('<svg class="scale" viewBox="0 0 300 40" role="img" aria-label="{}">{}</svg>').format(
         words, Markup("".join(parts))
     )
+
+
+def css_class(condition: str) -> str:
+    """The class that colours what belongs to a condition."""
+    return condition if condition in MAIN_CONDITIONS else "other"
 
 
 def _tiles(test_set: TestSet) -> list[tuple[str, str, str]]:
@@ -180,11 +191,11 @@ def _tiles(test_set: TestSet) -> list[tuple[str, str, str]]:
     tiles = []
     for name, condition in test_set.shown.items():
         mae = spread([s["mae"] for s in condition.scores])
-        tiles.append((name, condition.meaning, format_value("mae", *mae)))
+        tiles.append((name, condition.meaning, format_measure("mae", *mae)))
     return tiles
 
 
-def _missing_pieces(test_set: TestSet) -> list[str]:
+def _left_out(test_set: TestSet) -> list[str]:
     """What the page would show if it were there."""
     notes = []
     if not test_set.media:

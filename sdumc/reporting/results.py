@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
-
-from sdumc.reporting.summary import MEASURE_NAMES, SetSummary, Summary
+from sdumc.reporting.markdown import markdown_table
+from sdumc.reporting.scores import SetSummary
+from sdumc.reporting.summary import Summary
+from sdumc.scoring.metrics import MEASURES
 
 SPREAD = "Mean ± sample standard deviation over {seeds}."
 
@@ -20,13 +20,10 @@ def results_markdown(summary: Summary) -> str:
     for part in summary.sets:
         parts += _set_part(summary, part)
     if summary.quality:
-        parts += ["## Text quality", markdown_table(summary.quality[0], [r.values() for r in summary.quality])]
-    parts += ["## Data", markdown_table(summary.data[0], [r.values() for r in summary.data])]
+        parts += ["## Text quality", _table(summary.quality)]
+    parts += ["## Data", _table(summary.data)]
     if summary.features:
-        parts += [
-            f"## Features of {summary.train_set}",
-            markdown_table(summary.features[0], [r.values() for r in summary.features]),
-        ]
+        parts += [f"## Features of {summary.train_set}", _table(summary.features)]
     epochs = ", ".join(map(str, summary.chosen_epochs))
     parts += [
         "## Model and settings",
@@ -47,8 +44,8 @@ def _set_part(summary: Summary, part: SetSummary) -> list[str]:
     n = len(part.test_set.utterances)
     rounding = next(iter(part.test_set.conditions.values())).scores[0]["rounding"]
     spread = SPREAD.format(seeds=summary.seeds) if len(summary.runs) > 1 else f"One run, {summary.seeds}: no spread."
-    rows = [[row.title, *(row.text(m) for m in MEASURE_NAMES)] for row in part.rows]
-    table = markdown_table(["", *MEASURE_NAMES.values()], rows)
+    rows = [[row.title, *(row.text(m) for m in MEASURES)] for row in part.rows]
+    table = markdown_table(["", *MEASURES.values()], rows)
     out = [
         f"## Scores on {part.test_set.name}",
         f"{n} utterances. {spread} Classes by rounding {rounding}. Chosen on `{summary.valid_set}`: the epoch, and "
@@ -56,7 +53,7 @@ def _set_part(summary: Summary, part: SetSummary) -> list[str]:
         table,
     ]
     lines = [f"* {'yes' if holds else 'NO'}: {text}" for holds, text in part.findings]
-    lines.append(f"* {recovered_sentence(part)}")
+    lines.append(f"* {part.recovered_sentence}")
     lines += [f"* {note}" for note in part.notes]
     if part.penalties:
         chosen = ", ".join(f"{name} {value:.3g}" for name, value in part.penalties.items())
@@ -64,25 +61,5 @@ def _set_part(summary: Summary, part: SetSummary) -> list[str]:
     return [*out, "\n".join(lines)]
 
 
-def recovered_sentence(part: SetSummary) -> str:
-    """How much of what text is worth the simulated text is worth, in words."""
-    missing = part.test_set.conditions.get("missing")
-    if missing and not missing.simulated:
-        return f"No text was simulated for {part.test_set.name}: missing is the same as none."
-    mean, deviation = part.recovered
-    if math.isnan(mean):
-        return "Share of the gap between none and full that missing recovers: undefined here."
-    text = f"{100 * mean:.0f}%" if deviation is None else f"{100 * mean:.0f} ± {100 * deviation:.0f}%"
-    return f"Simulated text recovers {text} of the gap in MAE between none and full."
-
-
-def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table; the first column to the left, the others to the right."""
-    names = [_cell(h) for h in header]
-    lines = [f"| {' | '.join(names)} |", "|---|" + "---:|" * (len(names) - 1)]
-    lines += [f"| {' | '.join(_cell(c) for c in row)} |" for row in rows]
-    return "\n".join(lines)
-
-
-def _cell(text: str | Sequence[str]) -> str:
-    return str(text).replace("|", "\\|").replace("\n", " ")
+def _table(rows: list[dict[str, str]]) -> str:
+    return markdown_table(rows[0], [row.values() for row in rows])

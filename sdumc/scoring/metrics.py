@@ -18,7 +18,17 @@ from sdumc.errors import UserError
 
 HEADER = ("utt_id", "prediction", "label")
 ROUNDINGS = ("half-even", "away")
-MEASURES = ("mae", "corr", "acc7", "acc5", "acc3", "acc2_has0", "f1_has0", "acc2_non0", "f1_non0")
+MEASURES = {  # and how tables call them
+    "mae": "MAE",
+    "corr": "Corr",
+    "acc7": "Acc-7",
+    "acc5": "Acc-5",
+    "acc3": "Acc-3",
+    "acc2_has0": "Acc-2 has0",
+    "f1_has0": "F1 has0",
+    "acc2_non0": "Acc-2 non0",
+    "f1_non0": "F1 non0",
+}
 
 
 @dataclass
@@ -149,6 +159,15 @@ def score(
         "rounding": rounding,
         "notes": notes,
     }
+
+
+def format_measure(measure: str, mean: float, deviation: float | None = None) -> str:
+    """``0.512 ± 0.008`` for MAE and correlation, ``81.2 ± 0.6`` (per cent) for the others; – if undefined."""
+    if math.isnan(mean):
+        return "–"
+    factor, digits = (1, 3) if measure in ("mae", "corr") else (100, 1)
+    text = f"{factor * mean:.{digits}f}"
+    return text if deviation is None else f"{text} ± {factor * deviation:.{digits}f}"
 
 
 def pearson(p: np.ndarray, y: np.ndarray) -> tuple[float, str]:

@@ -9,12 +9,15 @@ import kaldiio
 import numpy as np
 import yaml
 
+from sdumc.conditions import CONDITIONS, modality
 from sdumc.data.tables import read_table
 from sdumc.files import write_json, write_text
+from sdumc.pretrained.quality import summarise
 from sdumc.scoring.attention_file import write_attention
-from sdumc.scoring.metrics import score
+from sdumc.scoring.decoding import Decoded, write_decoded
+from sdumc.scoring.metrics import read_predictions, score
 
-CONDITIONS = {"full": 0.35, "missing": 0.5, "asr": 0.55, "none": 0.95}  # spread of the error
+SPREADS = {"full": 0.35, "missing": 0.5, "asr": 0.55, "none": 0.95}  # spread of the error
 DIMS = {"audio": 6, "text": 10, "text_sim": 10, "text_asr": 10, "video": 4}
 WORDS = {-3: "dreadful", -2: "bad", -1: "dull", 0: "plain", 1: "nice", 2: "good", 3: "wonderful"}
 
@@ -56,10 +59,11 @@ def _make_set(root: Path, name: str, size: int, rng: np.random.Generator, media:
         noise = {"text": 0.5, "text_sim": 0.9, "text_asr": 1.0}.get(feature, 2.5)
         _feature(dump, feature, dim, labels, noise, rng)
     states = {u: "empty" if i == 1 else "repeat" if i == 2 else "ok" for i, u in enumerate(utts)}
-    write_text(dump / "text_sim.status.tsv", "utt_id\tstatus\n" + "".join(f"{u}\t{s}\n" for u, s in states.items()))
-    counts = {state: list(states.values()).count(state) for state in ("ok", "empty", "refusal", "repeat")}
-    write_json(dump / "text_sim.quality.json", {"wer": 0.187, "n": size, "counts": counts, "fallbacks": 1})
-    write_json(dump / "text_asr.quality.json", {"wer": 0.243, "n": size})
+    rows = [f"{u}\t{s}\tnone\t\n" for u, s in states.items()]
+    write_text(dump / "text_sim.status.tsv", "utt_id\tstatus\tfallback\traw\n" + "".join(rows))
+    fallbacks = {u: "asr" if s == "empty" else "cut" if s == "repeat" else "none" for u, s in states.items()}
+    write_json(dump / "text_sim.quality.json", {"wer": 0.187, **summarise(states, fallbacks)})
+    write_json(dump / "text_asr.quality.json", {"wer": 0.243, **summarise(dict.fromkeys(utts, "ok"), {})})
     return labels
 
 
@@ -90,8 +94,8 @@ def _make_run(exp: Path, seed: int, labels: dict[str, float], epochs: int, rng: 
         "exp-dir": str(exp),
         "compile": False,
         "lr": 1e-4,
-        "batch_size": 96,
-        "model": {"dim": 256, "dropout": 0.3},
+        "batch-size": 96,
+        "dim": 256,
     }
     write_text(exp / "config.yaml", yaml.safe_dump(config))
     _safetensors(exp / "model.valid-best.safetensors", {"a.weight": (3, 4), "a.bias": (3,)})
@@ -104,45 +108,45 @@ def _make_run(exp: Path, seed: int, labels: dict[str, float], epochs: int, rng: 
             c: {"mae": base + 0.9 * fall + 0.002 * epoch + rng.normal(0, 0.01), "corr": 0.8}
             for c, base in (("full", 0.35), ("missing", 0.45))
         }
+        choice = (valid["full"]["mae"] + valid["missing"]["mae"]) / 2
         row = {"epoch": epoch, "step": epoch * 10, "lr": 1e-4, "train": {"loss": sum(terms.values()), **terms}}
-        lines.append(json.dumps(row | {"valid": valid, "seconds": 1.5}))
+        lines.append(json.dumps(row | {"valid": valid, "choice": choice}))
     write_text(exp / "metrics.jsonl", "\n".join(lines) + "\n")
 
     ids = sorted(labels)
     y = np.array([labels[u] for u in ids])
     direction = rng.normal(0, 1, (2, 256))
-    for condition, deviation in CONDITIONS.items():
+    for condition, deviation in SPREADS.items():
         folder = exp / "decode_test" / condition
         p = 0.9 * y + rng.normal(0, deviation, len(y))
-        rows = "".join(f"{u}\t{a:.6f}\t{b:.6f}\n" for u, a, b in zip(ids, p, y, strict=True))
-        write_text(folder / "predictions.tsv", "utt_id\tprediction\tlabel\n" + rows)
-        table = np.array([[float(v) for v in r.split("\t")[1:]] for r in rows.splitlines()])
-        write_json(folder / "score.json", score(table[:, 0], table[:, 1]))
         hidden = (y + rng.normal(0, deviation, len(y)))[:, None] * direction[:1] + direction[1:] * 2
-        np.savez(
-            folder / "internals.npz",
-            ids=np.array(ids),
-            query_weights=rng.normal(np.linspace(-0.5, 1, 7), 0.1, (len(ids), 7)),
-            modality_weights=rng.normal([0.4, 1.2 - deviation, 0.3], 0.1, (len(ids), 3)),
-            text_feature=(hidden + rng.normal(0, 1, hidden.shape)).astype(np.float32),
+        decoded = Decoded(
+            ids,
+            prediction=p,
+            label=y,
             utterance_feature=hidden[:, :128].astype(np.float32),
+            text_feature=(hidden + rng.normal(0, 1, hidden.shape)).astype(np.float32),
+            modality_weights=rng.normal([0.4, 1.2 - deviation, 0.3], 0.1, (len(ids), 3)),
+            query_weights=rng.normal(np.linspace(-0.5, 1, 7), 0.1, (len(ids), 7)),
+            features=CONDITIONS[condition].features,
         )
+        write_decoded(decoded, folder)
+        table = read_predictions(folder / "predictions.tsv")
+        write_json(folder / "score.json", score(table.predictions, table.labels))
         write_attention(_attention(ids, condition, root=exp.parents[1], rng=rng), folder)
 
 
 def _attention(ids: list[str], condition: str, root: Path, rng: np.random.Generator) -> dict:
     """Attention of every utterance; the second one has no video."""
-    features = {"audio": "audio", "video": "video"}
-    if condition != "none":
-        features["text"] = {"full": "text", "missing": "text_sim", "asr": "text_asr"}[condition]
+    features = {modality(f): f for f in CONDITIONS[condition].features}
     frames = {m: read_table(root / f"dump/test/{feature}.frames") for m, feature in features.items()}
     kept: dict[str, dict[str, np.ndarray]] = {}
     for i, utt in enumerate(ids):
         kept[utt] = {}
-        for modality in features:
-            if i != 1 or modality != "video":
-                a = np.exp(rng.normal(0, 0.5, (7, int(frames[modality][utt]))))
-                kept[utt][modality] = a / a.sum(axis=1, keepdims=True)
+        for m in features:
+            if i != 1 or m != "video":
+                a = np.exp(rng.normal(0, 0.5, (7, int(frames[m][utt]))))
+                kept[utt][m] = a / a.sum(axis=1, keepdims=True)
     return kept
 
 

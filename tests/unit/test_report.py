@@ -19,10 +19,11 @@ from helpers.report_tree import make_tree
 
 from sdumc.bin.report import common_title, main
 from sdumc.errors import UserError
-from sdumc.reporting import baselines, figures
-from sdumc.reporting.collect import media_links
-from sdumc.reporting.summary import format_value, spread
+from sdumc.reporting import baselines, drawing
+from sdumc.reporting.scores import spread
+from sdumc.reporting.sets import media_links
 from sdumc.scoring.attention_file import read_attention
+from sdumc.scoring.metrics import format_measure
 
 ARGS = ["--exp-dirs", "exp/train_seed1", "exp/train_seed2", "--output-dir", "exp/report", "--results", "RESULTS.md"]
 
@@ -51,7 +52,7 @@ def tree(tmp_path, monkeypatch):
 @pytest.fixture
 def quick(monkeypatch):
     """Leave out the drawing where a test is about the words."""
-    monkeypatch.setattr(figures, "render", lambda *a, **k: PIXEL)
+    monkeypatch.setattr(drawing, "render", lambda *a, **k: PIXEL)
     monkeypatch.setattr("sdumc.reporting.page.render", lambda *a, **k: PIXEL)
 
 
@@ -96,13 +97,13 @@ def test_median_row_and_recovered_share(made):
 def test_results_state_what_they_rest_on(made):
     text = (made / "RESULTS.md").read_text()
     assert "40 utterances" in text and "over 2 seeds (1, 2)" in text and "chosen on `valid`" in text
-    assert "15 parameters" in text and "model.dim: 256" in text and "compile: false" in text and "torch 2" in text
+    assert "15 parameters" in text and "dim: 256" in text and "compile: false" in text and "torch 2" in text
     rows = rows_of(text)
     for title in ("audio + text + video", "audio + text_sim + video", "audio + text_asr + video", "audio + video"):
         assert f"ridge: {title}" in rows
     assert float(rows["ridge: audio + text + video"][0]) < float(rows["ridge: audio + video"][0])
     assert rows["test"]  # the last table with such a row
-    assert "| test | 40 | 18.7% | 38 | 1 | 0 | 1 | 1 | 24.3% |" in text
+    assert "| test | 40 | 18.7% | 38 | 1 | 0 | 1 | 0 | 2 (asr: 1, cut: 1) | 24.3% |" in text
     assert str(made) not in text
 
 
@@ -205,23 +206,22 @@ def test_attention_is_drawn_beside_the_utterance(made):
 
 def test_axes_of_attention(made, monkeypatch):
     from sdumc.reporting import attention
-    from sdumc.reporting.collect import collect_runs, collect_set
+    from sdumc.reporting.runs import collect_runs
+    from sdumc.reporting.sets import collect_set
 
     monkeypatch.chdir(made)
     runs = collect_runs(["exp/train_seed1"])
     found = collect_set(runs, "test", Path("data"), Path("dump"), Path("exp/report"))
     utt = found.utterances[3]
     words = found.texts["text"][utt].split()
-    title, unit, _, tokens = attention._axis(found, "full", utt, "text", len(words))
-    assert (title, unit, tokens) == ("real text", f"{len(words)} tokens", words)
-    _, _, ticks, tokens = attention._axis(found, "missing", utt, "text", 40)  # not the words' number: positions
-    assert tokens == [] and ticks[0] == (1.25, "1") and len(ticks) == 6
-    assert attention._axis(found, "full", utt, "audio", 100)[2] == [(25.0 * i, f"{i} s") for i in range(5)]
+    axis = attention.make_axis(found, "text", utt, len(words))
+    assert (axis.title, axis.unit, axis.tokens) == ("real text", f"{len(words)} tokens", words)
+    axis = attention.make_axis(found, "text_sim", utt, 40)  # not the words' number: positions
+    assert axis.tokens == [] and axis.ticks[0] == (1.25, "1") and len(axis.ticks) == 6
+    assert attention.make_axis(found, "audio", utt, 100).ticks == [(25.0 * i, f"{i} s") for i in range(5)]
     found.frame_rates.clear()
-    assert attention._axis(found, "full", utt, "video", 50)[1:3] == (
-        "50 frames",
-        [(40.0 * i, f"{20 * i}") for i in range(3)],
-    )
+    axis = attention.make_axis(found, "video", utt, 50)
+    assert (axis.unit, axis.ticks) == ("50 frames", [(40.0 * i, f"{20 * i}") for i in range(3)])
     assert [attention._round_step(x) for x in (0.04, 0.21, 1.0, 3.0, 7.0)] == pytest.approx([0.05, 0.5, 1, 5, 10])
 
 
@@ -448,9 +448,9 @@ def test_ridge_chooses_on_valid_and_stands_constant_and_absent_columns():
 def test_spread_and_format():
     assert spread([1.0]) == (1.0, None)
     assert spread([1.0, 3.0]) == (2.0, pytest.approx(2**0.5))
-    assert format_value("mae", 0.5, 0.01) == "0.500 ± 0.010"
-    assert format_value("acc7", 0.5, None) == "50.0"
-    assert format_value("corr", float("nan"), None) == "–"
+    assert format_measure("mae", 0.5, 0.01) == "0.500 ± 0.010"
+    assert format_measure("acc7", 0.5, None) == "50.0"
+    assert format_measure("corr", float("nan"), None) == "–"
 
 
 def test_media_links(tmp_path):

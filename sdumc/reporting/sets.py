@@ -1,0 +1,230 @@
+"""The decoded sets that a report is about: predictions, scores and internals of all runs, texts, links to the media."""
+
+from __future__ import annotations
+
+import math
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+
+from sdumc.conditions import CONDITIONS, MAIN_CONDITIONS, TEXTS, by_condition
+from sdumc.data.tables import read_table
+from sdumc.errors import UserError
+from sdumc.files import read_json, read_yaml
+from sdumc.reporting.runs import Run
+from sdumc.reporting.tokens import Tokeniser
+from sdumc.scoring.attention_file import read_attention
+from sdumc.scoring.metrics import MEASURES, Predictions, read_predictions, score
+
+_SOUND_ONLY = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac")
+
+
+@dataclass
+class ConditionResults:
+    """What all R runs predict for the N utterances of one set under one condition."""
+
+    name: str
+    predictions: np.ndarray  # (R, N)
+    scores: list[dict]  # R score.json, with NaN for null
+    features: list[set[str]]  # of the dump, R times: what the model was given
+    internals: list[dict[str, np.ndarray]]  # R internals.npz, rows in the order of the utterances
+    # R attention.npz: utterance -> modality -> (7, T); empty where decoding kept none
+    attention: list[dict[str, dict[str, np.ndarray]]]
+
+    @property
+    def without_simulated_text(self) -> bool:
+        """Whether this is ``missing`` in a set without simulated text, which is scored as under ``none``."""
+        return self.name == "missing" and not all("text_sim" in given for given in self.features)
+
+    @property
+    def text(self) -> str:
+        """The text feature that the condition is about: one of :data:`sdumc.conditions.TEXTS`."""
+        features = CONDITIONS[self.name].features if self.name in CONDITIONS else ()
+        return next((f for f in features if f in TEXTS), "text")
+
+    @property
+    def meaning(self) -> str:
+        """Which text it is, or what is left out, in two words; empty for a folder whose name is no condition."""
+        if self.without_simulated_text:
+            return "no text (none was simulated)"
+        return CONDITIONS[self.name].short if self.name in CONDITIONS else ""
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}: {self.meaning}" if self.meaning else self.name
+
+
+@dataclass
+class Media:
+    """Where the sound or picture of an utterance is, as a link on the page."""
+
+    href: str
+    kind: str  # video or audio
+
+
+@dataclass
+class TestSet:
+    """One decoded set: N utterances in sorted order."""
+
+    __test__ = False  # not a test case, whatever pytest thinks of the name
+
+    name: str
+    utterances: list[str]
+    labels: np.ndarray  # (N,)
+    conditions: dict[str, ConditionResults]
+    speakers: dict[str, str] = field(default_factory=dict)
+    texts: dict[str, dict[str, str]] = field(default_factory=dict)  # text, text_sim, text_asr -> utterance -> words
+    status: dict[str, str] = field(default_factory=dict)  # of the simulated text, by utterance: ok, empty, refusal ...
+    media: dict[str, Media] = field(default_factory=dict)
+    frame_rates: dict[str, float] = field(default_factory=dict)  # Hz, of audio and video
+    tokenisers: dict[str, Tokeniser] = field(default_factory=dict)  # by text feature
+
+    @property
+    def shown(self) -> dict[str, ConditionResults]:
+        """The conditions that figures show: the main ones, or all when none of those was decoded."""
+        main = {name: c for name, c in self.conditions.items() if name in MAIN_CONDITIONS}
+        return main or self.conditions
+
+
+def collect_set(runs: Sequence[Run], name: str, data_root: Path, dump_root: Path, output_dir: Path) -> TestSet:
+    """Read what every run decoded for the set ``name``, and the set's texts and media as far as they are there.
+
+    Raises:
+        UserError: a run or condition is not decoded or scored, a score is not that of the predictions, or the
+            runs decoded different utterances.
+    """
+    data_dir, dump_dir = data_root / name, dump_root / name
+    tables, conditions = _conditions(runs, name, dump_dir)
+    result = TestSet(name, tables[0].ids, tables[0].labels, conditions)
+    for folder in (dump_dir, data_dir):
+        if not result.speakers and (folder / "utt2spk").is_file():
+            result.speakers = read_table(folder / "utt2spk")
+    for text in TEXTS:
+        if (data_dir / text).is_file():
+            # Real text always has words; a recogniser may have heard none.
+            result.texts[text] = read_table(data_dir / text, allow_empty=True)
+        if model := _settings(dump_dir, text).get("model"):
+            result.tokenisers[text] = Tokeniser(str(model), dump_root.absolute().parent)
+    for modality in ("audio", "video"):
+        if rate := _settings(dump_dir, modality).get("frame_rate"):
+            result.frame_rates[modality] = float(rate)
+    if (dump_dir / "text_sim.status.tsv").is_file():
+        result.status = read_status(dump_dir / "text_sim.status.tsv")
+    result.media = media_links(data_dir, result.utterances, output_dir)
+    return result
+
+
+def _conditions(
+    runs: Sequence[Run], name: str, dump_dir: Path
+) -> tuple[list[Predictions], dict[str, ConditionResults]]:
+    """All predictions of the set, which are about the same utterances, and the results by condition."""
+    found = {run.path: {p.parent.name for p in (run.path / f"decode_{name}").glob("*/predictions.tsv")} for run in runs}
+    names = sorted(set().union(*found.values()), key=by_condition)
+    if not names:
+        folder = runs[0].path / f"decode_{name}"
+        raise UserError(f"{folder}: no condition was decoded; {_decode_advice(runs[0], dump_dir, folder / 'full')}")
+    tables: list[Predictions] = []
+    conditions = {}
+    for condition in names:
+        results = ConditionResults(condition, np.zeros(0), [], [], [], [])
+        for run in runs:
+            folder = run.path / f"decode_{name}" / condition
+            if condition not in found[run.path]:
+                advice = _decode_advice(run, dump_dir, folder)
+                raise UserError(f"{folder}: not decoded, though another seed is; {advice}")
+            table = read_predictions(folder / "predictions.tsv")
+            first = (tables or [table])[0]
+            if table.ids != first.ids or not np.allclose(table.labels, first.labels, atol=1e-6):
+                raise UserError(
+                    f"{table.path} and {first.path} are not about the same utterances and labels; "
+                    "decode all seeds and conditions again from the same data (stage 5)"
+                )
+            tables.append(table)
+            results.scores.append(_read_score(folder, table))
+            features, internals = _read_internals(folder / "internals.npz", table.ids)
+            results.features.append(features)
+            results.internals.append(internals)
+            results.attention.append(read_attention(folder))
+        results.predictions = np.stack([table.predictions for table in tables[-len(runs) :]])
+        conditions[condition] = results
+    return tables, conditions
+
+
+def _decode_advice(run: Run, dump_dir: Path, folder: Path) -> str:
+    return (
+        f"run `python -m sdumc.bin.decode --exp-dir {run.path} --data-dir {dump_dir} --condition {folder.name} "
+        f"--output-dir {folder}` (stage 5)"
+    )
+
+
+def _settings(dump_dir: Path, feature: str) -> dict:
+    """How a feature was made; empty where the dump does not say."""
+    path = dump_dir / f"{feature}.yaml"
+    return read_yaml(path) if path.is_file() else {}
+
+
+def _read_score(folder: Path, table: Predictions) -> dict:
+    """``score.json`` of ``table``, refused when it is that of other predictions."""
+    path = folder / "score.json"
+    advice = f"run `python -m sdumc.bin.score --predictions {table.path} --output {path}` (stage 5)"
+    content = read_json(path, advice)
+    try:
+        measures = {key: math.nan if content[key] is None else float(content[key]) for key in MEASURES}
+        measures |= {"n": int(content["n"]), "rounding": content["rounding"], "notes": content["notes"]}
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: not a score file; {advice}") from None
+    now = score(table.predictions, table.labels)
+    if measures["n"] != now["n"] or abs(measures["mae"] - now["mae"]) > 1e-6:
+        raise UserError(f"{path}: not the score of {table.path} as it is now; {advice}")
+    return measures
+
+
+def _read_internals(path: Path, ids: list[str]) -> tuple[set[str], dict[str, np.ndarray]]:
+    """The dump features that were read, and the arrays of ``internals.npz``."""
+    advice = "decode this condition again (stage 5)"
+    if not path.is_file():
+        raise UserError(f"{path}: not there; {advice}")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in archive.files}
+        own, features = arrays.pop("ids").tolist(), set(str(arrays.pop("features")).split())
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as e:
+        raise UserError(f"{path}: cannot be read ({e}); {advice}") from None
+    if own != ids or any(len(a) != len(ids) for a in arrays.values()):
+        raise UserError(f"{path}: not about the utterances of {path.with_name('predictions.tsv')}; {advice}")
+    return features, arrays
+
+
+def read_status(path: Path) -> dict[str, str]:
+    """The status of each utterance in ``text_sim.status.tsv``."""
+    header, *rows = (line.split("\t") for line in path.read_text(encoding="utf-8").splitlines())
+    if header[:2] != ["utt_id", "status"] or any(len(row) < 2 for row in rows):
+        raise UserError(f"{path}: not a table of utt_id, status, ...; run stage 2 again")
+    return {row[0]: row[1] for row in rows}
+
+
+def media_links(data_dir: Path, utterances: Sequence[str], output_dir: Path) -> dict[str, Media]:
+    """Relative links from ``output_dir`` to the media of the utterances; those of a video where there is one."""
+    tables = {}
+    for name in ("video.scp", "wav.scp", "segments"):
+        tables[name] = read_table(data_dir / name) if (data_dir / name).is_file() else {}
+    links = {}
+    for utt in utterances:
+        recording, part = utt, ""
+        if utt in tables["segments"]:
+            try:
+                recording, start, end = tables["segments"][utt].split()
+                part = f"#t={float(start):g},{float(end):g}"  # a media fragment: browsers play this part only
+            except ValueError:
+                raise UserError(f"{data_dir / 'segments'}: utterance {utt}: expected recording, start, end") from None
+        path = tables["video.scp"].get(recording) or tables["wav.scp"].get(recording)
+        if path:
+            relative = Path(os.path.relpath(os.path.abspath(path), os.path.abspath(output_dir))).as_posix()
+            kind = "audio" if Path(path).suffix.lower() in _SOUND_ONLY else "video"
+            links[utt] = Media(quote(relative) + part, kind)
+    return links
