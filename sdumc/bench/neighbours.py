@@ -2,7 +2,7 @@
 
 OpenMP's threads spin for some milliseconds where they wait for each other. Beside a busy process, the thread that is
 waited for may not be running, and the one that spins holds the core that it could run on. `sdumc/__init__.py` lets
-them sleep instead. Both ways are measured in one run, alone and beside one and two processes that do nothing but count.
+them sleep sooner. Both ways are measured in one run, alone and beside one and two processes that do nothing but count.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import IO
 
-from sdumc import WAITING
+from sdumc import WAITING_NAMES
 from sdumc.bench.measure import goal, median, ratio, table
 
 # OpenMP's own way: the runtimes' default values, given as a user gives them, so that sdumc leaves them alone.
@@ -51,7 +51,7 @@ class Worker:
     """The processes of one side of a work; :meth:`sample` has them run for a while. A context manager."""
 
     def __init__(self, work: Work, side: str, port: int):
-        env = {k: v for k, v in os.environ.items() if k not in WAITING} | SIDES[side]
+        env = {k: v for k, v in os.environ.items() if k not in WAITING_NAMES} | SIDES[side]
         if work.threads:
             env["OMP_NUM_THREADS"] = str(work.threads)
         self.processes = []
