@@ -28,13 +28,13 @@ from sdumc.errors import UserError
 log = logging.getLogger(__name__)
 
 TOLERANCE = 0.5  # seconds that a track may end before the time its header states, or a segment after the track
-_GAP = 0.03  # seconds of missing sound that are filled with silence; less is rounding of the container's clock
+_GAP = 0.03  # seconds; longer gaps in the sound become silence, shorter ones are rounding of the container's clock
 _MAX_BAD = 0.05  # share of packets that may fail to decode before the file counts as broken
 # Containers whose header states durations when the file was closed, not guessed from the size or the last packet...
 _STATES_DURATION = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "asf")
 # ... and those whose packets carry exact times after a seek.
 _SEEKABLE = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpeg", "mpegts")
-_PREROLL = 1.0  # seconds decoded before a cut, so that codecs with memory have settled
+_PREROLL = 1.0  # seconds decoded before a cut, as a codec's output depends on what came before
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,12 @@ def _wav_bytes_missing(path: str) -> int:
     size = os.path.getsize(path)
     with open(path, "rb") as f:
         if f.read(4) != b"RIFF":
-            return 0  # FLAC is checked by decoding it; RF64 keeps its sizes elsewhere
+            return 0  # FLAC is checked by decoding it; RF64 has its sizes in another place
         f.seek(12)
         while len(header := f.read(8)) == 8:
             name, length = struct.unpack("<4sI", header)
             if name == b"data":
-                # Programs that write to a pipe cannot know the length and put about the largest number there.
+                # Programs that write to a pipe do not know the length and write about the largest number.
                 return 0 if length >= 0x7FFFF000 else max(0, f.tell() + length - size)
             f.seek(length + (length & 1), os.SEEK_CUR)
     return 0
@@ -126,9 +126,9 @@ def _past_end(span: MediaSpan, duration: float) -> str:
 
 
 def _cut_in_unit(path: str, container_format: str) -> bool:
-    """Whether the file ends within a box (MP4) or packet (MPEG), which FFmpeg passes over in silence.
+    """Whether the file ends within a box (MP4) or packet (MPEG), of which FFmpeg says nothing.
 
-    Files that do not follow their format to the letter get the benefit of the doubt.
+    Files that deviate from their format count as whole.
     """
     size = os.path.getsize(path)
     with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -198,7 +198,7 @@ def _stated_end(container: av.container.InputContainer, stream) -> float | None:
     elif sum(s.type in ("audio", "video") for s in container.streams) > 1:
         return None  # the file's duration may be that of the other track
     if container.duration:
-        # An edit list can end the presentation before the media; then only this says so.
+        # An edit list can end the presentation before the media does; only this duration takes it into account.
         ends.append(_origin(container) + container.duration / av.time_base)
     return min(ends, default=None)
 
@@ -293,7 +293,7 @@ def _read_av_audio(span: MediaSpan, seek: bool = True) -> tuple[np.ndarray, int]
             if not pieces:
                 rate = frame.sample_rate
                 if sought and (at is None or at > span.start):
-                    return _read_av_audio(span, seek=False)  # the index led past the start
+                    return _read_av_audio(span, seek=False)  # the seek went past the start
                 first = position = round((at or 0.0) * rate)
             elif frame.sample_rate != rate:
                 raise UserError(
@@ -339,7 +339,7 @@ def read_audio(span: MediaSpan | str | os.PathLike, rate: int = 16000) -> np.nda
         float32 (T,), nominally within [-1, 1], writable.
 
     Raises:
-        UserError: naming the file, when it is missing, empty, not media, has no audio track or no samples, is cut
+        UserError: naming the file, when it is absent, empty, not media, has no audio track or no samples, is cut
             short, holds NaN, or the span goes more than half a second past its end.
     """
     span = _as_span(span)
@@ -360,7 +360,7 @@ def probe(path: str | os.PathLike) -> MediaInfo:
     """What a media file states about itself, without decoding it.
 
     Raises:
-        UserError: the file is missing, empty or not media.
+        UserError: the file is absent, empty or not media.
     """
     span = _as_span(path)
     _check_file(span)
@@ -375,7 +375,7 @@ def probe(path: str | os.PathLike) -> MediaInfo:
     with _open(span) as container:
         audio, video = _track(container, "audio"), _track(container, "video")
         duration = container.duration / av.time_base if container.duration else 0.0
-        if not duration:  # such as a browser's recording: only the packets tell
+        if not duration:  # e.g. a browser's recording: found from the packets
             for packet in container.demux([s for s in (audio, video) if s is not None]):
                 if packet.pts is not None:
                     end = float((packet.pts + (packet.duration or 0)) * packet.stream.time_base)
@@ -453,7 +453,7 @@ def read_frames(span: MediaSpan | str | os.PathLike, fps: float | None = None) -
     fewer pictures a second); without, every picture with its own time.
 
     Raises:
-        UserError: while iterating, naming the file, when it is missing, empty, not media, has no video track, nothing
+        UserError: while iterating, naming the file, when it is absent, empty, not media, has no video track, nothing
             of it can be decoded, it stops before the duration that its header states, or the span goes more than half
             a second past its end.
     """
@@ -484,7 +484,7 @@ def _frames(span: MediaSpan, fps: float | None, seek: bool = True) -> Iterator[t
             at = (decoded - 1) * nominal if frame.pts is None else float(frame.pts * frame.time_base) - origin
             at -= span.start
             if sought and decoded == 1 and at > 0:
-                yield from _frames(span, fps, seek=False)  # the index led past the start
+                yield from _frames(span, fps, seek=False)  # the seek went past the start
                 return
             if fps is None:
                 if at >= wanted - slack:
@@ -494,7 +494,7 @@ def _frames(span: MediaSpan, fps: float | None, seek: bool = True) -> Iterator[t
                     yield max(at, 0.0), _picture(frame)
                     count += 1
             else:
-                # `shown` stays on the screen until this frame's time. Before the first frame there is only that one.
+                # `shown` is displayed until this frame's time; before the first frame, that first frame is.
                 picture = None
                 while count / fps < min(at, wanted) - slack:
                     if picture is None:
@@ -562,7 +562,7 @@ def _encode(temporary, path, frames, fps, audio, rate, crf) -> None:
     with av.open(temporary, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         video_stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         video_stream.pix_fmt = "yuv420p"
-        # Without look-ahead: x264's wide vector code for it chose other bits in about one clip of thirty.
+        # No look-ahead: x264's vector code for it gave different bytes for about one clip in thirty.
         lookahead = "bframes=0:mbtree=0:rc-lookahead=0"
         video_stream.options = {"crf": str(crf), "preset": "veryfast", "x264-params": lookahead, "flags": "+bitexact"}
         video_stream.codec_context.thread_count = 1

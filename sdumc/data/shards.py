@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Entry:
-    """What is known of one utterance of a shard: a matrix at ``offset``, or a reason for there being none, or notes."""
+    """An utterance of a shard: a matrix at ``offset``, or the reason for its absence, or notes alone."""
 
     utt: str
     offset: int | None = None
@@ -304,7 +304,7 @@ class ShardWriter:
         self.commit()
         self._ark_file.close()
         self._journal_file.close()
-        # From here on the archive is another one than what an older index and manifest describe.
+        # An older index and manifest describe another archive than the one that follows.
         (self.directory / f"{self.name}.scp").unlink(missing_ok=True)
         self.manifest.unlink(missing_ok=True)
         if self._end:
@@ -333,7 +333,7 @@ class ShardWriter:
         self._finished = True
 
     def close(self) -> None:
-        """Let go of the files without finishing; what was committed stays for the next run."""
+        """Close the files without finishing; what was committed stays for the next run."""
         for file in (self._ark_file, self._journal_file, self._lock_file):
             if file is not None:
                 with contextlib.suppress(OSError):
@@ -414,7 +414,7 @@ def merge_shards(
 
     Raises:
         UserError: a shard is not finished, or was made with other settings or another major version of a package; an
-            utterance is missing, is there twice, or does not belong to the set; dimensions differ between shards.
+            utterance is absent, is there twice, or does not belong to the set; dimensions differ between shards.
     """
     directory = Path(directory)
     manifests: list[dict[str, Any]] = []
@@ -426,7 +426,7 @@ def merge_shards(
         ark = path.with_suffix(".ark")
         if manifest["size"] and (not ark.exists() or ark.stat().st_size != manifest["size"]):
             raise UserError(
-                f"{ark}: missing or not {manifest['size']} bytes long; remove {path} and run job {job} again"
+                f"{ark}: absent or not {manifest['size']} bytes long; remove {path} and run job {job} again"
             )
         if manifest["settings_hash"] != (manifests or [manifest])[0]["settings_hash"]:
             raise UserError(f"{path}: job {job} was run with other settings than job 1; run all jobs again")
@@ -458,7 +458,7 @@ def merge_shards(
 
 
 def _joint_versions(directory: Path, name: str, manifests: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """The versions that made the shards; a UserError if a package's first numbers differ between them."""
+    """The versions that made the shards; a UserError if the major version of a package differs between them."""
     versions: dict[str, str] = {}
     for job, manifest in enumerate(manifests, start=1):
         made_by = manifest.get("versions", {})
@@ -501,9 +501,9 @@ def _join(directory: Path, name: str, manifests: Sequence[Mapping[str, Any]]) ->
 
 def _check_expected(directory: Path, name: str, merged: Merged, expected: set[str]) -> None:
     found = merged.frames.keys() | merged.absent.keys() | merged.notes.keys()
-    if missing := sorted(expected - found):
+    if absent := sorted(expected - found):
         raise UserError(
-            f"{directory}: {name} of {len(missing)} utterances is missing, the first: {', '.join(missing[:3])}; "
+            f"{directory}: {name} of {len(absent)} utterances is missing, the first: {', '.join(absent[:3])}; "
             "run the jobs again"
         )
     if extra := sorted(found - expected):

@@ -21,12 +21,12 @@ def durations(data: KaldiDir, utterances: Sequence[str]) -> dict[str, float]:
             try:
                 result[utt] = probe(data.wav[utt]).duration
             except UserError:
-                result[utt] = 0.0  # reading it will say what is wrong
+                result[utt] = 0.0  # reading it raises the precise error
     return result
 
 
 def make_batches(seconds: dict[str, float], batch_size: int, batch_seconds: float) -> list[list[str]]:
-    """Utterances of similar length together, longest first, so that too little memory shows at once.
+    """Utterances of similar length together, longest first, so that lack of memory shows at once.
 
     The batches depend on the arguments alone; a job that is resumed therefore repeats the very same ones. One has at
     most ``batch_size`` utterances and, padded to its longest, ``batch_seconds`` (a longer utterance is alone).

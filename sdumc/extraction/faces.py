@@ -1,4 +1,4 @@
-"""Finding the one face that a clip is about: detection frame by frame, linking into tracks, smoothing.
+"""The speaker's face in a clip: detection in each frame, linking into tracks, choice of one, smoothing.
 
 The detector is OpenCV's frontal-face cascade (Viola and Jones, 2001), whose model file comes inside the
 ``opencv-python-headless`` wheel of versions 4; versions 5 no longer carry it.
@@ -63,7 +63,7 @@ class _Track:
     boxes: list[np.ndarray] = field(default_factory=list)
 
     def weight(self) -> float:
-        """Large and long: the sum of box sides over the frames in which the face was seen."""
+        """The sum of box sides over the frames in which the face was seen: large for large and persistent faces."""
         return float(sum(np.sqrt(b[2] * b[3]) for b in self.boxes))
 
 
@@ -120,7 +120,7 @@ def track_face(detections: Sequence[np.ndarray], smoothing: int = 5, max_gap: in
     spans: list[tuple[int, int]] = []
     heaviest = max(t.weight() for t in tracks)
     for t in sorted(tracks, key=_Track.weight, reverse=True):
-        # A lone false alarm in the wallpaper is no face of the clip's speaker.
+        # Short or light tracks beside the first are false alarms of the detector.
         if spans and (len(t.frames) < 3 or t.weight() < 0.05 * heaviest):
             continue
         if all(t.frames[-1] < start or t.frames[0] > end for start, end in spans):

@@ -1,4 +1,4 @@
-"""Joining the shards of a feature, and what becomes of the transcripts noted in them."""
+"""Joining the shards of a feature, and writing the transcripts that are in their notes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def finish(data: KaldiDir, dump_dir: Path, name: str, num_jobs: int, max_drop: f
     if name == "text_sim" and _manifest(dump_dir, ASR_SHARDS).is_file() and (data.path / "text_asr").is_file():
         asr, versions = _shard_made_by(dump_dir, ASR_SHARDS)
         described["asr"] = {**asr, "versions": versions}  # whose transcripts replaced refusals and empty answers
-    for table in ("utt2label", "utt2spk"):  # before the index: whoever sees the index finds them too
+    for table in ("utt2label", "utt2spk"):  # before the index, so that a dump with an index is complete
         if (data.path / table).is_file():
             _copy(data.path / table, dump_dir / table)
     merged = merge_shards(
@@ -61,7 +61,7 @@ def _shard_made_by(dump_dir: Path, name: str) -> tuple[dict[str, Any], dict[str,
 
 def _copy(source: Path, target: Path) -> None:
     if target.is_file() and target.read_bytes() == source.read_bytes():
-        return  # its time stays, too: recipes see from that whether training has to be done again
+        return  # keeps its time, by which recipes decide whether to train again
     with open(source, "rb") as f, atomic_write(target, "wb") as g:
         shutil.copyfileobj(f, g)
 

@@ -54,7 +54,7 @@ def sound_batches(args: argparse.Namespace, data: KaldiDir, utterances: Sequence
 
 
 def load_reader(args: argparse.Namespace) -> tuple[SpeechReader, dict[str, Any]]:
-    """Encoder, projector and LLM of the command line, and what of them belongs into a feature's settings.
+    """Encoder, projector and LLM of the command line, and the part of a feature's settings that describes them.
 
     Raises:
         UserError: a folder is incomplete, parts do not fit, or the projector was trained with another prompt.
@@ -79,7 +79,7 @@ def load_reader(args: argparse.Namespace) -> tuple[SpeechReader, dict[str, Any]]
 
 
 def load_llm(args: argparse.Namespace) -> tuple[SpeechLLM, dict[str, Any]]:
-    """The LLM of the command line, and what of it belongs into a feature's settings."""
+    """The LLM of the command line, and the part of a feature's settings that describes it."""
     prompt = prompt_text(args.prompt)
     llm = SpeechLLM(args.llm, DTYPES[args.dtype], pick_device(args.device), prompt, args.layers)
     return llm, {

@@ -65,11 +65,11 @@ def extract_shard(
 
     Args:
         read: what ``compute`` needs of an utterance; called in a thread while the batch before is computed. It may
-            also be the :class:`Output` already, which then goes past ``compute``.
+            also return the :class:`Output` itself, where nothing has to be computed.
         compute: the outputs of a batch of utterances, each with what was read. When the GPU's memory does not suffice,
             it is called again with the halves of the batch.
         bad_media: whether media that cannot be read (a UserError of ``read``) "stop" the job or count as "absent".
-        instead: what stands for them then: given the reason, the same as ``read``.
+        instead: takes the place of ``read`` for such media; its argument is the reason.
 
     Raises:
         UserError: media cannot be read; a feature is not finite (fp16 overflows in some models); one utterance alone
@@ -91,7 +91,7 @@ def extract_shard(
         outputs = {utt: x for utt, x in items if isinstance(x, Output)}
         rest = [(utt, x) for utt, x in items if not isinstance(x, Output)]
         if rest:
-            computed = halve_when_out_of_memory(rest, compute, itemgetter(0))
+            computed = halve_when_out_of_memory(rest, compute, lambda item: f"utterance {item[0]!r}")
             outputs.update(zip(map(itemgetter(0), rest), computed, strict=True))
         for utt in batch:
             outputs[utt].write(utt, writer)

@@ -79,7 +79,7 @@ class Extractors:
             s["layers"][0],
             bool(s["normalise"]),
         )
-        return [x.float().cpu() for x in halve_when_out_of_memory(list(waves), encoder, _seconds)]
+        return [x.float().cpu() for x in halve_when_out_of_memory(list(waves), encoder, _describe)]
 
     # ---- words
 
@@ -105,12 +105,12 @@ class Extractors:
         def work(pairs: Sequence[tuple[np.ndarray, str | None]]) -> list[Simulated]:
             return simulate(reader, [w for w, _ in pairs], [t for _, t in pairs], search, keep)
 
-        results = halve_when_out_of_memory([(w, None) for w in waves], work, lambda pair: _seconds(pair[0]))
+        results = halve_when_out_of_memory([(w, None) for w in waves], work, lambda pair: _describe(pair[0]))
         failed = [i for i, r in enumerate(results) if r.fallback == "prompt"]
         if failed and "asr" in s:
             texts = self._recognise(s["asr"], [waves[i] for i in failed])
             again = halve_when_out_of_memory(
-                [(waves[i], t) for i, t in zip(failed, texts, strict=True)], work, lambda pair: _seconds(pair[0])
+                [(waves[i], t) for i, t in zip(failed, texts, strict=True)], work, lambda pair: _describe(pair[0])
             )
             for i, result in zip(failed, again, strict=True):
                 results[i] = result
@@ -125,7 +125,7 @@ class Extractors:
             s.get("language", "en"),
             s.get("max_new_tokens", 200),
         )
-        return halve_when_out_of_memory(waves, recogniser, _seconds)
+        return halve_when_out_of_memory(waves, recogniser, _describe)
 
     def real_text(self, texts: Sequence[str], waves: Sequence[np.ndarray | None]) -> list[torch.Tensor]:
         """Given words -> hidden states (N_i, D) float32 on the CPU. Where there is no sound (None), none stands before
@@ -156,5 +156,5 @@ class Extractors:
         return torch.from_numpy(vision(reader.pictures(span, found.boxes))), ""
 
 
-def _seconds(wave: np.ndarray) -> str:
+def _describe(wave: np.ndarray) -> str:
     return f"an utterance of {len(wave) / 16000:.1f} s"

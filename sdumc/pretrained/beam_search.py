@@ -1,9 +1,9 @@
-"""Beam search in which the prompt is stored once per utterance and nothing is ever re-ordered.
+"""Beam search that stores the prompt once per utterance and never re-orders the cache.
 
 The usual search copies the prompt's keys and values once per beam and re-orders the whole cache at every step. Here
 the beams of an utterance are K query positions of one row: each step appends K columns to the row's cache, and a mask
-says which of the columns are a beam's own ancestors. Columns that no living beam descends from are dropped now and
-then, and an utterance leaves the batch as soon as its search is decided. Scores, length penalty and stopping rule are
+says which of the columns are a beam's own ancestors. Columns that no running beam descends from are dropped now and
+then, and an utterance leaves the batch as soon as its winner is certain. Scores, length penalty and stopping rule are
 those of transformers' ``generate(num_beams=K, do_sample=False, early_stopping=False)``, and so are the tokens.
 """
 

@@ -19,7 +19,7 @@ from sdumc.files import read_json
 log = logging.getLogger("sdumc")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_SMALL_FILE = 256 * 2**20  # up to here a fingerprint reads a weight file whole
+_SMALL_FILE = 256 * 2**20  # bytes; a fingerprint reads smaller weight files whole
 
 
 def model_folder(name: str | os.PathLike) -> Path:
@@ -47,7 +47,7 @@ def model_folder(name: str | os.PathLike) -> Path:
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a model folder as a dict; :class:`UserError` if it is missing or not JSON."""
+    """``config.json`` of a model folder as a dict; :class:`UserError` if it is absent or not JSON."""
     path = folder / "config.json"
     if (config := read_json(path, "fetch the model again", absent=None)) is None:
         raise UserError(f"{folder}: not a model folder, it has no config.json")
@@ -60,7 +60,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The weight files of a folder, safetensors preferred, after checking that every shard is there.
 
     Raises:
-        UserError: no weights, or a shard is missing or empty.
+        UserError: no weights, or a shard is absent or empty.
     """
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{single}.index.json"
@@ -100,10 +100,10 @@ def _cut_short(file: Path) -> bool:
     """Whether a weight file ends before its own table of contents says; nothing but that table is read."""
     with open(file, "rb") as f:
         start = f.read(8)
-        if start[:2] == b"PK":  # torch's, a zip archive, whose table stands at the end
+        if start[:2] == b"PK":  # a zip archive of torch, its table is at the end
             return not zipfile.is_zipfile(f)
         if file.suffix != ".safetensors":
-            return False  # torch's older form tells nothing
+            return False  # torch's old format has no table
         length = int.from_bytes(start, "little")
         try:
             table = json.loads(f.read(length)) if length < 100 * 2**20 else {}
@@ -135,10 +135,10 @@ def fingerprint(path: str | os.PathLike) -> str:
 def load_model(
     model_class: Any, folder: Path, dtype: torch.dtype, device: torch.device, optional: tuple[str, ...] = ()
 ) -> Any:
-    """``model_class.from_pretrained(folder)`` for inference: eval mode, no gradients, every weight really loaded.
+    """``model_class.from_pretrained(folder)`` for inference: eval mode, no gradients, all weights from the files.
 
-    Transformers starts weights that a checkpoint lacks from random numbers; here that is an error, save for
-    parameters whose name begins with one of ``optional`` (those that the caller does not use).
+    Transformers initialises weights that a checkpoint lacks at random. Here that is an error, except for parameters
+    whose names begin with one of ``optional`` (those that the caller does not use).
 
     Raises:
         UserError: the folder is incomplete, damaged, or of another architecture.
@@ -154,7 +154,7 @@ def load_model(
                 use_safetensors=safetensors,
                 output_loading_info=True,
             )
-    except Exception as e:  # transformers, safetensors and torch each raise their own kinds for a damaged folder
+    except Exception as e:  # transformers, safetensors and torch raise different errors for a damaged folder
         raise UserError(f"{folder}: cannot be loaded as {model_class.__name__}: {_first_line(e)}") from None
     missing = sorted(k for k in info["missing_keys"] if not k.startswith(("masked_spec_embed", *optional)))
     if missing:
@@ -181,7 +181,7 @@ def _first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet_transformers():
-    """No loading bars or "some weights" tables in job logs: :func:`load_model` itself checks what is missing."""
+    """No progress bars or tables of weights in job logs: :func:`load_model` itself checks that all were loaded."""
     from transformers.utils import logging as hf_logging
 
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()

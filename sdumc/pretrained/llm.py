@@ -41,7 +41,7 @@ class Transcript:
 
 @dataclass
 class _Prompted:
-    """The LLM's memory of B prompts: keys and values per layer, mask (B, P), next-token logits, last states."""
+    """What the LLM computed for B prompts: keys and values per layer, mask (B, P), next-token logits, last states."""
 
     past: list[tuple[Tensor, Tensor]]
     mask: Tensor
@@ -116,10 +116,10 @@ class SpeechLLM:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def answer_ids(self, text: str) -> list[int]:
-        """Token ids of ``text`` as an answer behind the prompt: what training and :meth:`encode` put there.
+        """Token ids of ``text`` as the answer that follows the prompt, in training and in :meth:`encode`.
 
-        Prompt and answer are tokenised together, as in SLAM-LLM, so that the answer's first token is the one that
-        follows "ASSISTANT:"; a tokenizer that merges across that border gets the answer alone.
+        Prompt and answer are tokenised together, as in SLAM-LLM: the answer's first token may depend on "ASSISTANT:"
+        before it. Where the tokenizer merges characters of both into one token, the answer is tokenised alone.
         """
         together = self._ids(self._chat_text + text)
         if together[: len(self.chat_ids)] == self.chat_ids:
@@ -134,7 +134,7 @@ class SpeechLLM:
         """Token ids -> text on one line."""
         return " ".join(self.tokenizer.decode(list(tokens), skip_special_tokens=True).split())
 
-    # ---- what stands before the answer
+    # ---- context
 
     def contexts(self, audio: Sequence[Tensor | None], chat: bool = True) -> list[Tensor]:
         """Input embeddings that stand before the answer, (P_i, D) each: audio (may be None), BOS, chat prompt.
@@ -189,7 +189,7 @@ class SpeechLLM:
         tokens = torch.zeros(len(answers), longest, dtype=torch.long, device=self.device)
         for row, answer in zip(tokens, answers, strict=True):
             row[: len(answer)] = torch.tensor(list(answer), dtype=torch.long)
-        # Padding is on the right here: no real token can see it, the mask being causal.
+        # Padding is on the right here, where the causal mask hides it from all real tokens.
         causal = torch.ones(longest, longest, dtype=torch.bool, device=self.device).tril()
         allowed = torch.cat(
             [prompted.mask[:, None].expand(-1, longest, -1), causal.expand(len(answers), -1, -1)], dim=2
@@ -207,7 +207,7 @@ class SpeechLLM:
             states = torch.cat([first, tap.take()], dim=1)
         return [s[: len(a) + 1] for s, a in zip(states, answers, strict=True)]
 
-    # ---- what it is for
+    # ---- transcribing and encoding
 
     def transcribe(
         self, contexts: Sequence[Tensor], beam: int = 4, max_new_tokens: int = 200, length_penalty: float = 1.0
@@ -215,7 +215,7 @@ class SpeechLLM:
         """Beam search for a batch, then the winners teacher-forced once, on the prompts' cache, for their states."""
         prompted = self._read(contexts)
         winners = self._search(prompted, beam, max_new_tokens, length_penalty)
-        # The state at the last token of an unfinished answer predicts a token that was never chosen: left out.
+        # Without EOS, the state at the last token predicts a token that was not generated: it is left out.
         states = self._force(prompted, [w.tokens if w.ended else w.tokens[:-1] for w in winners])
         return [Transcript(w.tokens, self.decode(w.tokens), w.ended, s) for w, s in zip(winners, states, strict=True)]
 

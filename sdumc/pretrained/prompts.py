@@ -1,4 +1,4 @@
-"""The instruction that stands between sound and answer."""
+"""The instruction between sound and answer in the LLM's input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be wrong with a machine's transcript: error rate, refusals, endless repeats, nothing at all."""
+"""Quality of a model's transcript: word error rate, and detection of refusals, endless repeats and empty text."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def word_error_rate(references: Mapping[str, str], hypotheses: Mapping[str, str]
 
 
 def find_loop(items: Sequence[Hashable], min_repeats: int = 4, min_length: int = 16) -> int | None:
-    """Where a sequence starts to go round in circles.
+    """Where a sequence starts to repeat a pattern without end.
 
     A loop is a pattern of any length that comes ``min_repeats`` times in a row or more and covers at least
     ``min_length`` items ("very very very good" is none).
@@ -95,11 +95,11 @@ def find_loop(items: Sequence[Hashable], min_repeats: int = 4, min_length: int =
 
 
 def judge(text: str, tokens: Sequence[Hashable], ended: bool = True) -> tuple[str, int]:
-    """Status of a transcript and how many of its tokens are worth keeping.
+    """Status of a transcript and how many of its tokens are kept.
 
     Args:
         text: the decoded transcript. tokens: its tokens, on which loops are looked for.
-        ended: False if generation ran into its limit; shorter loops count then, since something must have been.
+        ended: False if generation ran into its limit; shorter loops count then.
 
     Returns:
         ``(status, kept)`` with status one of ``ok``, ``empty``, ``refusal``, ``repeat`` (kept < len(tokens)), and

@@ -16,7 +16,7 @@ from sdumc.pretrained.folders import load_model, load_tokenizer, model_folder, r
 from sdumc.pretrained.quality import find_loop
 from sdumc.pretrained.speech_encoder import MIN_SAMPLES, RATE, _RowByRow, normalise
 
-_WINDOW = 30 * RATE  # Whisper hears 30 s at once
+_WINDOW = 30 * RATE  # samples of Whisper's input: 30 s
 _SEARCH = 5 * RATE  # a longer clip is cut at the quietest moment of a window's last 5 s
 _HOP = RATE // 50
 
@@ -132,7 +132,7 @@ class WhisperRecogniser:
         """Clips (T_i,) at 16 kHz -> transcripts."""
         pieces = [(i, piece) for i, wave in enumerate(waves) for piece in windows(np.asarray(wave, np.float32))]
         texts: list[list[str]] = [[] for _ in waves]
-        for start in range(0, len(pieces), len(waves)):  # long clips are more windows, but no larger batch
+        for start in range(0, len(pieces), len(waves)):  # a long clip gives several windows; the batch stays as large
             part = pieces[start : start + len(waves)]
             for (i, _), text in zip(part, self._decode([p for _, p in part]), strict=True):
                 texts[i].append(text)
@@ -160,7 +160,7 @@ class WhisperRecogniser:
         return [self._text(row[: row.index(self.eos)] if self.eos in row else row) for row in rows]
 
     def _text(self, ids: list[int]) -> str:
-        loop = find_loop(ids)  # Whisper too goes round in circles on noise; the pattern is kept once
+        loop = find_loop(ids)  # Whisper may repeat a pattern without end on noise; it is kept once
         return self.tokenizer.decode(ids[:loop], skip_special_tokens=True).strip()
 
 

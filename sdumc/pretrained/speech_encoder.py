@@ -15,11 +15,11 @@ from sdumc.errors import UserError
 from sdumc.pretrained.folders import load_model, model_folder, read_model_config
 from sdumc.pretrained.states import decoder_layers, layer_index
 
-RATE = 16000  # Hz; every encoder here listens at this rate
-MIN_SAMPLES = 2000  # shorter clips are filled up with silence to 0.125 s: six frames, enough for one projector group
+RATE = 16000  # Hz, the sample rate of every encoder's input
+MIN_SAMPLES = 2000  # shorter clips are padded with silence to 0.125 s: six frames, enough for one projector group
 _WHISPER_WINDOW = 30 * RATE
 
-# WavLM's attention gets a bool padding mask beside a float position bias: right, but said at length in every log.
+# WavLM passes a bool padding mask and a float position bias. PyTorch warns of that; the result is right.
 warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask and attn_mask")
 
 
@@ -149,7 +149,7 @@ class SpeechEncoder:
         return [x[: self.num_frames(n)] for x, n in zip(output, lengths, strict=True)]
 
     def _whisper(self, waves: Sequence[np.ndarray]) -> list[Tensor]:
-        # Whisper hears windows of exactly 30 s, filled with silence; a longer clip is several windows in a row.
+        # Whisper's input is exactly 30 s, padded with silence; a longer clip is split into windows.
         pieces = [
             (i, wave[start : start + _WHISPER_WINDOW])
             for i, wave in enumerate(waves)

@@ -1,4 +1,4 @@
-"""Speech encoder, projector and LLM as one: sound becomes what stands before the LLM's answer."""
+"""Speech encoder, projector and LLM together: from sound to the LLM's input before its answer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger("sdumc")
 
 @dataclass
 class SpeechReader:
-    """Encoder, projector and LLM together; ``contexts`` turns sound into what stands before the answer.
+    """Encoder, projector and LLM together; ``contexts`` turns sound into the input before the answer.
 
     ``embedding_scale`` is what projected sound is multiplied by on its way into the LLM's first layer.
     """

@@ -1,4 +1,4 @@
-"""Taking chosen hidden states out of a transformers model while nothing else of them is kept.
+"""Chosen hidden states of a transformers model, without keeping all of them in memory.
 
 `output_hidden_states=True` holds every layer of every position until the pass ends. A :class:`StateTap` adds up
 just the layers asked for, at just the positions asked for, as they are computed.
@@ -46,7 +46,7 @@ class _FirstLayerReached(Exception):
 
 @torch.inference_mode()
 def embedding_scale(base: nn.Module, dim: int, name: str) -> float | None:
-    """By what factor a model multiplies ``inputs_embeds`` before its first layer, found by a pass that ends there.
+    """The factor by which a model multiplies ``inputs_embeds`` before its first layer, from a pass that ends there.
 
     It is 1 for most models. Transformers 4 scales those of Gemma 1 and 2 by sqrt(dim), transformers 5 does not.
 
@@ -67,7 +67,7 @@ def embedding_scale(base: nn.Module, dim: int, name: str) -> float | None:
     probe = torch.linspace(-1, 1, dim, device=parameter.device).to(parameter.dtype)
     handle = decoder_layers(base, name)[0].register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        # The zeros show what the model adds (position embeddings), the double whether a norm stands between.
+        # Zeros: what the model adds (position embeddings). Twice the probe: whether the model scales or normalises.
         rows = torch.stack([torch.zeros_like(probe), probe, 2 * probe])
         base(inputs_embeds=rows[:, None], use_cache=False)
     except _FirstLayerReached:
@@ -127,7 +127,7 @@ class StateTap:
         self._handles.clear()
 
     def take(self) -> torch.Tensor:
-        """Return what the last forward pass left, and forget it."""
+        """Return the states of the last forward pass, and clear them."""
         states, self.states = self.states, None
         assert states is not None, "no forward pass ran under this tap"
         return states

@@ -39,7 +39,7 @@ class VisionExtractor:
         kind = read_model_config(folder)["model_type"]
         classes: dict[str, Any] = {"clip": CLIPVisionModel, "clip_vision_model": CLIPVisionModel}
         classes |= {"siglip": SiglipVisionModel, "siglip_vision_model": SiglipVisionModel}
-        # A classifier's folder (a facial-expression ViT) has no pooler; its random one must not be used.
+        # A classifier's folder (a facial-expression ViT) has no pooler weights; random ones must not be used.
         optional = () if pooling == "pooler" else ("pooler.", "vision_model.post_layernorm", "vision_model.head")
         try:
             self.model: Any = load_model(classes.get(kind, AutoModel), folder, dtype, torch.device(device), optional)

@@ -232,7 +232,7 @@ def test_out_of_memory_halves_the_batch(caplog):
     def never(items):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    with pytest.raises(UserError, match="'u1' alone does not fit"):
+    with pytest.raises(UserError, match=r"^utterance 'u1' alone does not fit"):
         memory.halve_when_out_of_memory(["u1"], never)
 
 
