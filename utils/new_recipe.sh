@@ -31,7 +31,7 @@ cp egs/TEMPLATE/conf/train.yaml "${new}/conf/"
 if [[ ${features_only} == true ]]; then
   cat >"${new}/run.sh" <<'EOF'
 #!/usr/bin/env bash
-# The recipe's names; everything else is in sdumc.sh, whose options can follow: ./run.sh --help
+# Names the sets and models of this recipe; sdumc.sh does the rest and lists its options: ./run.sh --help
 # dump/<set>/ holds features from elsewhere: docs/files.md says which files.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"

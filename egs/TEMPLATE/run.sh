@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The recipe's names; everything else is in sdumc.sh, whose options can follow: ./run.sh --help
+# Names the sets and models of this recipe; sdumc.sh does the rest and lists its options: ./run.sh --help
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 

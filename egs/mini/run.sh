@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The whole system on a small corpus that is made here; see ./run.sh --help for the options.
+# The complete system on a small corpus that stage 0 generates; ./run.sh --help lists the options.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
+# --help needs no environment.
 if [[ " $* " != *" --help "* && " $* " != *" -h "* ]]; then
   ../../tools/setup_env.sh --extras mini --if-needed
 fi

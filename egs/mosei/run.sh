@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# CMU-MOSEI in any of the three forms in which people hold it; README.md says what to get and what each stage costs.
+# CMU-MOSEI in any of the three forms in which it is available. README.md explains what to get and what each stage costs.
 #
 #   ./run.sh --source raw     --corpus-dir /corpora/CMU-MOSEI/Raw --folds cmu_mosei_std_folds.py
 #   ./run.sh --source toolkit --pickle unaligned_50.pkl
@@ -34,11 +34,11 @@ esac
 export source corpus_dir folds labels media pickle features_dir transcripts counts
 
 names=()
-# Each source has folders of its own, so that the features of one do not end up in the experiments of another.
+# Each source has its own folders, so that the features of one are not used in the experiments of another.
 if [[ ${source} != raw ]]; then
   names+=(--datadir "data/${source}" --dumpdir "dump/${source}" --expdir "exp/${source}" --results "RESULTS.${source}.md")
 fi
-# Models are needed where there are media; features that stage 1 imports are kept as they are.
+# Models are needed only where there are media. Features that stage 1 imports are kept.
 if [[ ${source} == raw || (${source} == toolkit && -n ${corpus_dir}) ]]; then
   names+=(--encoder ../../tools/models/wavlm-large --llm ../../tools/models/vicuna-7b-v1.5)
   names+=(--asr-model ../../tools/models/whisper-large-v3)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# CMU-MOSI with the recipe of CMU-MOSEI, egs/mosei/run.sh, which is cmu.sh here; README.md says what differs.
+# CMU-MOSI, with the recipe of CMU-MOSEI: cmu.sh is a link to egs/mosei/run.sh. README.md explains the differences.
 #
 #   ./run.sh --source raw     --corpus-dir /corpora/CMU-MOSI --folds cmu_mosi_std_folds.py
 #   ./run.sh --source toolkit --pickle unaligned_50.pkl

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Stage 0: make or check what the recipe needs from outside: the corpus and the pretrained models.
+# Stage 0: make or check the corpus and the pretrained models.
 #
-# sdumc.sh runs this in the recipe's folder. It exports the function `step` (utils/step.py: do it unless it is done),
+# sdumc.sh runs this in the recipe's folder. It exports the function `step` (runs commands unless they are up to date),
 # the job runners train_cmd, decode_cmd and cuda_cmd, and the variables nj, ngpu, device, force, train_set, valid_set,
 # test_sets, datadir, dumpdir, expdir and max_drop.
 set -euo pipefail

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Stage 0: make the synthetic corpus, and train the models that other recipes get ready-made. sdumc.sh runs this in the
-# recipe's folder and exports `step`, train_cmd and expdir. For another size, as in tests, name other settings:
+# Stage 0: make the synthetic corpus, and train the small models that take the place of pretrained ones. sdumc.sh runs
+# this in the recipe's folder and exports `step`, train_cmd and expdir. For another size, as in tests, name other settings:
 #   corpus_config=conf/corpus_small.yaml pretrain_config=conf/pretrain_small.yaml ./run.sh
 # shellcheck disable=SC2154,SC2086  # train_cmd comes from sdumc.sh and is split into words
 set -euo pipefail

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Stage 1: the corpus's table as Kaldi data directories. sdumc.sh runs this and exports `step`, train_cmd, datadir
+# Stage 1: write Kaldi data directories from the corpus's table. sdumc.sh runs this and exports `step`, train_cmd, datadir
 # and expdir.
 # shellcheck disable=SC2154,SC2086  # train_cmd comes from sdumc.sh and is split into words
 set -euo pipefail
