@@ -12,11 +12,8 @@ import mmap
 import os
 import re
 import struct
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import av
@@ -39,15 +36,11 @@ _PREROLL = 1.0  # seconds decoded before a cut, as a codec's output depends on w
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """What a media file states about itself; ``rate`` in Hz, ``duration`` in seconds, sizes in pixels, 0 if unknown."""
+    """What a media file states about itself; ``duration`` in seconds, 0 if unknown."""
 
     duration: float
     has_audio: bool
     has_video: bool
-    rate: int = 0
-    fps: float = 0.0
-    width: int = 0
-    height: int = 0
 
 
 def _as_span(span: MediaSpan | str | os.PathLike) -> MediaSpan:
@@ -371,7 +364,7 @@ def probe(path: str | os.PathLike) -> MediaInfo:
             info = soundfile.info(span.path)
         except soundfile.LibsndfileError as e:
             raise UserError(f"{span}: cannot be read as sound ({e.error_string}); copy or make it again") from None
-        return MediaInfo(info.frames / info.samplerate, True, False, rate=info.samplerate)
+        return MediaInfo(info.frames / info.samplerate, has_audio=True, has_video=False)
     with _open(span) as container:
         audio, video = _track(container, "audio"), _track(container, "video")
         duration = container.duration / av.time_base if container.duration else 0.0
@@ -380,15 +373,7 @@ def probe(path: str | os.PathLike) -> MediaInfo:
                 if packet.pts is not None:
                     end = float((packet.pts + (packet.duration or 0)) * packet.stream.time_base)
                     duration = max(duration, end - _origin(container))
-        return MediaInfo(
-            duration=duration,
-            has_audio=audio is not None,
-            has_video=video is not None,
-            rate=audio.codec_context.sample_rate if audio else 0,
-            fps=float(video.average_rate or 0) if video else 0.0,
-            width=video.codec_context.width if video else 0,
-            height=video.codec_context.height if video else 0,
-        )
+        return MediaInfo(duration, has_audio=audio is not None, has_video=video is not None)
 
 
 def check_media_file(path: str | os.PathLike, *, audio: bool = True, video: bool = False) -> MediaInfo:
@@ -519,85 +504,3 @@ def _frames(span: MediaSpan, fps: float | None, seek: bool = True) -> Iterator[t
                     count += 1
         if not count:
             raise UserError(f"{span}: no picture lies within the span {span.start:g}-{span.end} s; correct the times")
-
-
-# ---------------------------------------------------------------------------------------------------------- writing
-
-
-def write_clip(
-    path: str | os.PathLike, frames: Iterable[np.ndarray], fps: float, audio: np.ndarray, rate: int, crf: int = 20
-) -> None:
-    """Write an MP4 that browsers play (H.264 yuv420p, AAC), atomically and with the same bytes every time.
-
-    Args:
-        path: the file to write.
-        frames: RGB uint8 (H, W, 3) pictures, H and W even.
-        fps: pictures a second.
-        audio: float32 (T,) in [-1, 1].
-        rate: samples a second; one that AAC knows, such as 16000.
-        crf: H.264 quality; lower is better and larger.
-
-    Raises:
-        UserError: there are no frames or no samples, or the sizes or rates cannot be encoded.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    audio = np.clip(np.asarray(audio, dtype=np.float32), -1.0, 1.0)
-    if audio.ndim != 1 or not len(audio):
-        raise UserError(f"{path}: the sound to write must be one channel with at least one sample")
-    fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(fd)
-    try:
-        _encode(temporary, path, frames, fps, audio, rate, crf)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except av.error.FFmpegError as e:
-        raise UserError(f"{path}: cannot be encoded ({e.strerror}); check picture size and sample rate") from None
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def _encode(temporary, path, frames, fps, audio, rate, crf) -> None:
-    # One thread and no version strings or dates: the bytes depend on pictures and sound only.
-    with av.open(temporary, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        video_stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        video_stream.pix_fmt = "yuv420p"
-        # No look-ahead: x264's vector code for it gave different bytes for about one clip in thirty.
-        lookahead = "bframes=0:mbtree=0:rc-lookahead=0"
-        video_stream.options = {"crf": str(crf), "preset": "veryfast", "x264-params": lookahead, "flags": "+bitexact"}
-        video_stream.codec_context.thread_count = 1
-        audio_stream = container.add_stream("aac", rate=rate, layout="mono")
-        audio_stream.bit_rate = 64000
-        audio_stream.options = {"flags": "+bitexact"}
-        sent = count = 0
-
-        def send_audio(until: int) -> None:
-            nonlocal sent
-            while sent < until:
-                piece = np.ascontiguousarray(audio[None, sent : min(sent + 1024, len(audio))])
-                frame = av.AudioFrame.from_ndarray(piece, format="fltp", layout="mono")
-                frame.sample_rate, frame.pts, frame.time_base = rate, sent, Fraction(1, rate)
-                container.mux(audio_stream.encode(frame))
-                sent += piece.shape[1]
-
-        for picture in frames:
-            if (
-                picture.dtype != np.uint8
-                or picture.ndim != 3
-                or picture.shape[2] != 3
-                or any(n % 2 for n in picture.shape[:2])
-            ):
-                raise UserError(f"{path}: pictures must be uint8 (H, W, 3) with even H and W, not {picture.shape}")
-            if not count:
-                video_stream.height, video_stream.width = picture.shape[:2]
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-            frame.pts = count
-            frame.time_base = 1 / video_stream.codec_context.framerate
-            container.mux(video_stream.encode(frame))
-            count += 1
-            send_audio(min(round(count / fps * rate), len(audio)))
-        if not count:
-            raise UserError(f"{path}: no pictures to write")
-        send_audio(len(audio))
-        container.mux(video_stream.encode(None))
-        container.mux(audio_stream.encode(None))

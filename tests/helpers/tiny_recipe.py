@@ -19,7 +19,7 @@ SMALL += ["--warmup-epochs", "0", "--dropout", "0", "--attention-dropout", "0", 
 def clip(path: Path, seconds: float, seed: int) -> Path:
     """A little video: a moving gradient, and noise that changes its pitch."""
     from helpers import tiny_models
-    from sdumc.data.media import write_clip
+    from sdumc.data.clip_writer import write_clip
 
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:48, 0:64]

@@ -10,8 +10,9 @@ from helpers import tiny_models
 
 from sdumc.bin import extract_video, finish_dump
 from sdumc.data.ark import load_matrix
+from sdumc.data.clip_writer import write_clip
 from sdumc.data.dump import load_dump
-from sdumc.data.media import read_frames, write_clip
+from sdumc.data.media import read_frames
 from sdumc.errors import UserError
 from sdumc.extraction.faces import FaceDetector, crop, overlap, track_face
 from sdumc.pretrained.vision import VisionExtractor
@@ -155,6 +156,19 @@ def test_command(tmp_path):
         extract_video.main([*base, "--dump-dir", str(tmp_path / "c")])
     extract_video.main([*base, "--dump-dir", str(tmp_path / "d"), "--bad-media", "absent"])
     assert set(json.loads((tmp_path / "d/ark/video.1.json").read_text())["absent"]) == {"s0-2"}
+
+
+def test_an_error_of_the_model_is_no_bad_media(tmp_path, monkeypatch):
+    model = tiny_models.vit(tmp_path / "vit")
+    data = video_data_dir(tmp_path / "data", {"s0-0": make_clip(tmp_path / "0.mp4", 1)})
+
+    def failing(self, pictures):
+        raise UserError("vit: no pooled output")
+
+    monkeypatch.setattr(VisionExtractor, "_vectors", failing)
+    arguments = ["--data-dir", str(data), "--model", str(model), "--device", "cpu", "--bad-media", "absent"]
+    with pytest.raises(UserError, match=r"^vit: no pooled output$"):
+        extract_video.main([*arguments, "--dump-dir", str(tmp_path / "dump")])
 
 
 def test_no_video_at_all(tmp_path):

@@ -514,7 +514,7 @@ def browse(tmp_path):
 @pytest.fixture(scope="module")
 def filmed(made):
     """The same with clips to play."""
-    from sdumc.data.media import write_clip
+    from sdumc.data.clip_writer import write_clip
 
     for line in (made / "data/test/wav.scp").read_text().splitlines():
         clip = made / line.split()[1]

@@ -22,7 +22,7 @@ import numpy as np
 
 from mini import face, plan, speech
 from mini.plan import Clip, Settings
-from sdumc.data import media
+from sdumc.data.clip_writer import write_clip
 from sdumc.errors import UserError
 from sdumc.files import read_json, write_json, write_text
 from sdumc.processes import die_with
@@ -63,7 +63,7 @@ def _make_speaker(clips: list[Clip], settings: Settings, folder: Path, parent: i
             path = folder / clip_path(clip)
             path.parent.mkdir(parents=True, exist_ok=True)
             frames = (face.draw_face(clip.speaker.looks, values, settings.size) for values in track)
-            media.write_clip(path, frames, settings.fps, sound, speech.RATE)
+            write_clip(path, frames, settings.fps, sound, speech.RATE)
     except UserError as e:
         failure.send(str(e))
         sys.exit(1)
