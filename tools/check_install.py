@@ -17,7 +17,14 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+try:
+    from packaging.requirements import Requirement
+except ImportError:  # nothing is installed yet; pip has a copy
+    from pip._vendor.packaging.requirements import Requirement  # type: ignore[assignment]
+
 ROOT = Path(__file__).resolve().parent.parent
+PINS = ROOT / "tools" / "pins.txt"
+SHOWN = 6  # packages that differ from the pins, named in the one line
 USED_BY = {  # extra -> who needs it
     "": "all stages",
     "mini": "egs/mini, stage 0",
@@ -38,42 +45,71 @@ def requirements() -> dict[str, list[str]]:
     return found
 
 
-def numbers(version: str) -> tuple[int, ...]:
-    """Leading numbers of a version: 2.13.0+cpu -> (2, 13, 0)."""
-    return tuple(int(n) for n in re.split(r"[^\d.]", version)[0].split(".") if n)
+def canonical(name: str) -> str:
+    """The spelling of a package's name that pip compares."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def split(pattern: str, text: str) -> tuple[str, ...]:
-    """The groups of a pattern that setup.py's own lines match whole."""
-    found = re.fullmatch(pattern, text)
-    if found is None:
-        raise ValueError(f"setup.py: {text!r} is no requirement")
-    return found.groups()
+def pins() -> dict[str, str]:
+    """Exact versions by canonical name, of tools/pins.txt for this Python."""
+    lines = [Requirement(x) for x in PINS.read_text(encoding="utf-8").splitlines() if x and not x.startswith("#")]
+    return {
+        canonical(r.name): str(r.specifier).removeprefix("==") for r in lines if r.marker is None or r.marker.evaluate()
+    }
 
 
-def compare(version: str, wanted: str) -> bool:
-    """Does a version satisfy a specification such as `>=2.4,<2.14`?"""
-    mine = numbers(version)
-    for part in filter(None, wanted.split(",")):
-        operator, bound = split(r"(>=|<=|==|<|>)\s*([\w.]+)", part.strip())
-        theirs = numbers(bound)
-        size = max(len(mine), len(theirs))
-        a, b = mine + (0,) * (size - len(mine)), theirs + (0,) * (size - len(theirs))
-        if not {">=": a >= b, "<=": a <= b, "==": a == b, "<": a < b, ">": a > b}[operator]:
-            return False
-    return True
+def lower_bounds() -> dict[str, str]:
+    """The oldest versions that setup.py allows, of the core and all extras."""
+    found = [Requirement(r) for rs in requirements().values() for r in rs]
+    return {canonical(r.name): s.version for r in found for s in r.specifier if s.operator == ">="}
+
+
+def installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def other_than(wanted: dict[str, str]) -> dict[str, str]:
+    """Packages that are installed in another version: that version by name."""
+    found = {name: installed(name) for name in wanted}
+    return {n: v for n, v in found.items() if v and not Requirement(f"{n}=={wanted[n]}").specifier.contains(v, True)}
 
 
 def package_state(requirement: str) -> tuple[str, str, bool]:
     """(name, version or what is wrong, satisfied?)"""
-    name, wanted = split(r"([\w.-]+)(.*)", requirement)
-    try:
-        version = metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return name, "missing", False
-    if compare(version, wanted):
-        return name, version, True
-    return name, f"{version}, but {wanted} is needed", False
+    wanted = Requirement(requirement)
+    version = installed(wanted.name)
+    if version is None:
+        return wanted.name, "missing", False
+    if wanted.specifier.contains(version, prereleases=True):
+        return wanted.name, version, True
+    return wanted.name, f"{version}, but {wanted.specifier} is needed", False
+
+
+def constraints(versions: str) -> dict[str, str]:
+    """What pip is told for the choices of `tools/setup_env.sh --versions`, and for an environment of the user's own.
+
+    There, `missing`, what is installed and good enough stays as it is.
+    """
+    if versions == "oldest":
+        return lower_bounds()
+    if versions == "newest":
+        return {}
+    if versions == "pinned":
+        return pins()
+    bad = {canonical(n) for rs in requirements().values() for n, _, fine in map(package_state, rs) if not fine}
+    return {name: version for name, version in pins().items() if name in bad or not installed(name)}
+
+
+def differences() -> str:
+    """What is installed in other versions than the pinned ones, in one line; empty if nothing is."""
+    found = other_than(pins())
+    asked = lower_bounds()
+    names = sorted(found, key=lambda name: (name not in asked, name))
+    shown = ", ".join(f"{name} {found[name]} (pinned: {pins()[name]})" for name in names[:SHOWN])
+    return shown + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def program_version(*command: str) -> str | None:
@@ -120,34 +156,23 @@ def line(name: str, state: str, meaning: str) -> None:
     print(f"  {name:<22} {state:<28} {meaning}")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--extras", default="", help="these extras are needed too, with commas: mini,mosei,test or all")
-    parser.add_argument("--quiet", action="store_true", help="no output, only the exit code, and only for the packages")
-    parser.add_argument("--requirement", metavar="NAME", help="print what setup.py asks of this package, and end")
-    args = parser.parse_args()
-
-    wanted = requirements()
-    if args.requirement:
-        print(next(r for rs in wanted.values() for r in rs if re.match(rf"{re.escape(args.requirement)}\b", r)))
-        return 0
-    extras = set(args.extras.split(",")) - {""}
-    if "all" in extras:
-        extras = set(wanted) - {""}
-    if unknown := extras - set(wanted):
-        parser.error(f"unknown extra {sorted(unknown)[0]}; there are {', '.join(sorted(set(wanted) - {''}))}")
-    needed = {"", *extras}
-    states = {extra: [package_state(r) for r in rs] for extra, rs in wanted.items()}
-    failed = [name for extra in needed for name, _, fine in states[extra] if not fine]
-    if args.quiet:
-        return 1 if failed else 0
-
+def show_packages(states: dict[str, list[tuple[str, str, bool]]]) -> None:
     print("Python")
     line("python", platform.python_version(), sys.executable)
+    pinned, others = pins(), other_than(pins())
     for extra, rows in states.items():
         print(f"Packages for {USED_BY.get(extra, extra)}" + (f" (extra {extra})" if extra else ""))
         for name, state, fine in rows:
-            line(name, state, "" if fine else "run tools/setup_env.sh" + (f" --extras {extra}" if extra else ""))
+            key = canonical(name)
+            note = f"pinned: {pinned[key]}" if others.pop(key, None) and key in pinned else ""
+            line(name, state, note if fine else "run tools/setup_env.sh" + (f" --extras {extra}" if extra else ""))
+    if others:
+        print("Packages that these need, in other versions than the pinned ones")
+        for name, version in others.items():
+            line(name, version, f"pinned: {pinned[name]}")
+
+
+def show_machine() -> None:
     print("Programs and libraries")
     line("espeak-ng library", speech_synthesiser() or "missing", "egs/mini, stage 0")
     for name, command, use in (
@@ -162,10 +187,50 @@ def main() -> int:
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     line("CPU cores", str(cpus), "")
     if hasattr(os, "sysconf"):
-        line(
-            "memory", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.0f} GB", "egs/mini needs 3 GB"
-        )
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+        line("memory", f"{memory:.0f} GB", "egs/mini needs 3 GB")
     line("free disk space", f"{shutil.disk_usage(ROOT).free / 1e9:.0f} GB", "egs/mini needs 1 GB, egs/mosei 300 GB")
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--extras", default="", help="these extras are needed too, with commas: mini,mosei,test or all")
+    parser.add_argument("--quiet", action="store_true", help="no output, only the exit code, and only for the packages")
+    instead = parser.add_argument_group("Print one thing instead").add_mutually_exclusive_group()
+    instead.add_argument("--requirement", metavar="NAME", help="what setup.py asks of this package")
+    instead.add_argument(
+        "--constraints",
+        choices=("pinned", "missing", "oldest", "newest"),
+        help="constraints for pip; missing: the pinned versions of packages that are missing or out of range",
+    )
+    instead.add_argument("--differences", action="store_true", help="packages in other versions than the pinned ones")
+    return parser
+
+
+def main() -> int:
+    parser = get_parser()
+    args = parser.parse_args()
+    wanted = requirements()
+    if args.requirement:
+        print(next(r for rs in wanted.values() for r in rs if re.match(rf"{re.escape(args.requirement)}\b", r)))
+        return 0
+    if args.constraints:
+        print(*(f"{name}=={version}" for name, version in constraints(args.constraints).items()), sep="\n")
+        return 0
+    if args.differences:
+        print(differences())
+        return 0
+    extras = set(args.extras.split(",")) - {""}
+    if "all" in extras:
+        extras = set(wanted) - {""}
+    if unknown := extras - set(wanted):
+        parser.error(f"unknown extra {sorted(unknown)[0]}; there are {', '.join(sorted(set(wanted) - {''}))}")
+    states = {extra: [package_state(r) for r in rs] for extra, rs in wanted.items()}
+    failed = [name for extra in ("", *sorted(extras)) for name, _, fine in states[extra] if not fine]
+    if args.quiet:
+        return 1 if failed else 0
+    show_packages(states)
+    show_machine()
     if failed:
         print(f"\nmissing: {', '.join(failed)}", file=sys.stderr)
         return 1

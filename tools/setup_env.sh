@@ -3,11 +3,15 @@
 #
 # Makes the Python environment of this repository, or completes it: tools/venv, or the virtual or conda environment that
 # is active. Can be called again at any time, also after it was interrupted; when nothing is missing it returns at once.
+#
+# The versions are those of tools/pins.txt. --versions oldest and newest, for tests, make tools/venv-oldest and
+# tools/venv-newest. In an active environment what is installed and in setup.py's ranges stays, and a line tells of it.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 #: Options
 extras=mini    #: what to install beyond the core, with commas: mini (egs/mini), mosei (egs/mosei), test, or all
+versions=pinned #: pinned (tools/pins.txt), or the oldest or newest that setup.py allows
 python=        #: the Python to make tools/venv with, 3.10 to 3.13; found by itself otherwise
 torch=auto     #: build of torch: cpu, cuda, or auto (cuda where an NVIDIA driver is found, cpu elsewhere)
 if_needed=false #: accept a complete tools/venv although another environment is active
@@ -20,17 +24,20 @@ die() {
 
 (($# == 0)) || die "unexpected argument '$1'; --help shows the options"
 [[ ${torch} == auto || ${torch} == cpu || ${torch} == cuda ]] || die "--torch is auto, cpu or cuda, not '${torch}'"
+[[ ${versions} == pinned || ${versions} == oldest || ${versions} == newest ]] ||
+  die "--versions is pinned, oldest or newest, not '${versions}'"
 for extra in ${extras//,/ }; do
   [[ " mini mosei test all " == *" ${extra} "* ]] || die "--extras: there is no '${extra}', only mini, mosei, test and all"
 done
 
-# The stamp in an environment says for which clone, setup.py and Python it is complete, and with which extras.
+# The stamp in an environment says for which clone, versions and Python it is complete, and with which extras.
 stamp=.sdumc-env
-fingerprint="$(cksum <"${root}/setup.py") ${root}"
+fingerprint="$(cat "${root}/setup.py" "${root}/tools/pins.txt" | cksum) ${versions} ${root}"
 
 python_version() { "$1" -c 'import sys; print(*sys.version_info[:2])' 2>/dev/null; }
 complete() {
   local prefix=$1 made_for has extra
+  [[ ${versions} != newest ]] || return 1 # that is another every day
   [[ -f ${prefix}/${stamp} && ! -f ${prefix}/.sdumc-installing && -x ${prefix}/bin/python3 ]] || return 1
   { IFS= read -r made_for && IFS= read -r has; } <"${prefix}/${stamp}" || return 1
   [[ ${made_for} == "${fingerprint} $(python_version "${prefix}/bin/python3")" ]] || return 1
@@ -39,7 +46,18 @@ complete() {
   done
 }
 
-venv=${root}/tools/venv
+check() { "${prefix}/bin/python3" "${root}/tools/check_install.py" "$@"; }
+report_complete() {
+  echo "setup_env.sh: ${prefix} is complete${1-}"
+  local others
+  if [[ ${versions} == pinned ]] && others=$(check --differences) && [[ -n ${others} ]]; then
+    echo "setup_env.sh: note: other versions than those of tools/pins.txt: ${others}"
+  fi
+}
+
+pinned_venv=${root}/tools/venv
+venv=${pinned_venv}
+[[ ${versions} == pinned ]] || venv+=-${versions}
 if [[ -n ${VIRTUAL_ENV-} && -d ${VIRTUAL_ENV-} ]]; then
   prefix=${VIRTUAL_ENV}
 elif [[ -n ${CONDA_PREFIX-} && -d ${CONDA_PREFIX-} && ${CONDA_DEFAULT_ENV-} != base ]]; then
@@ -50,7 +68,7 @@ fi
 if [[ ${if_needed} == true ]] && complete "${venv}"; then exit 0; fi
 # With --torch given the packages themselves are looked at: someone may have taken torch out to get the other build.
 if [[ ${torch} == auto ]] && complete "${prefix}"; then
-  [[ ${if_needed} == true ]] || echo "setup_env.sh: ${prefix} is complete"
+  [[ ${if_needed} == true ]] || report_complete
   exit 0
 fi
 
@@ -62,7 +80,7 @@ if command -v flock >/dev/null; then
     flock 9
   fi
   if [[ ${torch} == auto ]] && complete "${prefix}"; then
-    echo "setup_env.sh: ${prefix} is complete"
+    report_complete
     exit 0
   fi
 fi
@@ -105,7 +123,20 @@ EOF
 without root: make a conda environment, activate it and call this script again"
 }
 
-if [[ ${prefix} == "${venv}" ]] && ! "${venv}/bin/python3" -m pip --version >/dev/null 2>&1; then
+# Oldest and newest begin with the files of tools/venv, linked rather than copied where that is possible: pip replaces
+# files and never changes them. So only what differs is fetched and unpacked.
+copy_of_pinned() {
+  [[ -z ${python} && ${venv} != "${pinned_venv}" && ! -f ${pinned_venv}/.sdumc-installing ]] || return 1
+  "${pinned_venv}/bin/python3" -m pip --version >/dev/null 2>&1 || return 1
+  rm -rf "${venv}" "${venv}.partial"
+  mkdir "${venv}.partial"
+  cp -al "${pinned_venv}/." "${venv}.partial" 2>/dev/null || cp -a "${pinned_venv}/." "${venv}.partial" || return 1
+  rm -f "${venv}.partial"/{"${stamp}",sdumc-install.log,sdumc-constraints.txt}
+  grep -rlIF --null "${pinned_venv}" "${venv}.partial"/{bin,pyvenv.cfg} | xargs -0 sed -i "s|${pinned_venv}|${venv}|g"
+  mv "${venv}.partial" "${venv}"
+}
+
+if [[ ${prefix} == "${venv}" ]] && ! "${venv}/bin/python3" -m pip --version >/dev/null 2>&1 && ! copy_of_pinned; then
   base=$(find_python)
   echo "setup_env.sh: making ${venv} with $("${base}" --version 2>&1)"
   if "${base}" -c 'import ensurepip' 2>/dev/null; then
@@ -160,7 +191,12 @@ torch_version() { "${py}" -c 'from importlib.metadata import version; print(vers
 if [[ ${torch} == cuda && $(torch_version) == *+cpu ]]; then
   die "${prefix} has the CPU build of torch; ${py} -m pip uninstall torch, then call this script again"
 fi
-if "${py}" "${root}/tools/check_install.py" --extras "${extras}" --quiet; then
+# In tools/venv the pins must hold; an environment of the user's own keeps what setup.py allows.
+nothing_missing() {
+  [[ ${versions} == pinned ]] && check --extras "${extras}" --quiet &&
+    [[ ${prefix} != "${venv}" || -z $(check --differences) ]]
+}
+if nothing_missing; then
   # Everything is there (a shared or prepared environment): no network is needed.
   "${py}" -m pip install --quiet --no-deps --no-build-isolation -e "${root}" >>"${log}" 2>&1 9<&- ||
     echo "setup_env.sh: note: sdumc itself could not be installed into ${prefix}; recipes find it through path.sh"
@@ -168,12 +204,29 @@ else
   echo "setup_env.sh: installing into ${prefix} (extras: ${extras:-none}); this takes minutes"
   : >"${log}"
   touch "${prefix}/.sdumc-installing"
-  build=$(torch_build)
-  if [[ ${build} == cpu ]] && ! "${py}" -c 'import torch' 2>/dev/null && reachable "${cpu_index}/torch/"; then
-    install "$("${py}" "${root}/tools/check_install.py" --requirement torch)" --extra-index-url "${cpu_index}" ||
-      die "torch could not be installed; see above"
+  wanted=${versions}
+  if [[ ${versions} == pinned && ${prefix} != "${venv}" ]]; then wanted=missing; fi
+  constraints=${prefix}/sdumc-constraints.txt
+  check --constraints "${wanted}" >"${constraints}"
+  upgrade=()
+  if [[ ${versions} == newest ]]; then upgrade=(--upgrade --upgrade-strategy eager); fi
+  if [[ $(torch_build) == cpu ]]; then
+    if reachable "${cpu_index}/torch/"; then
+      install "$(check --requirement torch)" -c "${constraints}" "${upgrade[@]}" --extra-index-url "${cpu_index}" ||
+        die "torch could not be installed; see above"
+    elif [[ ${versions} != pinned ]]; then
+      pinned_torch=$(check --constraints pinned | grep '^torch==')
+      sed -i "s/^torch==.*/${pinned_torch}/" "${constraints}"
+      [[ ${versions} == oldest ]] || echo "${pinned_torch}" >>"${constraints}"
+      echo "setup_env.sh: note: ${pinned_torch} as pinned: the CPU builds of others, ${cpu_index}, cannot be reached"
+    fi
   fi
-  install -e "${root}[${extras}]" || die "pip failed, see above; call this script again to go on"
+  # sdumc is built in this environment, not in a separate one, for which pip would fetch the newest setuptools.
+  builder=$(sed -n 's/^requires = \["\(.*\)"\]$/\1/p' "${root}/pyproject.toml")
+  if ! install "${builder}" -c "${constraints}" ||
+    ! install --no-build-isolation -e "${root}[${extras}]" -c "${constraints}" "${upgrade[@]}"; then
+    die "pip failed, see above; call this script again to go on"
+  fi
   "${py}" -c 'import torch, transformers, soundfile, av, kaldiio' ||
     die "the packages are installed, but cannot be imported; see above"
   rm -f "${prefix}/.sdumc-installing"
@@ -189,7 +242,7 @@ fi
   echo "${known}"
 } >"${prefix}/${stamp}.tmp" 2>/dev/null && mv "${prefix}/${stamp}.tmp" "${prefix}/${stamp}" ||
   echo "setup_env.sh: note: ${prefix} cannot be written to; it will be checked again next time"
-echo "setup_env.sh: ${prefix} is complete: $("${py}" --version), torch $(torch_version)"
+report_complete ": $("${py}" --version), torch $(torch_version)"
 if [[ ${prefix} != "${venv}" ]]; then
   echo "setup_env.sh: (this is the environment that was active)"
 fi

@@ -108,6 +108,7 @@ def build_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         padding_side="left",
         clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],  # transformers 4 adds token types, which Llama does not take
     )
 
 
