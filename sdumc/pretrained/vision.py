@@ -88,13 +88,11 @@ class VisionExtractor:
 
 def _image_processor(folder: Any) -> Any:
     """The folder's image processor, the PIL/numpy one: no torchvision is needed, and results do not depend on it."""
-    from transformers import AutoImageProcessor
+    import transformers
 
-    for options in ({"backend": "pil"}, {"use_fast": False}):
-        try:
-            return AutoImageProcessor.from_pretrained(str(folder), local_files_only=True, **options)
-        except TypeError:
-            continue  # the option's name depends on the transformers version
-        except Exception as e:
-            raise UserError(f"{folder}: its image processor cannot be loaded: {str(e).splitlines()[0]}") from None
-    raise UserError(f"{folder}: its image processor cannot be loaded")
+    # Versions with classes of that name take the first option; older ones ignore it, and warn without the second.
+    option = {"backend": "pil"} if hasattr(transformers, "ViTImageProcessorPil") else {"use_fast": False}
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(str(folder), local_files_only=True, **option)
+    except Exception as e:
+        raise UserError(f"{folder}: its image processor cannot be loaded: {str(e).splitlines()[0]}") from None
