@@ -1,4 +1,4 @@
-"""The speech LLM: encoder, projector, beam search and teacher forcing, on tiny models of the real classes."""
+"""Pretrained models: encoder, projector, beam search, teacher forcing, versions; tiny models of the real classes."""
 
 from __future__ import annotations
 
