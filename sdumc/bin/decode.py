@@ -52,18 +52,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     for condition in args.condition:
         if condition == "missing" and "text_sim" not in inputs_for(condition, dump):
             log.warning("%s has no text_sim: missing means the same as none here", args.data_dir)
-        unheard = [
-            utt
-            for utt in dump.utterances
-            if not any(utt in dump.features[f].entries for f in inputs_for(condition, dump).values())
-        ]
-        if unheard:
+        features = [dump.features[f].entries for f in inputs_for(condition, dump).values()]
+        if empty := [utt for utt in dump.utterances if not any(utt in entries for entries in features)]:
             log.warning(
-                "%d utterances have none of the modalities of condition %s, the first: %s; their predictions say "
-                "nothing of them",
-                len(unheard),
+                "%d utterances have none of the modalities of condition %s, the first: %s; the model is given "
+                "nothing for them, so their predictions mean nothing",
+                len(empty),
                 condition,
-                unheard[0],
+                empty[0],
             )
         decoded = decode(model, dump, condition, device, batch_size=args.batch_size, num_workers=args.num_workers)
         folder = Path(args.output_dir) / (condition if len(args.condition) > 1 else "")

@@ -16,10 +16,10 @@ from sdumc.scoring.metrics import MEASURES, format_measure
 _SHOWN = ("mae", "corr", "acc7", "acc2_non0", "f1_non0")
 _ROLES = {
     "audio": "audio features",
-    "encoder": "hears for the language model",
-    "projector": "between encoder and language model",
-    "llm": "simulates text, and reads it",
-    "asr": "stands in where the language model refuses",
+    "encoder": "encodes the sound for the language model",
+    "projector": "from the encoder's frames to the language model's inputs",
+    "llm": "simulates text, and encodes text",
+    "asr": "transcribes where the language model refuses",
     "vision": "video features",
 }
 
@@ -46,8 +46,8 @@ def model_card(
         "---\n" + yaml.safe_dump(_front_matter(name, scores), sort_keys=False) + "---\n",
         f"# {name}\n",
         "SDUMC: the sentiment of an utterance as one number from -3 (very negative) to 3 (very positive), from its "
-        "sound, its words and its pictures. Where nobody has written the words down, they are simulated from the "
-        "sound; modalities that are not there are done without.\n",
+        "sound, its words and its pictures. Without a transcript, text is simulated from the sound. Absent "
+        "modalities are left out.\n",
         f"Experiment `{experiment}`, {chosen}. Made with sdumc {__version__}.\n",
         "## Use\n",
         f"{needs} Install sdumc, then, in the folder that holds this one:\n",

@@ -114,16 +114,16 @@ def find_model(use: ModelUse, folder: Path, model_dir: Path | None = None) -> Pa
         places.append(name)
     else:
         places += [place / name for place in (folder.absolute(), *folder.absolute().parents, Path.cwd())]
-    others = []
+    different = []
     for place in dict.fromkeys(places):
         if place.exists():
             if use.hash in (None, fingerprint(place, use.role)):
                 return place
-            others.append(place)
-    if others:
+            different.append(place)
+    if different:
         raise UserError(
-            f"{others[0]}: not the {use.role} model that the features were made with (fingerprint "
-            f"{fingerprint(others[0], use.role)}, not {use.hash}); give its folder's parent with --model-dir"
+            f"{different[0]}: not the {use.role} model that the features were made with (fingerprint "
+            f"{fingerprint(different[0], use.role)}, not {use.hash}); give its folder's parent with --model-dir"
         )
     where = f"looked in {model_dir}, " if model_dir else "looked in "
     problem = UserError(

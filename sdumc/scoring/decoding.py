@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +17,9 @@ from sdumc.data.sampler import GlobalBatchSampler
 from sdumc.errors import UserError
 from sdumc.files import atomic_write
 from sdumc.model.network import SDUMC
+from sdumc.scoring.metrics import HEADER
 
-# Decoding holds no gradients, so a batch may be larger than in training; these frames are some 200 MB of features.
+# Frames in a batch at most. Decoding keeps no gradients, so this is more than in training: some 200 MB of features.
 _BATCH_FRAMES = 50_000
 
 
@@ -48,9 +49,10 @@ def inputs_for(condition: str, dump: Dump, available: Iterable[str] = MODALITIES
 
 @dataclass
 class Decoded:
-    """What a model says of N utterances in the order of ``ids``; see the network for the arrays beside predictions.
+    """What a model computes for N utterances, in the order of ``ids``.
 
-    ``features`` are those of the dump that it was given.
+    Arrays as in :class:`sdumc.model.network.FlowOutput`, whose ``utterance`` is ``utterance_feature`` here.
+    ``features`` names the dump features that the model was given.
     """
 
     ids: list[str]
@@ -60,7 +62,7 @@ class Decoded:
     text_feature: np.ndarray  # (N, d)
     modality_weights: np.ndarray  # (N, 3)
     query_weights: np.ndarray | None  # (N, 7)
-    features: tuple[str, ...] = ()
+    features: tuple[str, ...]
 
 
 def run_batch(model: SDUMC, batch: Batch, inputs: dict[str, str], flow: str, **options):
@@ -130,7 +132,7 @@ def decode(
 
 
 def write_decoded(decoded: Decoded, output_dir: Path) -> None:
-    """Write predictions.tsv and, for figures, internals.npz; the predictions last, as the sign that all is there."""
+    """Write predictions.tsv and, for figures, internals.npz. The predictions come last: when they exist, all does."""
     arrays = {
         name: getattr(decoded, name)
         for name in ("utterance_feature", "text_feature", "modality_weights", "query_weights")
@@ -139,7 +141,7 @@ def write_decoded(decoded: Decoded, output_dir: Path) -> None:
     with atomic_write(output_dir / "internals.npz", "wb") as f:
         np.savez(f, ids=np.array(decoded.ids), features=np.array(" ".join(decoded.features)), **arrays)
     with atomic_write(output_dir / "predictions.tsv") as f:
-        f.write("utt_id\tprediction\tlabel\n")
+        f.write("\t".join(HEADER) + "\n")
         for utt, p, y in zip(decoded.ids, decoded.prediction, decoded.label, strict=True):
             f.write(f"{utt}\t{p:.6f}\t{_label(y)}\n")
 
@@ -148,11 +150,6 @@ def _label(y: float) -> str:
     return "" if np.isnan(y) else f"{y:.6g}"
 
 
-def features_needed(conditions: Iterable[str]) -> Sequence[str]:
-    """Dump features that any of the conditions reads."""
-    return sorted({feature for c in conditions for feature in CONDITIONS[c].features})
-
-
 def load_for(data_dir: Path, conditions: Iterable[str]) -> Dump:
-    """Load the parts of a dump folder that the conditions read."""
-    return load_dump(data_dir, features_needed(conditions))
+    """Load the features of a dump folder that any of the conditions reads."""
+    return load_dump(data_dir, sorted({feature for c in conditions for feature in CONDITIONS[c].features}))

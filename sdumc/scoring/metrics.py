@@ -1,7 +1,6 @@
 """The measures of the MOSEI/MOSI regression task, and the file of predictions that they are computed from.
 
-Every variant that circulates is named apart, because papers differ in which one they call "accuracy": see
-``docs/metrics.md``.
+Papers differ in what they call accuracy and F1, so every variant has a name of its own: see ``docs/metrics.md``.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,24 +32,20 @@ MEASURES = {  # and how tables call them
 
 @dataclass
 class Predictions:
-    """The lines of a ``predictions.tsv``: ids in file order, predictions (N,), labels (N,) with NaN where unknown."""
+    """The lines of a ``predictions.tsv``: sorted ids, predictions (N,) and labels (N,)."""
 
     ids: list[str]
     predictions: np.ndarray
     labels: np.ndarray
-    path: str = ""
-    unlabelled: list[str] = field(default_factory=list)
+    path: str
 
 
-def read_predictions(path: str | os.PathLike, require_labels: bool = True) -> Predictions:
+def read_predictions(path: str | os.PathLike) -> Predictions:
     """Read a table with the header ``utt_id<TAB>prediction<TAB>label``.
-
-    Args:
-        require_labels: refuse utterances whose label is empty or ``nan``, as decoding writes for unlabelled data.
 
     Raises:
         UserError: naming file and line: another header or number of columns, an id given twice or out of order,
-            a prediction or label that is not a finite number; or no utterance at all.
+            a prediction or label that is not a finite number, no label; or no utterance at all.
     """
     try:
         with open(path, encoding="utf-8", newline="") as f:
@@ -66,7 +61,6 @@ def read_predictions(path: str | os.PathLike, require_labels: bool = True) -> Pr
 
     ids: list[str] = []
     values: list[tuple[float, float]] = []
-    unlabelled: list[str] = []
     seen: dict[str, int] = {}
     for number, line in enumerate(lines[1:], start=2):
         where = f"{path}:{number}"
@@ -83,22 +77,18 @@ def read_predictions(path: str | os.PathLike, require_labels: bool = True) -> Pr
         if ids and utt < ids[-1]:
             raise UserError(f"{where}: utterance {utt} comes after {ids[-1]}: sort the lines by id (LC_ALL=C)")
         if label.strip().lower() in ("", "nan"):
-            if require_labels:
-                raise UserError(
-                    f"{where}: utterance {utt} has no label, and there is nothing to compare its prediction with; "
-                    "decode a set that has utt2label to score it"
-                )
-            unlabelled.append(utt)
-            y = math.nan
-        else:
-            y = _number(label, f"{where}: utterance {utt}: the label")
+            raise UserError(
+                f"{where}: utterance {utt} has no label, and there is nothing to compare its prediction with; "
+                "decode a set that has utt2label to score it"
+            )
         seen[utt] = number
         ids.append(utt)
+        y = _number(label, f"{where}: utterance {utt}: the label")
         values.append((_number(prediction, f"{where}: utterance {utt}: the prediction"), y))
     if not ids:
         raise UserError(f"{path}: no utterance below the header; nothing to score")
     table = np.array(values, dtype=np.float64)
-    return Predictions(ids, table[:, 0], table[:, 1], str(path), unlabelled)
+    return Predictions(ids, table[:, 0], table[:, 1], str(path))
 
 
 def _number(text: str, what: str) -> float:
