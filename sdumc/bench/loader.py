@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -111,7 +112,8 @@ def sampler_of(dataset: UtteranceDataset, budget: int | None = None) -> GlobalBa
 def process_loader(dataset: UtteranceDataset, workers: int) -> torch.utils.data.DataLoader:
     """The same batches by torch's DataLoader."""
     sampler = sampler_of(dataset, _BUDGET)
-    return torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers)
+    anything: Any = dataset  # a map-style dataset in all but its base class
+    return torch.utils.data.DataLoader(anything, batch_sampler=sampler, collate_fn=collate, num_workers=workers)
 
 
 def unchecked(loader: BatchLoader) -> BatchLoader:

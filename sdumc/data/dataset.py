@@ -15,7 +15,7 @@ from sdumc.errors import UserError
 
 @dataclass
 class Utterance:
-    """One utterance: features (T, D) by name, None where the modality is absent; ``dims`` gives D even then.
+    """One utterance: features (T, D) by name, None where the modality is absent; ``dims`` gives D also for those.
 
     ``label`` is NaN for a set without labels.
     """
@@ -46,23 +46,16 @@ class Batch:
         return len(self.ids)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """A copy of the batch on ``device``."""
-        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> Batch:
-        """Called by a DataLoader with ``pin_memory=True``."""
-        return self._map(lambda x: x.pin_memory())
-
-    def _map(self, function) -> Batch:
+        """The batch on ``device``; with ``non_blocking`` the copy may still run when this returns."""
         return Batch(
             ids=self.ids,
-            labels=function(self.labels),
-            features={name: function(x) for name, x in self.features.items()},
-            lengths={name: function(x) for name, x in self.lengths.items()},
+            labels=self.labels.to(device, non_blocking=non_blocking),
+            features={name: x.to(device, non_blocking=non_blocking) for name, x in self.features.items()},
+            lengths={name: x.to(device, non_blocking=non_blocking) for name, x in self.lengths.items()},
         )
 
 
-class UtteranceDataset(torch.utils.data.Dataset):
+class UtteranceDataset:
     """The utterances of a dump folder, in the order of ``dump.utterances``; matrices are read when asked for.
 
     Args:

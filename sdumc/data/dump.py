@@ -46,10 +46,6 @@ class Dump:
     features: dict[str, Feature]
     utt2spk: dict[str, str] = field(default_factory=dict)
 
-    def frames(self, utt: str) -> int:
-        """Frames of an utterance, summed over its features: what a batch of it costs."""
-        return sum(feature.frames.get(utt, 0) for feature in self.features.values())
-
 
 def load_dump(
     path: str | os.PathLike,

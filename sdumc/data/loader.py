@@ -1,8 +1,8 @@
-"""Batches read ahead by threads, each value copied once: from the page cache into the padded batch.
+"""Batches that threads read ahead. Each value is copied once, from the page cache into the padded batch.
 
-Reading is system calls and array code, which run beside Python, so threads do what worker processes would, without
-copying batches between processes, shared-memory limits, or signals to keep from them. Memory is used again for the next
-batches: getting 300 MB afresh from the system can take ten times as long as filling it.
+Threads are enough, because reading is system calls and array code, which release Python's lock. Worker processes would
+add copies between processes and limits of shared memory. The memory of a batch is reused for later ones: allocating
+300 MB can take ten times as long as filling them.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from sdumc.data.ark import all_finite, read_float_matrix, split_rxspecifier
 from sdumc.data.dataset import Batch, UtteranceDataset
 from sdumc.data.sampler import GlobalBatchSampler
 
-_PAGE = mmap.PAGESIZE // 4  # values in a page: where a feature of a batch begins, copying is fastest
-_HEADROOM = 1.125  # memory that was never touched costs nothing, and a batch a little larger may come
-_WASTE = 4  # a small batch is not to occupy the memory of the largest
+_PAGE = mmap.PAGESIZE // 4  # values in a page; copying is fastest when a feature begins at one
+_HEADROOM = 1.125  # blocks are so much larger than asked for, to fit later batches; untouched pages use no memory
+_WASTE = 4  # a block is not used for a batch that is so many times smaller
 
 
 class _Task(NamedTuple):
-    """A matrix to read into ``rows`` (T, D) of a batch; the padding (P, D) behind it is to be zeroed."""
+    """A matrix to read into ``rows`` (T, D) of a batch, and the ``padding`` (P, D) behind it to fill with zeros."""
 
     archive: str
     offset: int
@@ -42,10 +42,10 @@ class _Task(NamedTuple):
 
 
 class BatchLoader:
-    """Iterates over the batches of a sampler, padded, in its order; bit for bit what ``collate`` makes of them.
+    """Iterates over the padded batches of a sampler, in its order; bit for bit what ``collate`` makes of them.
 
-    The tensors of a batch share one block of memory, which goes to a later batch as soon as none of them, nor a view of
-    them, is alive. That values are finite is checked when a matrix is read for the first time.
+    The tensors of a batch share one block of memory. A later batch reuses the block when none of these tensors and no
+    view of them exists any more. Values are checked to be finite when a matrix is read for the first time.
 
     Args:
         dataset: what to read.
@@ -104,7 +104,7 @@ class BatchLoader:
         return batch, [pool.submit(self._read, share) for share in _shares(tasks, self.num_workers)]
 
     def _prepare(self, indices: Sequence[int]) -> tuple[Batch, list[_Task]]:
-        """A batch with memory but without values yet, and what has to be read into it, in the order of the disk."""
+        """A batch whose memory has no values yet, and the matrices to read into it, in the order of the archives."""
         dump = self.dataset.dump
         utts = [dump.utterances[i] for i in indices]
         batch = Batch(
@@ -136,12 +136,12 @@ class BatchLoader:
 
     def _memory(self, count: int) -> torch.Tensor:
         """Float32 (count,), undefined values."""
-        if self.pin_memory:  # torch keeps such memory for the next time, and knows when the GPU has read it
+        if self.pin_memory:  # torch caches pinned memory itself, and reuses it only when the GPU has read it
             return torch.empty(count, dtype=torch.float32, pin_memory=True)
         return self._blocks.take(count)
 
     def _read(self, tasks: Sequence[_Task]) -> None:
-        """Fill a share of a batch. Archives are opened and closed here: nothing stays open that others could move."""
+        """Fill a share of a batch. Archives are opened and closed here, so no other thread can move a file position."""
         opened, fd = "", -1
         try:
             for task in tasks:
@@ -161,10 +161,10 @@ class BatchLoader:
                     and read_float_matrix(fd, task.offset, task.rows)
                     and (checked[task.position] or all_finite(task.rows))
                 ):
-                    # Another type of matrix, or an error, which the careful way words.
+                    # Not plain float32, or damaged: `dataset.read` converts it or raises the precise error.
                     utt = self.dataset.dump.utterances[task.position]
                     matrix = self.dataset.read(task.name, utt)
-                    assert matrix is not None  # one that is absent has no rows
+                    assert matrix is not None  # an absent one has no rows
                     task.rows[:] = matrix.numpy()
                     self._converted.add(task.archive)
                 checked[task.position] = True
@@ -197,14 +197,15 @@ def _shares(tasks: Sequence[_Task], count: int) -> list[list[_Task]]:
 
 
 class _Blocks:
-    """Blocks of memory, handed out again once no tensor uses them. When none fits and ``keep`` wait, one is let go.
+    """Blocks of memory that are reused once no tensor refers to them.
 
-    They are private to the process: in a forked one, the same block is a copy.
+    When a new one is made and ``keep`` unused ones do not fit, one of these is dropped. Blocks are private to the
+    process: a forked process gets copies.
     """
 
     def __init__(self, keep: int):
         self.keep = keep
-        self._free: deque[mmap.mmap] = deque()  # its append and popleft need no lock, in whatever thread a tensor dies
+        self._free: deque[mmap.mmap] = deque()  # thread-safe: a tensor can be freed in any thread
 
     def take(self, count: int) -> torch.Tensor:
         """Float32 (count,), undefined values, beginning at a page."""
@@ -219,10 +220,10 @@ class _Blocks:
             free.remove(block)
         else:
             block = mmap.mmap(-1, int(_HEADROOM * size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            if len(free) >= self.keep:  # let go of one that is too small, else of one too large to be held for nothing
+            if len(free) >= self.keep:  # drop the smallest if it is too small, else the largest
                 free.pop(0 if len(free[0]) < size else -1)
         self._free.extend(free)
         lease = np.frombuffer(block, dtype=np.float32, count=max(count, 1))
-        # The tensor's storage holds the lease, and every view holds the storage.
+        # The tensor's storage refers to the lease, and every view refers to the storage.
         weakref.finalize(lease, self._free.append, block).atexit = False
         return torch.frombuffer(lease, dtype=torch.float32, count=max(count, 1))[:count]

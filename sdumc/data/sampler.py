@@ -6,33 +6,33 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-# Lengths are multiplied by a random factor within 1 +- _JITTER before they are sorted: neighbours change from epoch to
-# epoch, while the utterances of a batch still differ by no more than about a fifth in length.
+# Lengths are multiplied by a random factor within 1 +- _JITTER before they are sorted: utterances have other neighbours
+# in each epoch, and those of a batch still differ by no more than about a fifth in length.
 _JITTER = 0.1
 
 
 class GlobalBatchSampler:
-    """Gives each rank its share of each global batch, as indices; for DataLoader's ``batch_sampler``.
+    """Gives each rank its share of each global batch, as utterance indices.
 
-    Global batches depend on the lengths, sizes, seed and epoch only. Each utterance is in exactly one of them. Rank r
-    of W takes every W-th utterance of a batch, starting with the r-th, so that an epoch has the same number of steps on
-    every rank; where a batch has fewer utterances than there are ranks, **the last ranks get an empty list**, and it is
-    the training loop's part to take a step without data there. All epochs have the same number of batches.
+    Global batches depend only on the lengths, the sizes, the seed and the epoch. Each utterance is in exactly one of
+    them. All epochs have the same number of batches. Rank r of W takes every W-th utterance of a batch, starting with
+    the r-th, so every rank makes the same number of steps. When a batch has fewer utterances than there are ranks,
+    **the last ranks get an empty list** and take part in that step without data.
 
     Args:
         frames: frames of each utterance (summed over its features).
         batch_size: the most utterances in a global batch.
-        batch_frames: the most frames in a global batch, padding counted (utterances x longest utterance); None for no
-            limit. An utterance that is longer by itself forms a batch of its own.
-        seed: with the epoch, decides the order.
-        shuffle: mix utterances of similar length, and the order of the batches, anew each epoch; otherwise batches
-            come by falling length.
+        batch_frames: the most frames in a global batch, padding included (utterances x longest utterance); None for
+            no limit. An utterance that is longer than this is a batch of its own.
+        seed: decides, with the epoch, the order.
+        shuffle: in each epoch, mix utterances of similar length and shuffle the batches; otherwise utterances are in
+            order of falling length.
         world_size: number of ranks.
         rank: this rank.
 
     Attributes:
-        start_batch: the batch with which the next iteration begins, to go on in the middle of an epoch. Set it before
-            iterating; it counts for one iteration and is 0 again afterwards.
+        start_batch: the first batch of the next iteration, to continue in the middle of an epoch. Set it before
+            iterating; it applies to one iteration and is then 0 again.
 
     Raises:
         ValueError: a size is below 1 or the rank is not below the world size.
@@ -60,11 +60,11 @@ class GlobalBatchSampler:
         self._batches: list[list[int]] | None = None
 
     def _longest_at_each_place(self) -> np.ndarray:
-        """The greatest length that can come to stand at each place of an epoch's order, whatever the jitter.
+        """An upper bound of the length at each place of an epoch's order, for any jitter.
 
-        The i-th largest jittered length is at most (1 + j) times the i-th largest length, and the length behind it at
-        most 1 / (1 - j) times that. Cutting by these bounds keeps every epoch within the frame budget with the same
-        number of batches.
+        The i-th largest jittered length is at most (1 + j) times the i-th largest length, and the true length of that
+        utterance at most 1 / (1 - j) times its jittered one. Batches that are cut by these bounds are within the frame
+        budget in every epoch, and their number is the same in all.
         """
         falling = np.sort(self.frames)[::-1].astype(np.float64)
         if not self.shuffle or not len(falling):
@@ -72,7 +72,7 @@ class GlobalBatchSampler:
         return np.minimum(falling * (1 + _JITTER) / (1 - _JITTER), falling[0])
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, from 0, whose batches come next."""
+        """Choose the epoch of the batches that come next."""
         if epoch != self.epoch:
             self.epoch = epoch
             self._batches = None
@@ -115,8 +115,8 @@ def _cut(falling: np.ndarray, batch_size: int, batch_frames: int | None) -> list
         if batch_frames is not None and falling[first] > 0:
             size = max(1, min(size, int(batch_frames / falling[first])))
         cuts.append(min(first + size, count))
-    # The rest at the end may be small: share it evenly with the batch before it. That stays within both limits, since
-    # lengths fall, and gives Rank-N-Contrast and several ranks something to work on.
+    # The last batch may be small: share the last two evenly. Both limits still hold, because lengths fall, and neither
+    # Rank-N-Contrast nor a rank gets a batch of very few utterances.
     if len(cuts) > 2:
         cuts[-2] = cuts[-3] + (count - cuts[-3] + 1) // 2 if cuts[-1] - cuts[-2] < cuts[-2] - cuts[-3] else cuts[-2]
     return cuts

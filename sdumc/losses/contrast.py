@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Labels in thirds make distances that are equal on paper and differ in the last bit.
+# With labels in thirds, distances that are mathematically equal differ in the last bit.
 LABEL_TOLERANCE = 1e-4
-# exp() of a range wider than this underflows in float64, and the sums are then taken in the logarithm.
+# exp() over a wider range than this underflows in float64; the sums are then computed as logarithms.
 _WIDEST_RANGE = 600.0
 
 
@@ -16,9 +16,9 @@ def rank_n_contrast(features: Tensor, labels: Tensor, temperature: float = 2.0) 
 
     s is the negative L2 distance of features, d the L1 distance of labels; distances within 1e-4 count as equal.
 
-    Sort the samples by label. Those at least as far from anchor i as j is are then a prefix and a suffix of the
-    order, and every j with the same label has the same ones. So running sums over groups of equal labels, once from
-    either end, give every denominator; nothing of size (n, n, n) or (n, n, D) exists.
+    Samples are sorted by label. Those that are at least as far from anchor i as j is are then a prefix and a suffix of
+    the order, the same ones for every j of the same label. So cumulative sums over groups of equal labels, from either
+    end, give every denominator, and no tensor of size (n, n, n) or (n, n, D) is needed.
 
     Args:
         features: (n, D), n >= 2, finite.
@@ -34,7 +34,7 @@ def rank_n_contrast(features: Tensor, labels: Tensor, temperature: float = 2.0) 
     n = features.shape[0]
     if features.dim() != 2 or labels.shape != (n,) or n < 2:
         raise ValueError(f"expected (n, D) features and (n,) labels, n >= 2; got {features.shape} and {labels.shape}")
-    # In float64 the far smaller of two terms is still felt; distances are then exact enough for any label order.
+    # float64 keeps small terms next to large ones.
     x = features.double()
     order = torch.argsort(labels, stable=True)
     y = labels.detach().double()[order]
@@ -55,9 +55,9 @@ def rank_n_contrast(features: Tensor, labels: Tensor, temperature: float = 2.0) 
         pick_below, pick_above = farther_below[group_of], farther_above[group_of]
         total = below[:, -1:].expand(-1, len(groups))
         sums = torch.where(everyone[group_of], total, below.gather(1, pick_below) + above.gather(1, pick_above))
-        # A group that holds only the anchor itself is never asked about; its sum may be 0.
-        asked = sums > 0
-        log_denominator = torch.where(asked, torch.log(torch.where(asked, sums, 1.0)) + highest, 0.0)
+        # The sum of a group that holds only the anchor itself may be 0; its count below is 0, so it is not used.
+        used = sums > 0
+        log_denominator = torch.where(used, torch.log(torch.where(used, sums, 1.0)) + highest, 0.0)
     else:
         log_denominator = _log_denominator_wide(
             others, group_size, farther_below[group_of], farther_above[group_of], everyone[group_of]
@@ -70,9 +70,9 @@ def rank_n_contrast(features: Tensor, labels: Tensor, temperature: float = 2.0) 
 
 
 def _farther_groups(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For anchor group a and compared group b (u, u): groups[:below] and groups[above:] are at least as far from a.
+    """For anchor group a and compared group b (u, u): groups[:below] and groups[above:] are not nearer to a than b is.
 
-    ``everyone`` is True where the two labels are equal up to the tolerance: then no one is nearer.
+    ``everyone`` is True where the two labels are equal within the tolerance: then all groups are at least as far.
     """
     radius = (groups.unsqueeze(1) - groups.unsqueeze(0)).abs() - LABEL_TOLERANCE
     low, high = groups.unsqueeze(1) - radius, groups.unsqueeze(1) + radius
@@ -82,7 +82,7 @@ def _farther_groups(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _log_denominator_wide(others: Tensor, group_size: Tensor, below: Tensor, above: Tensor, everyone: Tensor) -> Tensor:
-    """The same denominators by running log-sums, for features so far apart that exp() would underflow."""
+    """The same denominators from cumulative logsumexp, for features so far apart that exp() would underflow."""
     floor = torch.finfo(others.dtype).min / 4  # stands for -inf, whose gradient would be NaN
     finite = others.clamp_min(floor)
     from_left = _pad_left(torch.logcumsumexp(finite, dim=1), floor)
@@ -96,10 +96,10 @@ def _log_denominator_wide(others: Tensor, group_size: Tensor, below: Tensor, abo
 def _distances(x: Tensor) -> Tensor:
     """(n, D) -> (n, n) L2 distances with a zero gradient between points that coincide.
 
-    Not by way of a matrix product, whose cancellation would turn the distance of coincident points into noise.
+    A matrix product is avoided: its cancellation would give coincident points a small random distance.
     """
-    # The gradient goes through one side only, with that of the other side added to it: d_ij and d_ji are the same, so
-    # the second addend is 0, and going back through both sides would cost twice as much.
+    # d_ij and d_ji are the same, so the gradient of both is passed through one side only, which halves the cost. The
+    # second addend is 0.
     one_side = torch.cdist(x, x.detach(), compute_mode="donot_use_mm_for_euclid_dist")
     return one_side + (one_side.t() - one_side.detach())
 

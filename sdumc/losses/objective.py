@@ -19,7 +19,7 @@ def mean_squared_error(prediction: Tensor, label: Tensor) -> Tensor:
 def root_mean_squared_error(a: Tensor, b: Tensor) -> Tensor:
     """sqrt of the mean squared difference over the whole tensors (B, ...); 0, with zero gradient, where they are equal.
 
-    The square root has an infinite slope at 0, which would make the gradient NaN.
+    The slope of the square root is infinite at 0, and would make the gradient NaN.
     """
     mean_square = (a - b).square().sum() / max(a.numel(), 1)
     positive = mean_square > 0
@@ -36,11 +36,11 @@ def sdumc_objective(
     """All terms of the objective and their weighted sum.
 
     Args:
-        complete, missing: per flow the tensors ``prediction`` (B,), ``utterance`` (B, e), ``contrast`` (B, 64) and,
-            with UMCA, ``text_query`` (B, d) and ``text_content`` (B, 7, e). None where only one flow is trained:
+        complete, missing: per flow the tensors ``prediction`` (B,), ``utterance`` (B, e), ``contrast`` (B, D) and,
+            with UMCA, ``text_query`` (B, d) and ``text_content`` (B, 7, e). None if only the other flow is trained:
             the terms that need both are then left out.
         labels: (B,) sentiment.
-        has_text: (B,) True where the complete flow saw real text; only there can it teach.
+        has_text: (B,) True where the complete flow saw real text; its terms use these utterances only.
         weights: factor of each term.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Attention of a few queries over many frames, the costliest part of the network, and its dropout.
+"""Attention of a few queries over many frames, with its dropout: the most expensive part of the network.
 
 Pooling (one learned query) and cross-attention (seven queries a row) are the same operation; see :func:`attend`.
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-# Elements of h that a block of utterances holds: a block and its gradients stay in the processor's cache.
+# Elements of h in a block of utterances: the block and its gradients then fit into the processor's cache.
 _BLOCK = 2**20
 
 
@@ -30,7 +30,7 @@ def attend(
         dropout: probability that an element of h is dropped; 0 outside training. On a CPU it is rounded to a 256th.
 
     Returns:
-        The values v (B, Q, d) and the attention a (B, Q, T). Training on a CPU gives no gradient to those who read a.
+        The values v (B, Q, d) and the attention a (B, Q, T). When training on a CPU, a carries no gradient.
     """
     if h.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _BlockedAttention.apply(h, mask, queries, key.weight, key.bias, scale, round(256 * dropout))
@@ -41,20 +41,20 @@ def attend(
 
 
 def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
-    """Softmax over the last axis with zero weight where ``mask`` is False; a row with no frame gets finite weights.
+    """Softmax over the last axis, with weight 0 where ``mask`` is False.
 
-    The lowest finite number stands for -inf because a row of -inf alone would give NaN, also in the gradient. Such
-    rows belong to absent modalities, whose results the network multiplies by zero.
+    Masked scores become the lowest finite number, not -inf: in a row without any frame, -inf would give NaN weights and
+    NaN gradients. Such a row belongs to an absent modality, and the network multiplies its result by zero.
     """
     return torch.softmax(scores.masked_fill(~mask, torch.finfo(scores.dtype).min), dim=-1)
 
 
 class _BlockedAttention(torch.autograd.Function):
-    """:func:`attend` for a CPU, where memory traffic is what costs: a block of utterances at a time, in cache.
+    """:func:`attend` on a CPU, where memory traffic dominates: one block of utterances at a time, in cache.
 
-    Between the passes nothing of the size of h is kept but h itself and one random byte a place (drawing a float for
-    every place would cost more than all else in dropout). Dropped frames and keys are computed again on the way back,
-    which is cheaper than writing them to memory and reading them.
+    Between forward and backward only h and one random byte for each element of h are kept. (A random float for each
+    would take longer than the rest of dropout.) Dropped frames and keys are computed again in the backward pass, which
+    is faster than storing and loading them.
     """
 
     @staticmethod
@@ -102,7 +102,7 @@ class _BlockedAttention(torch.autograd.Function):
 
 
 def _blocks(h: Tensor) -> Iterator[slice]:
-    """Ranges of utterances that make a block."""
+    """Ranges of utterances, each a block."""
     size = max(1, _BLOCK // max(1, h[0].numel()))
     for start in range(0, len(h), size):
         yield slice(start, start + size)

@@ -22,9 +22,9 @@ def mlp(in_dim: int, widths: Sequence[int], dropout: float) -> nn.Sequential:
 class FrameProjection(nn.Linear):
     """Linear map of frames that are first normalised with the train set's mean and deviation per dimension.
 
-    Hidden states of large models have a few dimensions hundreds of times as wide as the rest, and layers differ in
-    scale altogether. The normalisation is folded into the weights, so it costs nothing per frame. Mean 0 and inverse
-    deviation 1, as made here, leave a plain Linear.
+    Hidden states of large models have a few dimensions that vary hundreds of times as much as the others, and the scale
+    differs between layers. The normalisation is folded into the weights, so it takes no time per frame. The initial
+    mean 0 and inverse deviation 1 give a plain Linear.
     """
 
     mean: Tensor
@@ -70,7 +70,7 @@ class AttentivePooling(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """UMCA over one modality: the same queries that every modality is asked, answered by its frames.
+    """UMCA over one modality: queries, the same for all modalities, attend over its frames.
 
     key = tanh(W_k x + b_k), query = W_q Q + b_q, a = softmax_t(s key . query), value = x, with x = drop(h).
     """
@@ -83,11 +83,11 @@ class CrossAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, queries: Tensor, h: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Let Q queries of N rows look at the frames of B utterances, N = F * B (flow-major).
+        """Attend with Q queries of N rows over the frames of B utterances, N = F * B (flow-major).
 
         Args:
             queries: (N, Q, d).
-            h: (B, T, d) frames; with B < N they are shared by the F flows.
+            h: (B, T, d) frames; if B < N, the F flows share them.
             mask: (B, T) True at true frames.
 
         Returns:
@@ -95,7 +95,7 @@ class CrossAttention(nn.Module):
         """
         rows, num_queries, dim = queries.shape
         size = h.shape[0]
-        # (F * B, Q, d) -> (B, F * Q, d): all flows ask the same frames in one product.
+        # (F * B, Q, d) -> (B, F * Q, d): one product for all flows, which attend over the same frames.
         q = self.query(queries).view(-1, size, num_queries, dim).transpose(0, 1).reshape(size, -1, dim)
         values, attention = attend(h, mask, q, self.key, self.scale, self.dropout.p if self.training else 0.0)
         return self.dropout(_rows_first(values, rows, num_queries)), _rows_first(attention, rows, num_queries)
@@ -107,7 +107,7 @@ def _rows_first(x: Tensor, rows: int, num_queries: int) -> Tensor:
 
 
 class Imagination(nn.Module):
-    """MIA: text as the other modalities suggest it, dec(enc(transition([a; t; v]))) + t."""
+    """MIA: text estimated from all modalities, dec(enc(transition([a; t; v]))) + t."""
 
     def __init__(self, dim: int, bottleneck: int):
         super().__init__()
@@ -122,7 +122,7 @@ class Imagination(nn.Module):
 
 
 class PerQueryLinear(nn.Module):
-    """One Linear of its own for each of Q queries, as a single batched product."""
+    """A separate Linear for each of Q queries, computed as one batched product."""
 
     def __init__(self, num_queries: int, in_dim: int, out_dim: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The authors' released checkpoint under our names, every key accounted for."""
+"""Translate the keys of the authors' released checkpoint to ours; none is ignored silently."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sdumc.errors import UserError
 from sdumc.model.config import ModelConfig
 
 PREFIX = "model."
-# In the released file but in no computation of the released forward.
+# In the released file, but not used by the released forward pass.
 DEAD_KEYS = frozenset(
     {"fc_out_e.weight", "fc_out_e.bias", "fc_out_ev.weight", "fc_out_ev.bias", "prelu.weight"}
     | {"layer_normali.weight", "layer_normali.bias"}

@@ -1,4 +1,4 @@
-"""What training reads: the two dump folders, a batch under the network's input names, dropped modalities."""
+"""What training reads: the two dump folders, their dimensions and statistics; and dropped modalities."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sdumc.conditions import MODALITIES
-from sdumc.data.dataset import Batch, UtteranceDataset
+from sdumc.data.dataset import UtteranceDataset
 from sdumc.data.dump import Dump, load_dump
 from sdumc.errors import UserError
 from sdumc.model.network import SDUMC
@@ -68,7 +68,8 @@ def with_dimensions(settings: Namespace, train: Dump) -> Namespace:
 def set_normalisation(model: SDUMC, train: Dump) -> None:
     """Give each projection the mean and deviation of its features over the frames of train utterances.
 
-    Real text decides for both texts, as they share a projection. A few hundred utterances, evenly spaced, are enough.
+    Real and simulated text share a projection, which gets the statistics of real text. A few hundred utterances, evenly
+    spaced, are enough.
     """
     for m in model.available:
         dataset = UtteranceDataset(train, [m])
@@ -83,17 +84,11 @@ def set_normalisation(model: SDUMC, train: Dump) -> None:
             continue
         mean = total / frames
         deviation = (square / frames - mean.square()).clamp_min(0).sqrt()
-        # A dimension that hardly moves here may move in other recordings; it must not drown out the rest there.
+        # A dimension that hardly varies here may vary in other recordings, and would then dominate without a floor.
         floor = 0.1 * deviation.mean().clamp_min(1e-6)
         projection: Any = model.frame_projection[m]
         projection.mean.copy_(mean)
         projection.inverse_deviation.copy_(1 / deviation.clamp_min(float(floor)))
-
-
-def model_inputs(batch: Batch, missing_text: str = "simulated") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Features (B, T, D) and lengths (B,) as the network takes them; without ``text_sim`` if it is not wanted."""
-    names = [n for n in batch.features if n != "text_sim" or missing_text == "simulated"]
-    return {n: batch.features[n] for n in names}, {n: batch.lengths[n] for n in names}
 
 
 def drop_modalities(lengths: dict[str, Tensor], rate: float) -> dict[str, Tensor]:

@@ -25,11 +25,10 @@ from sdumc.errors import UserError
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: ``rank`` of ``size``, ``local_rank`` on its machine, and the device it computes on."""
+    """This process among all: number ``rank`` of ``size``, and the device it computes on."""
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
@@ -71,7 +70,7 @@ def join(device: str = "auto") -> Ranks:
             world_size=size,
             timeout=datetime.timedelta(minutes=30),
         )
-    return Ranks(rank, size, local_rank, where)
+    return Ranks(rank, size, where)
 
 
 def leave(ranks: Ranks) -> None:

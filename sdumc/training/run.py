@@ -41,7 +41,7 @@ from sdumc.training.checkpoint import (
     save_checkpoint,
     save_weights,
 )
-from sdumc.training.data import drop_modalities, load_sets, model_inputs, set_normalisation, with_dimensions
+from sdumc.training.data import drop_modalities, load_sets, set_normalisation, with_dimensions
 from sdumc.training.distributed import Ranks, barrier, gather_objects, gather_rows, join, leave, sum_gradients
 from sdumc.training.evaluation import evaluate
 from sdumc.training.experiment import lock_folder, log_to, write_extractors
@@ -224,10 +224,9 @@ def own_outputs(
     if not len(batch):  # fewer utterances than ranks: take part in the exchange with nothing
         nothing = empty_loss_inputs(network.config, device)
         return dict.fromkeys(flows, nothing), torch.zeros(0, dtype=torch.bool, device=device)
-    features, lengths = model_inputs(batch, settings.missing_text)
-    lengths = drop_modalities(lengths, settings.modality_dropout)
+    lengths = drop_modalities(batch.lengths, settings.modality_dropout)
     with torch.autocast(device.type, torch.bfloat16) if settings.precision == "bf16" else nullcontext():
-        outputs = network(features, lengths, flows)
+        outputs = network(batch.features, lengths, flows)
     return {f: outputs[f].loss_inputs() for f in flows}, lengths["text"] > 0
 
 

@@ -12,7 +12,6 @@ import torch
 
 from sdumc.data.dataset import Utterance, UtteranceDataset, collate
 from sdumc.data.dump import load_dump
-from sdumc.data.sampler import GlobalBatchSampler
 from sdumc.data.shards import ShardWriter, merge_shards
 from sdumc.data.tables import write_table
 from sdumc.errors import UserError
@@ -112,16 +111,3 @@ def test_bad_features_name_utterance_and_file(dump, values, message):
     with pytest.raises(UserError, match=message) as error:
         dataset[3]
     assert "utterance 'u3'" in str(error.value) and "bad.ark" in str(error.value)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_with_sampler_and_workers(dump, workers):
-    dataset = UtteranceDataset(load_dump(dump), ["audio", "text"])
-    seen = []
-    for rank in range(3):
-        sampler = GlobalBatchSampler(dataset.frames, 4, None, seed=1, shuffle=True, world_size=3, rank=rank)
-        loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers)
-        batches = list(loader)
-        assert len(batches) == len(loader) == 2
-        seen += [utt for batch in batches for utt in batch.ids]
-    assert sorted(seen) == UTTS
