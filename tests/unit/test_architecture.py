@@ -19,7 +19,6 @@ LONGEST_FUNCTION, LONGEST_MAIN = 80, 40
 CYCLES = [["sdumc.data.kaldi_dir", "sdumc.data.media"]]  # inside functions only
 LONG = {
     "sdumc/bench/simulation.py: main",
-    "tools/check_install.py: main",
     "tools/import_checkpoint.py: main",
 }
 
