@@ -6,9 +6,13 @@ Colours are those of Okabe and Ito, which colour-blind readers can tell apart; e
 from __future__ import annotations
 
 import io
+import logging
+import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import matplotlib
@@ -17,12 +21,21 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure as MatplotlibFigure
 from matplotlib.transforms import ScaledTranslation
 
 from sdumc.conditions import QUERIES
 from sdumc.files import atomic_write
 
+log = logging.getLogger("sdumc")
+
+FONT = "DejaVu Sans"  # comes with matplotlib, so figures are the same everywhere; it has no Chinese, Japanese, Korean
+FONTS_WITH_CHINESE = (
+    *("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei"),
+    *("Droid Sans Fallback", "PingFang SC", "Microsoft YaHei", "SimHei"),
+)
 MARKERS = {"full": "o", "missing": "s", "asr": "^", "none": "D"}
 QUERY_TITLES = [query.replace("+", " + ") for query in QUERIES]
 LINES = {"full": "-", "missing": "--", "asr": "-.", "none": ":"}
@@ -81,11 +94,18 @@ class Figure:
     on_page: bool = True  # False: the page shows the same in another way
 
 
+@cache
+def fonts() -> list[str]:
+    """The font of all figures, and one for the characters that it lacks, if one is installed here."""
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    return [FONT, *[name for name in FONTS_WITH_CHINESE if name in installed][:1]]
+
+
 @contextmanager
 def themed(theme: Theme) -> Iterator[None]:
     with plt.rc_context(
         {
-            "font.family": "DejaVu Sans",
+            "font.family": fonts(),
             "font.size": 9,
             "axes.titlesize": 10,
             "axes.titleweight": "bold",
@@ -128,11 +148,31 @@ def render(panels: Sequence[Panel], columns: int, theme: Theme = LIGHT, dpi: int
                 panel.draw(ax, theme)
             for ax in axes[len(panels) :]:
                 ax.set_axis_off()
-            out = io.BytesIO()
-            figure.savefig(out, format="png", dpi=dpi, metadata={"Software": None})
+            return _png(figure, dpi)
         finally:
             plt.close(figure)
+
+
+def _png(figure: MatplotlibFigure, dpi: int) -> bytes:
+    """The figure as PNG. Characters that no font here has are drawn as boxes; the log says so."""
+    out = io.BytesIO()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        figure.savefig(out, format="png", dpi=dpi, metadata={"Software": None})
+    absent = set()
+    for warning in caught:
+        if glyph := re.match(r"Glyph (\d+) .*missing from", str(warning.message)):
+            absent.add(chr(int(glyph[1])))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    if absent:
+        _log_absent("".join(sorted(absent)))
     return out.getvalue()
+
+
+@cache  # so that it is said once, however many figures there are
+def _log_absent(characters: str) -> None:
+    log.warning("figures: no font here has %s; boxes are drawn. Install one, such as fonts-noto-cjk", characters)
 
 
 def write_figures(figures: Sequence[Figure], directory: Path) -> list[Path]:
