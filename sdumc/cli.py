@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import io
 import logging
+import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,7 +104,11 @@ def _command() -> str:
 
 
 def setup_logging(verbose: bool = False, prefix: str = "") -> None:
-    """Log to stderr with the time. ``prefix`` is put before each message, such as a rank's number."""
+    """Log to stderr with the time. ``prefix`` is put before each message, such as a rank's number.
+
+    Of libraries only errors are shown, unless ``verbose``: matplotlib announces the building of its font cache,
+    transformers what it finds odd about a model; what matters of that, our own checks say.
+    """
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO,
         format=f"%(asctime)s %(levelname)s {prefix}%(message)s",
@@ -110,7 +116,9 @@ def setup_logging(verbose: bool = False, prefix: str = "") -> None:
         force=True,
     )
     for noisy in ("matplotlib", "PIL", "urllib3", "httpx", "libav"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+        logging.getLogger(noisy).setLevel(logging.WARNING if verbose else logging.ERROR)
+    if not verbose:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it sets its own level when it is imported
 
 
 def at_least(low: float, kind: type = float, below: float | None = None) -> Callable[[str], Any]:
@@ -130,6 +138,8 @@ def at_least(low: float, kind: type = float, below: float | None = None) -> Call
 def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
     """Call ``main()`` as a command: a :class:`UserError` becomes one line on stderr and exit code 1."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if not sys.warnoptions:  # deprecations are for the tests (pyproject.toml); `python -W default` shows them
+        warnings.simplefilter("ignore", FutureWarning)
     try:
         code = main(None)
     except UserError as e:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -113,7 +114,8 @@ class Scorer:
     ):
         self.model, self.extractors, self.device = model, extractors, torch.device(device)
         self.batch_size, self.notes = batch_size, list(notes)
-        self._keep = keep  # an unpacked archive's temporary folder, which is removed with this object
+        if keep is not None:  # an unpacked archive's temporary folder, which is removed with this object
+            weakref.finalize(self, keep.cleanup)
         self.features = [name for name in extractors.record.features if modality(name) in model.available]
 
     @classmethod

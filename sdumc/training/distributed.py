@@ -69,6 +69,7 @@ def join(device: str = "auto") -> Ranks:
             rank=rank,
             world_size=size,
             timeout=datetime.timedelta(minutes=30),
+            device_id=where if where.type == "cuda" else None,  # else NCCL warns that it has to guess
         )
     return Ranks(rank, size, where)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from helpers.tiny_recipe import ENV, clip, make_recipe, predictions
+from helpers.tiny_recipe import ENV, ROOT, clip, make_recipe, predictions
 
 from sdumc import Scorer
 from sdumc.bin import pack, predict
@@ -328,3 +328,66 @@ def test_training_on_features_from_elsewhere_cannot_predict(exp, tmp_path):
     os.remove(tmp_path / "exp/extractors.yaml")
     with pytest.raises(UserError, match=r"extractors\.yaml: no such file"):
         Scorer.load(tmp_path / "exp")
+
+
+# ------------------------------------------------------------------------------------------------------ error streams
+
+STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")
+
+
+def run_commands(*commands: str, strict: bool = True) -> list[str]:
+    """Run commands one after the other as recipes do; their error streams by lines, without time stamps.
+
+    With ``strict``, all that Python and its packages warn of is shown, also what is not meant for users.
+    """
+    words = " --then ".join(f"sdumc.bin.{command}" for command in commands).split()
+    python = [sys.executable, *(("-W", "default") if strict else ())]
+    env = {k: v for k, v in ENV.items() if k not in ("PYTHONWARNINGS", "TRANSFORMERS_VERBOSITY")}
+    done = subprocess.run([*python, str(ROOT / "utils/several.py"), *words], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [STAMP.sub("", line) for line in done.stderr.splitlines()]
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["as users call it", "with all warnings"])
+def test_predict_prints_nothing_to_the_error_stream(exp, clips, packed, monkeypatch, strict):
+    monkeypatch.chdir(exp.parents[1])
+    clip = clips["spk0-002"]
+    both = [f"predict --exp-dir {path} --device cpu {clip}" for path in ("exp/tiny", packed)]
+    assert run_commands(*both, strict=strict) == []
+
+
+def test_error_streams_have_our_own_lines_only(exp, tmp_path, monkeypatch):
+    monkeypatch.chdir(exp.parents[1])
+    places = f"--data-dir data/all --dump-dir {tmp_path}"
+    common = f"{places} --device cpu --batch-size 4"
+    models = "--encoder models/encoder --llm models/llm"
+    dumps = "--train-dir dump/all --valid-dir dump/all"
+    lines = run_commands(
+        f"recognize {common} --name hyp --model models/ctc",
+        f"simulate_text {common} {models} --projector exp/projector --layers -2 --max-new-tokens 12",
+        f"extract_audio {common} --model models/encoder --layer -2",
+        f"extract_text {common} {models} --projector exp/projector --layers -2",
+        f"extract_video {common} --model models/vision --fps 5",
+        f"finish_dump {places} --name video",
+        f"train_projector {models} --train-data-dir data/all --output {tmp_path}/projector --hidden 16 --steps 2 "
+        "--device cpu",
+        f"train {dumps} --exp-dir {tmp_path}/exp --dim 16 --content-dim 8 --epochs 1 --device cpu",
+        f"decode --exp-dir {tmp_path}/exp --data-dir dump/all --output-dir {tmp_path}/out --device cpu "
+        "--condition full",
+        f"score --predictions {tmp_path}/out/predictions.tsv --output {tmp_path}/score.json",
+        f"pack --exp-dir exp/tiny --output {tmp_path}/tiny.tar",
+    )
+    expected = [
+        *["INFO 6 of 6 utterances, # a second"] * 5,
+        f"INFO {tmp_path}/video.scp: 6 utterances, # frames, 24 dimensions, 0 absent",
+        "INFO 6 utterances, # parameters, 2 steps",
+        "INFO step 2 of 2: train loss #, # steps a second",
+        "INFO # parameters; 6 train and 6 valid utterances",
+        "INFO 1 steps an epoch on 1 x cpu",
+        "INFO epoch   1/1  loss #  valid MAE: full #  missing #  best  (# s)",
+        f"INFO done: epoch 1 is best on valid (mean MAE #) -> {tmp_path}/exp/model.valid-best.safetensors",
+        f"INFO full: 6 utterances (audio, real text, video) -> {tmp_path}/out",
+        f"INFO {tmp_path}/tiny.tar: # MB; score with: sdumc.bin.predict --exp-dir {tmp_path}/tiny.tar",
+    ]
+    for line, form in zip(lines, expected, strict=True):
+        assert re.fullmatch(re.escape(form).replace(r"\#", r"\d+(\.\d+)?"), line), (line, form)

@@ -1,7 +1,10 @@
-"""Settings files: bases, unknown and doubled keys; and every shipped training file."""
+"""Settings files: bases, unknown and doubled keys; every shipped training file; what reaches the screen."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,3 +68,37 @@ def test_there_are_shipped_settings():
 def test_every_shipped_training_file_builds_and_steps(path, capsys):
     assert train(["--config", str(path), "--dry-run"]) == 0
     assert "settings are sound" in capsys.readouterr().out
+
+
+LIBRARY = """
+import logging, sys, warnings
+from sdumc.cli import run, setup_logging
+
+def main(argv):
+    setup_logging("verbose" in sys.argv)
+    from transformers.utils import logging as hf
+    for name in ("matplotlib.font_manager", "libav"):
+        logging.getLogger(name).warning("chatter of %s", name)
+        logging.getLogger(name).error("error of %s", name)
+    hf.get_logger("transformers.x").warning("chatter of transformers")
+    hf.get_logger("transformers.x").error("error of transformers")
+    warnings.warn("will be removed", FutureWarning)
+    logging.getLogger("sdumc").warning("ours")
+
+run(main)
+"""
+
+
+@pytest.mark.parametrize(("words", "chatter"), [((), False), (("verbose",), True)])
+def test_only_errors_of_libraries_reach_the_screen(words, chatter):
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONWARNINGS", "TRANSFORMERS_VERBOSITY")}
+    code = [sys.executable, "-c", LIBRARY, *words]
+    err = subprocess.run(code, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stderr
+    assert err.count("error of") == 3 and "WARNING ours" in err  # errors are never hidden
+    assert err.count("chatter of") == (3 if chatter else 0)
+    assert "will be removed" not in err
+
+
+def test_deprecations_are_shown_on_request():
+    code = [sys.executable, "-W", "default", "-c", LIBRARY]
+    assert "will be removed" in subprocess.run(code, cwd=ROOT, capture_output=True, text=True, check=True).stderr

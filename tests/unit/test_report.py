@@ -305,6 +305,15 @@ def test_figures_are_written(made):
         assert (made / "exp/report/images" / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_characters_without_a_font_are_logged(caplog, recwarn):
+    panel = drawing.Panel(lambda ax, theme: ax.set_title("a \U00013000"), alt="a hieroglyph")
+    assert drawing.render([panel], 1).startswith(b"\x89PNG")
+    assert drawing.render([panel], 1).startswith(b"\x89PNG")
+    assert not recwarn.list
+    (record,) = caplog.records
+    assert record.getMessage().startswith("figures: no font here has \U00013000;")
+
+
 def test_one_seed_and_no_extras(tree, quick):
     """A dump made elsewhere: no data directory, no text, no quality, no saved model."""
     shutil.rmtree("data")
