@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import pickle
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -31,10 +33,27 @@ def get_parser() -> Parser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = get_parser().parse_args(argv)
+def read_released(source: Path) -> dict[str, Any]:
+    """The ``state_dict`` of the released file.
+
+    Raises:
+        UserError: there is no such file, or it is not a checkpoint of plain tensors.
+    """
     import torch
 
+    try:
+        content = torch.load(source, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{source}: no such file") from None
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as e:
+        raise UserError(f"{source}: not a checkpoint of plain tensors ({str(e).splitlines()[0]})") from None
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        raise UserError(f"{source}: has no `state_dict`; is it the released checkpoint?")
+    return content["state_dict"]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = get_parser().parse_args(argv)
     from sdumc.files import write_text
     from sdumc.model.network import SDUMC
     from sdumc.model.released import import_released
@@ -45,16 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     source, exp_dir = Path(args.checkpoint), Path(args.exp_dir)
     if (exp_dir / VALID_BEST).exists():
         raise UserError(f"{exp_dir / VALID_BEST}: exists; give another folder, or remove this one")
+    released = read_released(source)
     try:
-        content = torch.load(source, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{source}: no such file") from None
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as e:
-        raise UserError(f"{source}: not a checkpoint of plain tensors ({str(e).splitlines()[0]})") from None
-    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        raise UserError(f"{source}: has no `state_dict`; is it the released checkpoint?")
-    try:
-        config, state, left_out = import_released(content["state_dict"], args.imagination, args.mask_padding == "true")
+        config, state, left_out = import_released(released, args.imagination, args.mask_padding == "true")
     except UserError as e:
         raise UserError(f"{source}: {e}") from None
     model = SDUMC(config)
@@ -62,14 +74,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if wrong:
         raise UserError(f"{source}: shapes that do not fit together: {', '.join(wrong[:3])}")
 
-    settings = train_parser().parse_args([])
-    for name in vars(config):
-        setattr(settings, name, getattr(config, name))
     save_weights(exp_dir / VALID_BEST, state)
-    write_config(exp_dir, settings)
+    write_config(exp_dir, Namespace(**{**vars(train_parser().parse_args([])), **vars(config)}))
     write_text(
         exp_dir / "IMPORTED.txt",
-        f"{source.name}: {len(content['state_dict'])} keys. Left out:\n" + "".join(f"  {k}\n" for k in left_out),
+        f"{source.name}: {len(released)} keys. Left out:\n" + "".join(f"  {k}\n" for k in left_out),
     )
     count = sum(v.numel() for v in state.values())
     print(f"{exp_dir}: {count} parameters in use; {len(left_out)} released keys left out (listed in IMPORTED.txt)")

@@ -28,6 +28,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sdumc.data.spans import MediaSpan
 from sdumc.data.tables import (
     LABEL_RANGE,
     Problem,
@@ -45,22 +46,6 @@ SOURCE_TABLES = ("wav.scp", "utt2spk", "video.scp", "text", "utt2label", "segmen
 DERIVED_TABLES = ("utt2dur", "spk2utt")
 MEDIA_TABLES = ("wav.scp", "video.scp")
 _TOLERANCE = 0.5  # seconds by which a segment may end after its recording, as stated lengths are not exact
-
-
-@dataclass(frozen=True)
-class MediaSpan:
-    """A part of a media file: ``start`` to ``end`` in seconds, to the file's end when ``end`` is None.
-
-    ``utterance`` only makes error messages better.
-    """
-
-    path: str
-    start: float = 0.0
-    end: float | None = None
-    utterance: str | None = field(default=None, compare=False)
-
-    def __str__(self) -> str:
-        return self.path if self.utterance is None else f"{self.path}: utterance {self.utterance!r}"
 
 
 @dataclass(frozen=True)

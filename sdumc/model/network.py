@@ -37,7 +37,7 @@ _LOSS_INPUTS = ("prediction", "utterance", "contrast", "text_query", "text_conte
 
 @dataclass
 class FlowOutput:
-    """What one flow computes for B utterances; the entries after ``contrast`` are None with ``fusion: concat``."""
+    """What one flow computes for B utterances; with ``fusion: concat``, the fields from ``text_query`` on are None."""
 
     prediction: Tensor  # (B,) sentiment, unclipped
     utterance: Tensor  # (B, e) r, the vector the prediction is read from

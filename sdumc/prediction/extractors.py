@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sdumc.data.kaldi_dir import MediaSpan
+from sdumc.data.spans import MediaSpan
 from sdumc.extraction.faces import FaceDetector
 from sdumc.extraction.simulation import Search, Simulated, simulate
 from sdumc.extraction.text import TextEncoder

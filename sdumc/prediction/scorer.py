@@ -16,8 +16,8 @@ import torch
 
 from sdumc.conditions import CONDITIONS, MODALITIES, modality
 from sdumc.data.dataset import Utterance, collate
-from sdumc.data.kaldi_dir import MediaSpan
 from sdumc.data.media import MediaInfo, probe, read_audio
+from sdumc.data.spans import MediaSpan
 from sdumc.device import pick_device
 from sdumc.errors import UserError
 from sdumc.extraction.batches import make_batches

@@ -1,4 +1,4 @@
-"""What survives a kill: the checkpoint to go on from, the weights of the best epochs, and their average."""
+"""What survives a kill: the checkpoint from which a run continues, the weights of the best epochs, their average."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sdumc.files import atomic_write
 CHECKPOINT = "checkpoint.pt"
 VALID_BEST = "model.valid-best.safetensors"
 AVERAGED = "model.averaged.safetensors"
-PACKED = "model.safetensors"  # the only one of a packed model
+PACKED = "model.safetensors"  # the only weights of a packed model
 
 
 def save_weights(path: Path, state: dict[str, Tensor]) -> None:
@@ -79,9 +79,9 @@ def load_checkpoint(
     """Read a checkpoint (weights-only: tensors and plain values), or None where there is none.
 
     Args:
-        settings: those of the run that wants to go on from it.
+        settings: those of the run that is to continue from it.
         may_change: names of settings that do not change the result.
-        elsewhere: how the user gets another folder; it completes "give ...".
+        elsewhere: how the user gives another folder, for the message "or give ...".
 
     Raises:
         UserError: the file is damaged or of another version, or was made with other settings, which are named.
@@ -91,7 +91,7 @@ def load_checkpoint(
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError) as e:
-        why = str(e).partition(". ")[0]  # torch goes on for a paragraph
+        why = str(e).partition(". ")[0]  # torch's message is a paragraph
         raise UserError(f"{path}: damaged checkpoint ({why}); remove it to train from the start") from None
     old = state.pop("settings", {})
     if old.keys() != settings.keys():
@@ -114,8 +114,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], may_change: Coll
 
 
 # ------------------------------------------------------------------------------------------- weights of the best epochs
-# Which epochs are kept is part of the checkpoint. Every other file is made from the epochs' own, so that whatever a
-# kill between two writes leaves behind is mended by the next call of `keep_best`.
+# Which epochs are kept is part of the checkpoint, and all other files are made from the epochs' files. So after a kill
+# between two writes, the next call of `keep_best` corrects the folder.
 
 
 def epoch_file(exp_dir: Path, epoch: int) -> Path:
@@ -124,9 +124,9 @@ def epoch_file(exp_dir: Path, epoch: int) -> Path:
 
 
 def keep_best(exp_dir: Path, epochs: Sequence[int]) -> None:
-    """Make the folder agree with ``epochs``, best first: the best under its own name, the files of others removed.
+    """Copy the weights of the first of ``epochs`` (best first) to VALID_BEST, and remove those of all other epochs.
 
-    Call it when the checkpoint that says so is on disk.
+    Call it after the checkpoint with this ranking is on disk.
     """
     if not epochs:
         return

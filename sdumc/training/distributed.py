@@ -41,7 +41,7 @@ def _environment() -> tuple[int, int, int] | None:
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
-    # SLURM_NTASKS is the whole job's in a batch script or an interactive session, where this is but one process.
+    # SLURM_NTASKS is not used: batch scripts and interactive sessions have it too, and are a single process.
     if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_LOCALID", 0))
     return None
@@ -75,14 +75,14 @@ def join(device: str = "auto") -> Ranks:
 
 
 def leave(ranks: Ranks) -> None:
-    """Leave the group together: a rank that goes while another still talks makes that one fail."""
+    """Leave the group together: if a rank exits while another still communicates, that one fails."""
     if ranks.size > 1 and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 def gather_rows(x: Tensor, total: int, ranks: Ranks) -> Tensor:
-    """Concatenate every rank's rows; this rank's keep their gradient, the others' are constants.
+    """Concatenate the rows of all ranks; this rank's keep their gradient, the others are constants.
 
     Args:
         x: (b, ...) this rank's rows of a global batch of ``total``, of which rank r holds rows r, r + size, ...
@@ -104,7 +104,7 @@ def gather_rows(x: Tensor, total: int, ranks: Ranks) -> Tensor:
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter], flag: bool, ranks: Ranks) -> bool:
-    """Add the ranks' gradients in place, and tell whether any rank raised ``flag`` (one message for both)."""
+    """Sum the ranks' gradients in place; True if ``flag`` is set on any rank (one message carries both)."""
     if ranks.size == 1:
         return flag
     parameters = [p for p in parameters if p.requires_grad]

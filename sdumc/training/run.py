@@ -79,8 +79,7 @@ def train(settings: Namespace, stop: StopSignal) -> int:
     network: Any = torch.compile(model, dynamic=True) if settings.compile else model
     optimiser = torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     weights = objective_weights(settings)
-    torch.manual_seed(settings.seed + 1000 * (ranks.rank + 1))  # each rank drops other elements
-
+    torch.manual_seed(settings.seed + 1000 * (ranks.rank + 1))  # dropout differs between ranks
     sampler, loader = open_batches(train_set, settings, ranks)
 
     # --- resume -------------------------------------------------------------------------------------------------------
@@ -140,7 +139,7 @@ def train(settings: Namespace, stop: StopSignal) -> int:
 
 
 def open_folder(exp_dir: Path, verbose: bool, ranks: Ranks) -> None:
-    """Set up the log; the main rank makes the folder, holds it, and logs to a file there too."""
+    """Set up the log; the main rank makes the folder, locks it, and logs to a file there too."""
     setup_logging(verbose, f"[rank {ranks.rank}] " if ranks.size > 1 else "")
     if not ranks.is_main:
         log.setLevel(logging.WARNING)
@@ -180,13 +179,13 @@ def resume(state: TrainingState, exp_dir: Path, described: Mapping[str, Any], ra
     if len(state.rng) == ranks.size:
         set_rng(state.rng[ranks.rank], ranks.device)
     else:
-        log.warning("checkpoint of %d ranks goes on with %d: other dropout", len(state.rng), ranks.size)
+        log.warning("the checkpoint is of %d ranks, this run has %d: dropout differs", len(state.rng), ranks.size)
     log.info("resuming at epoch %d, step %d", state.epoch, state.step)
     return True
 
 
 def save(state: TrainingState, exp_dir: Path, described: Mapping[str, Any], ranks: Ranks) -> None:
-    """Make all that the run is now safe on disk; every rank takes part."""
+    """Write the checkpoint, the records and the best weights; every rank takes part."""
     state.rng = gather_objects(get_rng(ranks.device), ranks)
     if ranks.is_main:
         save_checkpoint(exp_dir / CHECKPOINT, state.state_dict(), described)
@@ -204,11 +203,11 @@ Rows = dict[str, dict[str, Tensor]]  # what the objective reads: by flow and nam
 def global_outputs(
     network: Any, batch: Batch, total: int, flows: Sequence[str], settings: Namespace, ranks: Ranks
 ) -> tuple[Rows, Tensor, Tensor]:
-    """Run this rank's rows of a global batch of ``total`` utterances, and gather everybody's.
+    """Run this rank's rows of a global batch of ``total`` utterances, and gather those of all ranks.
 
     Returns:
-        The outputs of each flow (total, ...), the labels (total,), and where there is real text (total,), all in the
-        same order; only this rank's rows carry a gradient.
+        The outputs of each flow (total, ...), the labels (total,), and which utterances have real text (total,), in the
+        same order. Only this rank's rows carry a gradient.
     """
     batch = batch.to(ranks.device, non_blocking=True)
     own, has_text = own_outputs(network, batch, flows, settings, ranks.device)
@@ -221,7 +220,7 @@ def own_outputs(
     network: Any, batch: Batch, flows: Sequence[str], settings: Namespace, device: torch.device
 ) -> tuple[Rows, Tensor]:
     """The outputs of each flow for this rank's utterances, and which of them have real text (B,)."""
-    if not len(batch):  # fewer utterances than ranks: take part in the exchange with nothing
+    if not len(batch):  # fewer utterances than ranks: this one has nothing to contribute
         nothing = empty_loss_inputs(network.config, device)
         return dict.fromkeys(flows, nothing), torch.zeros(0, dtype=torch.bool, device=device)
     lengths = drop_modalities(batch.lengths, settings.modality_dropout)
@@ -231,10 +230,10 @@ def own_outputs(
 
 
 def check_finite(terms: Mapping[str, Tensor], state: TrainingState, utterances: Sequence[str]) -> None:
-    """Stop before a loss that is NaN or infinite reaches the weights.
+    """Stop the run before a loss that is NaN or infinite reaches the weights.
 
     Raises:
-        UserError: it is; the terms and the utterances of the global batch are named.
+        UserError: naming the terms and the utterances of the global batch.
     """
     if bool(torch.isfinite(terms["loss"])):
         return
@@ -253,7 +252,7 @@ def update(loss: Tensor, model: SDUMC, optimiser: torch.optim.Optimizer, clip: f
     if clip:
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimiser.step()
-    optimiser.zero_grad(set_to_none=True)  # now, so that the next forward pass has their memory
+    optimiser.zero_grad(set_to_none=True)  # frees their memory for the next forward pass
     return stopped
 
 
@@ -263,7 +262,7 @@ def update(loss: Tensor, model: SDUMC, optimiser: torch.optim.Optimizer, clip: f
 def open_records(
     exp_dir: Path, settings: Namespace, train_set: Dump, state: TrainingState, resumed: bool
 ) -> SummaryWriter:
-    """Write what describes the run; the writer of its curves, without those of steps that are done again."""
+    """Write what describes the run, and open TensorBoard's file; points of epochs that are done again are removed."""
     write_config(exp_dir, settings)
     write_extractors(exp_dir, train_set)
     keep_best(exp_dir, state.best_epochs)
@@ -273,7 +272,7 @@ def open_records(
 def epoch_record(
     state: TrainingState, scores: dict[str, dict[str, float]], lr: float, utterances: int
 ) -> dict[str, Any]:
-    """A finished epoch's line of metrics.jsonl; ``choice`` is what the best epoch has lowest, the mean MAE on valid."""
+    """A finished epoch's line of metrics.jsonl. ``choice`` is the mean MAE on valid; the best epoch has the lowest."""
     return {
         "epoch": state.epoch,
         "step": state.step,

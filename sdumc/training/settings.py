@@ -28,7 +28,9 @@ _OF_THE_CALL = frozenset({"config", "verbose", "version", "dry_run"})  # how a p
 
 def get_parser() -> Parser:
     """All options of ``sdumc.bin.train``."""
-    parser = Parser("Train SDUMC on a dump folder; killed at any moment, the same command goes on where it stopped.")
+    parser = Parser(
+        "Train SDUMC on a dump folder. After a kill at any moment, the same command continues where it stopped."
+    )
     _add_data(parser.add_argument_group("data"))
     _add_model(parser.add_argument_group("model"))
     _add_objective(parser.add_argument_group("objective (0 leaves a term out)"))

@@ -31,7 +31,7 @@ class SavedState:
 
 @dataclass
 class TrainingState(SavedState):
-    """A run that goes on from a saved state ends with the files of one that was never stopped.
+    """The state of a main training run. A run that continues from it ends with the files of an uninterrupted one.
 
     Attributes:
         model, optimiser: with all they have learned.
@@ -41,7 +41,7 @@ class TrainingState(SavedState):
         sums: each term of the objective, summed over this epoch's utterances so far.
         history: the record of each finished epoch.
         ranking: (value on valid, epoch) of the best epochs, lowest value first.
-        rng: states of the random generators of each rank, as they were when this was saved.
+        rng: states of each rank's random generators at the last save.
     """
 
     model: nn.Module

@@ -19,8 +19,8 @@ from sdumc import Scorer
 from sdumc.bin import pack, predict
 from sdumc.data.ark import load_matrix
 from sdumc.data.dump import load_dump
-from sdumc.data.kaldi_dir import MediaSpan
 from sdumc.data.media import read_audio
+from sdumc.data.spans import MediaSpan
 from sdumc.data.tables import read_table
 from sdumc.errors import UserError
 from sdumc.extraction.simulation import simulate

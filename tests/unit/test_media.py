@@ -12,8 +12,8 @@ import pytest
 import soundfile
 
 from sdumc.data.clip_writer import write_clip
-from sdumc.data.kaldi_dir import MediaSpan
 from sdumc.data.media import check_media_file, probe, read_audio, read_frames, resample
+from sdumc.data.spans import MediaSpan
 from sdumc.errors import UserError
 
 RATE = 16000
