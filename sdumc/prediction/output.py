@@ -27,7 +27,7 @@ def table(scored: ScoredFile) -> str:
 
 def _row(u: ScoredUtterance) -> tuple[str, ...]:
     audio, video = ("yes" if m in u.modalities else "-" for m in ("audio", "video"))
-    # How a simulation went is worth a word only when it went wrong.
+    # The status of simulated text is shown only when it is not ok.
     text = (u.text or "-") + (f" ({u.status})" if u.status not in (None, "ok") else "")
     return (f"{u.start:.2f}", f"{u.end:.2f}", f"{u.score:+.3f}", audio, text, video, u.transcript)
 

@@ -71,7 +71,7 @@ def open_experiment(path: Path) -> tuple[Path, Any]:
 
 
 def _unpack(path: Path, folder: Path) -> None:
-    """Files only, under their own names: an archive from elsewhere must not write outside the folder."""
+    """Unpack plain files only, below ``folder``: an archive from elsewhere must not write to other places."""
     with tarfile.open(path) as archive:
         for member in archive:
             name = PurePosixPath(member.name)
@@ -98,7 +98,7 @@ class _Models:
     hub_names: Mapping[str, str] | None  # by folder name; None: the models themselves are packed
 
     def collect(self) -> tuple[dict[str, Path], list[dict[str, Any]]]:
-        """Rewrite the record's paths; files by their name in the pack, and a description of each model for the card."""
+        """Rewrite the record's paths. Returns the files by their name in the pack, and each model's row of the card."""
         files: dict[str, Path] = {}
         named: dict[Path, str] = {}
         rows: dict[Path, dict[str, Any]] = {}
@@ -140,7 +140,7 @@ class _Models:
 
 
 def _model_files(place: Path, role: str) -> Iterator[tuple[str, Path]]:
-    """What of a model is needed: its weights in the one format that is read, and all small files beside them."""
+    """The needed files of a model: its weights in the format that is read, and all small files beside them."""
     from sdumc.pretrained.folders import weight_files
     from sdumc.pretrained.projector import projector_file
 
@@ -234,12 +234,12 @@ def _write_folder(output: Path, name: str, files: Mapping[str, Path], texts: Map
 
 
 def _write_archive(output: Path, name: str, files: Mapping[str, Path], texts: Mapping[str, str]) -> None:
-    """Straight from where the files are; the same content gives the same bytes."""
+    """Write the archive directly from the files, without a copy. The same content gives the same bytes."""
     mode: Literal["w", "w:gz"] = "w" if output.name.endswith(".tar") else "w:gz"
     contents: dict[str, Path | bytes] = {**files, **{k: v.encode() for k, v in texts.items()}}
     try:
         with atomic_write(output, "wb") as f, tarfile.open(fileobj=f, mode=mode) as archive:
-            # Small files first: they are what one looks at.
+            # Small files first: listing or reading them does not need the models behind them.
             for inner in sorted(contents, key=lambda k: (k.startswith("models/"), k)):
                 content = contents[inner]
                 member = tarfile.TarInfo(f"{name}/{inner}")

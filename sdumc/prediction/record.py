@@ -1,7 +1,7 @@
 """How an experiment's features were made (``extractors.yaml``), and where the models named there are now.
 
-Training copies the record from ``dump/<train set>/<feature>.yaml``. Models' paths in it are as the extraction commands
-were given them, usually relative to the recipe's folder; a model counts as found only when its weights are the same.
+Training copies the record from ``dump/<train set>/<feature>.yaml``. It has the models' paths as they were given to the
+extraction commands, usually relative to the recipe's folder. A model counts as found only if its weights are the same.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sdumc.errors import UserError
 from sdumc.files import read_yaml
 
 RECORD = "extractors.yaml"
-# Settings of a feature that name a model, and what to call it.
+# By feature: the settings that name a model, each with the role of the model.
 _MODELS = {
     "audio": (("model", "audio"),),
     "text": (("encoder", "encoder"), ("projector", "projector"), ("model", "llm")),
@@ -24,6 +24,7 @@ _MODELS = {
     "asr": (("model", "asr"),),
     "video": (("model", "vision"),),
 }
+# By feature: the settings without which a new clip cannot be treated in the same way.
 _NEEDED = {
     "audio": ("model", "layers", "normalise", "dtype"),
     "text": ("model", "layers", "first_state", "prompt", "context", "dtype"),

@@ -24,7 +24,7 @@ SHORT_QUERIES = [
     *("fused" if len(summed) == 3 else " + ".join(m[0] for m in summed) for summed in FUSED_QUERIES.values()),
     *MODALITIES,
 ]
-MAX_TOKENS = 26  # labels that still fit below a map as wide as a card
+MAX_TOKENS = 26  # more labels do not fit below a map of a card's width
 FIGURE_UTTERANCES = 3
 _COLOURS = matplotlib.colormaps["cividis"]
 
@@ -35,13 +35,13 @@ class Axis:
 
     title: str
     unit: str  # what a column is, with their number
-    ticks: list[tuple[float, str]]  # where along the map, in per cent, and what
+    ticks: list[tuple[float, str]]  # position along the map in per cent, label
     tokens: list[str]  # one a column, or empty
 
 
 @dataclass
 class HeatMap:
-    """One modality of one utterance: a picture of 7 x T cells, and what stands beside and below it."""
+    """One modality of one utterance: a picture of 7 x T cells, and the axis below it."""
 
     axis: Axis
     image: str  # data URI of a PNG, a pixel a cell
@@ -50,7 +50,7 @@ class HeatMap:
 
 @dataclass
 class Scale:
-    """What the ends of the colours mean, in multiples of even attention (1/T)."""
+    """The values at the two ends of the colour scale, in multiples of even attention (1/T)."""
 
     low: float
     high: float
@@ -60,10 +60,10 @@ class Scale:
 
 
 def modality_scales(test_set: TestSet) -> dict[str, Scale]:
-    """One scale a modality for all utterances and conditions that are shown, so that maps can be compared."""
+    """One scale per modality for all utterances and conditions that are shown, so that maps can be compared."""
     values: dict[str, list[np.ndarray]] = {}
     for condition in test_set.shown.values():
-        # Of the run that is shown only: another's attention can be much sharper.
+        # Only of the run that is shown: the attention of another run can be much sharper.
         for utt in set().union(*condition.attention):
             for modality, a in attention_of(condition, utt)[1].items():
                 values.setdefault(modality, []).append((a * a.shape[1]).ravel())
@@ -136,7 +136,10 @@ def _round_step(least: float) -> float:
 
 
 def attention_over_frames(test_set: TestSet, runs: Sequence[Run]) -> Figure | None:
-    """The worst utterance and some drawn at random, a row each, for images/ and TensorBoard; the page has more."""
+    """One row each for the utterance with the largest error and some drawn at random.
+
+    For images/ and TensorBoard; the page shows maps of more utterances. None if decoding kept no attention.
+    """
     name = next((c for c in ("missing", "full", *test_set.shown) if c in test_set.shown), "")
     condition = test_set.shown[name]
     scales = modality_scales(test_set)
@@ -165,7 +168,7 @@ def attention_over_frames(test_set: TestSet, runs: Sequence[Run]) -> Figure | No
     return Figure(
         f"{test_set.name}_attention_over_frames",
         "Attention over frames",
-        f"Under {name}; 1 is even attention.",
+        f"Condition {name}; 1 is even attention.",
         panels,
         columns=len(scales),
         on_page=False,

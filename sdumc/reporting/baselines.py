@@ -1,4 +1,4 @@
-"""Ridge regression on features averaged over time: what can be reached without a network."""
+"""Baselines without a network: ridge regression on features averaged over time."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def ridge_path(x: np.ndarray, y: np.ndarray, penalties: Sequence[float]) -> tupl
         values, vectors = np.linalg.eigh(x.T @ x)
         projected = vectors.T @ (x.T @ target)
         weights = [vectors @ (projected / (np.maximum(values, 0) + a)) for a in penalties]
-    else:  # the same by way of the smaller matrix: w = X' (X X' + a)^-1 y
+    else:  # fewer utterances than dimensions: w = X' (X X' + a)^-1 y has a smaller matrix
         values, vectors = np.linalg.eigh(x @ x.T)
         projected = vectors.T @ target
         weights = [x.T @ (vectors @ (projected / (np.maximum(values, 0) + a))) for a in penalties]

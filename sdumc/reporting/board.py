@@ -18,7 +18,7 @@ SUFFIX = ".report"
 def write_board(runs: Sequence[Run], images: Sequence[Path], directory: Path) -> Path:
     """Write one event file with ``images`` (PNG) and the mean curves, in place of the one of an earlier report.
 
-    Its time is that of the last epoch, not of the writing: the same runs give the same file.
+    Its time is that of the last epoch, not the current time, so that the same runs give the same file.
     """
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -30,7 +30,7 @@ def write_board(runs: Sequence[Run], images: Sequence[Path], directory: Path) ->
     with atomic_write(path, "wb") as f:
         records = RecordWriter(f)
         records.write(Event(wall_time=time, file_version="brain.Event:2").SerializeToString())
-        # A run's own folder has its curves already.
+        # A run's own folder has its curves from training.
         own = any(directory.resolve() == (run.path / "tensorboard").resolve() for run in runs)
         for keys in [] if own else _curves(runs):
             for epoch, value in zip(*(a.tolist() for a in mean_curve(runs, *keys)), strict=True):

@@ -1,4 +1,4 @@
-"""What all figures are drawn with: panels, two themes, the look of each condition, and rendering to PNG.
+"""The parts of all figures: panels, two themes, the look of each condition, and rendering to PNG.
 
 Colours are those of Okabe and Ito, which colour-blind readers can tell apart; every condition has its own marker too.
 """
@@ -76,7 +76,7 @@ DARK = Theme(
 
 @dataclass
 class Panel:
-    """One plot. ``draw`` gets the axes and the theme; ``alt`` says in words what is to be seen."""
+    """One plot. ``draw`` gets the axes and the theme; ``alt`` describes the plot in words."""
 
     draw: Callable[[Axes, Theme], None]
     alt: str
@@ -91,7 +91,7 @@ class Figure:
     caption: str
     panels: list[Panel]
     columns: int = 2
-    on_page: bool = True  # False: the page shows the same in another way
+    on_page: bool = True  # False: the page shows the same as heat maps
 
 
 @cache

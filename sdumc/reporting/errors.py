@@ -23,7 +23,7 @@ def predicted_vs_true(test_set: TestSet, runs: Sequence[Run]) -> Figure:
     return Figure(
         f"{test_set.name}_predicted_vs_true",
         "Predicted against true",
-        f"{count}. The line is a perfect prediction; a flatter cloud means predictions drawn to the middle.",
+        f"{count}. The line is a perfect prediction; a flatter cloud means predictions too close to the middle.",
         [
             Panel(
                 partial(_draw_scatter, test_set=test_set, name=c),
@@ -41,7 +41,7 @@ def _draw_scatter(ax: Axes, theme: Theme, test_set: TestSet, name: str) -> None:
     x = np.tile(test_set.labels, len(condition.predictions))
     y = condition.predictions.ravel()
     colour = theme.colour(name, list(test_set.shown).index(name))
-    # One scale for all conditions, so that they can be compared by eye.
+    # The same scale for all conditions, so that they can be compared.
     everything = np.stack([c.predictions for c in test_set.shown.values()])
     low, high = min(-3.2, everything.min() - 0.2), max(3.2, everything.max() + 0.2)
     ax.plot([-3, 3], [-3, 3], color=theme.ink, linewidth=0.8, alpha=0.8)

@@ -30,7 +30,7 @@ def similarity(test_set: TestSet, runs: Sequence[Run]) -> Figure | None:
                 matrices[name] = cosine_matrix(test_set.shown[name].internals[0][key][order])
         if not matrices:
             continue
-        # One scale for both, from the bulk of the values: they are what the eye compares.
+        # One colour scale for both conditions, so that they can be compared; without the lowest 2% of the values.
         low = min(float(np.percentile(m, 2)) for m in matrices.values())
         for name, matrix in matrices.items():
             title = f"{what}, {test_set.shown[name].meaning}"
@@ -87,7 +87,7 @@ def _draw_matrix(ax: Axes, theme: Theme, matrix: np.ndarray, labels: np.ndarray,
 
 
 def query_weights(test_set: TestSet, runs: Sequence[Run]) -> Figure:
-    """Weights over the seven queries, a panel per seed as their scale and sign are each run's own."""
+    """Weights over the seven queries. One panel per seed, because runs differ in the scale and sign of the weights."""
     panels = []
     for i, run in enumerate(runs[:3]):
         if all("query_weights" in c.internals[i] for c in test_set.shown.values()):
@@ -122,7 +122,7 @@ def query_weights(test_set: TestSet, runs: Sequence[Run]) -> Figure:
         f"{test_set.name}_query_attention",
         "Attention over the seven queries",
         "Mean over utterances; whiskers are one standard deviation over utterances. The weights are raw, not a "
-        f"softmax: they may be negative, and their scale and sign are each run's own.{more}",
+        f"softmax: they may be negative, and runs differ in their scale and sign.{more}",
         panels,
     )
 

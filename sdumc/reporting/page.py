@@ -1,4 +1,4 @@
-"""report.html: one page with everything in it but the media, which it links to where they are."""
+"""report.html: one page that contains everything but the media, to which it links."""
 
 from __future__ import annotations
 
@@ -7,56 +7,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
-from sdumc.conditions import MAIN_CONDITIONS, TEXTS
+from sdumc.conditions import MAIN_CONDITIONS
 from sdumc.reporting.attention import (
     MAX_TOKENS,
     SHORT_QUERIES,
-    HeatMap,
-    Scale,
-    attention_of,
-    heat_maps,
     modality_scales,
 )
+from sdumc.reporting.cards import css_class, scale, utterance_lists
 from sdumc.reporting.drawing import DARK, LIGHT, Figure, render
 from sdumc.reporting.errors import speaker_errors
-from sdumc.reporting.runs import Run
 from sdumc.reporting.scores import spread
-from sdumc.reporting.sets import ConditionResults, Media, TestSet
+from sdumc.reporting.sets import TestSet
 from sdumc.reporting.summary import Summary
-from sdumc.scoring.attention_file import drawn_at_random
 from sdumc.scoring.metrics import MEASURES, format_measure
 
-WORST = 9  # utterances shown per condition
-WORST_CONDITIONS = ("missing", "full")
 SPEAKER_ROWS = 60
-
-
-@dataclass
-class Card:
-    """One utterance that is shown with its media, texts, predictions and attention."""
-
-    utterance: str
-    speaker: str
-    label: float
-    predictions: list[tuple[str, float]]  # condition and mean over seeds
-    condition: str  # what error and maps are of
-    error: float
-    texts: list[tuple[str, str, str]]  # heading, words, and the status of simulated text that is not ok
-    media: Media | None
-    maps: list[HeatMap]
-    seed: str  # of the run whose attention it is
-
-
-@dataclass
-class Cards:
-    """Utterances under one heading."""
-
-    title: str
-    cards: list[Card]
 
 
 @dataclass
@@ -124,68 +91,6 @@ def pictures(figure: Figure) -> list[Picture]:
     return out
 
 
-def utterance_lists(test_set: TestSet, runs: Sequence[Run], scales: dict[str, Scale]) -> list[Cards]:
-    """The largest errors under each of two conditions, and some utterances drawn at random."""
-    lists = []
-    for name in WORST_CONDITIONS:
-        if name in test_set.conditions:
-            condition = test_set.conditions[name]
-            error = np.abs(condition.predictions - test_set.labels).mean(axis=0)
-            chosen = np.argsort(-error, kind="stable")[:WORST].tolist()
-            cards = [_card(test_set, condition, i, runs, scales) for i in chosen]
-            lists.append(Cards(f"Largest errors under {name}", cards))
-    name = next((c for c in WORST_CONDITIONS if c in test_set.conditions), next(iter(test_set.shown)))
-    drawn = [test_set.utterances.index(utt) for utt in drawn_at_random(test_set.utterances)]
-    cards = [_card(test_set, test_set.conditions[name], i, runs, scales) for i in drawn]
-    lists.append(Cards("Some drawn at random", cards))
-    return lists
-
-
-def _card(
-    test_set: TestSet, condition: ConditionResults, index: int, runs: Sequence[Run], scales: dict[str, Scale]
-) -> Card:
-    """The utterance number ``index`` with its mean error over seeds and its attention under ``condition``."""
-    utt = test_set.utterances[index]
-    run, _ = attention_of(condition, utt)
-    status = test_set.status.get(utt, "ok").replace("ok", "")
-    return Card(
-        utterance=utt,
-        speaker=test_set.speakers.get(utt, ""),
-        label=float(test_set.labels[index]),
-        predictions=[(n, float(c.predictions[:, index].mean())) for n, c in test_set.shown.items()],
-        condition=condition.name,
-        error=float(np.abs(condition.predictions[:, index] - test_set.labels[index]).mean()),
-        texts=[(TEXTS[k], t.get(utt, ""), status if k == "text_sim" else "") for k, t in test_set.texts.items()],
-        media=test_set.media.get(utt),
-        maps=heat_maps(test_set, condition, utt, scales),
-        seed=runs[run].seed,
-    )
-
-
-def scale(card: Card) -> Markup:
-    """A small drawing of the true label and the predictions on the line from -3 to 3."""
-
-    def x(value: float) -> float:
-        return 150 + 45 * max(-3.2, min(3.2, value))
-
-    parts = ['<line class="axis" x1="15" x2="285" y1="20" y2="20"/>']
-    for tick in range(-3, 4):
-        parts.append(f'<line class="axis" x1="{x(tick):g}" x2="{x(tick):g}" y1="17" y2="23"/>')
-        parts.append(f'<text x="{x(tick):g}" y="36">{tick}</text>')
-    parts.append(f'<path class="truth" d="M{x(card.label):.1f} 20 l-5 -11 h10 z"/>')
-    for name, value in card.predictions:
-        parts.append(f'<circle class="c-{css_class(name)}" cx="{x(value):.1f}" cy="20" r="4.5"/>')
-    words = f"true {card.label:.2f}; " + "; ".join(f"{n} {v:.2f}" for n, v in card.predictions)
-    return Markup('<svg class="scale" viewBox="0 0 300 40" role="img" aria-label="{}">{}</svg>').format(
-        words, Markup("".join(parts))
-    )
-
-
-def css_class(condition: str) -> str:
-    """The class that colours what belongs to a condition."""
-    return condition if condition in MAIN_CONDITIONS else "other"
-
-
 def _tiles(test_set: TestSet) -> list[tuple[str, str, str]]:
     """Condition, what it is, MAE with its spread."""
     tiles = []
@@ -196,7 +101,7 @@ def _tiles(test_set: TestSet) -> list[tuple[str, str, str]]:
 
 
 def _left_out(test_set: TestSet) -> list[str]:
-    """What the page would show if it were there."""
+    """What the page cannot show of this set, and why."""
     notes = []
     if not test_set.media:
         notes.append(f"No players: data/{test_set.name} has no video.scp or wav.scp.")

@@ -1,4 +1,4 @@
-"""The table of scores of one decoded set: a row per condition and baseline, and what a reader would look for in it."""
+"""The table of scores of one decoded set: a row per condition and baseline, and findings computed from it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class SetSummary:
 
     @property
     def recovered_sentence(self) -> str:
-        """How much of what text is worth the simulated text is worth, in words."""
+        """The share of the gap between no text and real text that simulated text closes, in words."""
         missing = self.test_set.conditions.get("missing")
         if missing and missing.without_simulated_text:
             return f"No text was simulated for {self.test_set.name}: missing is the same as none."
@@ -106,7 +106,7 @@ def _recovered(test_set: TestSet) -> tuple[float, float | None]:
 
 
 def _findings(test_set: TestSet, rows: Sequence[Row]) -> list[tuple[bool, str]]:
-    """What a reader would look for in the table, checked on the means over seeds."""
+    """Comparisons of conditions and baselines by the mean MAE over seeds: whether each holds, and its numbers."""
     mae = {(r.kind, r.condition): r.values["mae"][0] for r in rows}
     found = []
     order = [c for c in ("full", "missing", "none") if ("model", c) in mae]

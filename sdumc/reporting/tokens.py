@@ -1,4 +1,4 @@
-"""The tokens that frames of a text feature stand for, where the language model's tokenizer is at hand."""
+"""The tokens that the frames of a text feature stand for, from the language model's tokenizer if it is there."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class Tokeniser:
     """The tokenizer of a language model's folder, loaded when it is first asked for."""
 
     def __init__(self, model: str, root: Path):
-        """``model`` is the folder as the features' settings name it; ``root`` the recipe's, which it may count from."""
+        """``model`` is the folder as the features' settings name it, relative to the recipe's folder ``root``."""
         self._paths = [folder / model / "tokenizer.json" for folder in (Path(), root)]
         self._loaded = False
         self._tokenizer: Any = None
 
     def __call__(self, words: str, frames: int) -> list[str]:
-        """One label a frame: the tokens of ``words``, or its words; empty if neither are as many as the frames."""
+        """A label per frame: the tokens of ``words``, or else its words; empty if neither has ``frames`` items."""
         if not self._loaded:
             self._loaded = True
             path = next((p for p in self._paths if p.is_file()), None)
@@ -28,7 +28,7 @@ class Tokeniser:
 
                 try:
                     self._tokenizer = Tokenizer.from_file(str(path))
-                except Exception as e:  # the package raises nothing narrower; a label is not worth a report
+                except Exception as e:  # the package raises plain Exception; a missing label must not stop a report
                     log.warning("%s: cannot be read (%s): no tokens beside the attention", path, e)
         if self._tokenizer is not None:
             tokens = self._tokenizer.encode(words, add_special_tokens=False).tokens

@@ -14,12 +14,12 @@ from sdumc.model.network import SDUMC
 from sdumc.scoring.attention_file import DRAWN, drawn_at_random
 from sdumc.scoring.decoding import Decoded, inputs_for, run_batch
 
-WORST = 24  # kept by every run, so that the few that are worst on average over runs are among them
+WORST = 24  # every run keeps these, so that the utterances with the largest mean error over runs are among them
 _BATCH = 6
 
 
 def worth_keeping(decoded: Decoded, worst: int = WORST, drawn: int = DRAWN) -> list[str]:
-    """The utterances with the largest absolute errors, and some drawn at random; unlabelled ones only in the latter."""
+    """The utterances with the largest absolute errors, and some drawn at random, labelled or not."""
     error = np.nan_to_num(np.abs(decoded.prediction - decoded.label), nan=-1.0)
     order = [int(i) for i in np.argsort(-error, kind="stable")[:worst] if error[i] >= 0]
     return sorted({decoded.ids[i] for i in order} | set(drawn_at_random(decoded.ids, drawn)))
@@ -29,7 +29,7 @@ def worth_keeping(decoded: Decoded, worst: int = WORST, drawn: int = DRAWN) -> l
 def attend(
     model: SDUMC, dump: Dump, condition: str, utterances: Sequence[str], device: torch.device | str = "cpu"
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Score ``utterances`` once more under ``condition`` for their attention, by utterance and modality (7, T).
+    """Score ``utterances`` once more under ``condition``, and return the attention (7, T) by utterance and modality.
 
     A modality that the utterance does not have is left out; a model without cross-attention (``fusion: concat``) has
     none at all.

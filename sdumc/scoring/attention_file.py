@@ -21,7 +21,7 @@ Attention = Mapping[str, Mapping[str, np.ndarray]]
 
 
 def drawn_at_random(ids: Sequence[str], count: int = DRAWN) -> list[str]:
-    """``count`` of the ids, in their order; the same for every model, as only the ids decide."""
+    """``count`` of the ids, in their order; they depend on the ids only, so that all models keep the same."""
     chosen = np.random.default_rng(0).permutation(len(ids))[:count]
     return [ids[i] for i in sorted(chosen.tolist())]
 
@@ -29,7 +29,7 @@ def drawn_at_random(ids: Sequence[str], count: int = DRAWN) -> list[str]:
 def write_attention(attention: Attention, folder: Path) -> None:
     """Write ``folder/attention.npz``: ids (K,), and per modality (sum of T, 7) float16 and the frames (K,) of each.
 
-    Without anything to keep, a file of an earlier decoding is removed.
+    If ``attention`` is empty, the file of an earlier decoding is removed.
     """
     ids = sorted(attention)
     if not ids:
@@ -45,7 +45,7 @@ def write_attention(attention: Attention, folder: Path) -> None:
 
 
 def read_attention(folder: Path) -> dict[str, dict[str, np.ndarray]]:
-    """What :func:`write_attention` wrote, as float32; empty where it wrote nothing.
+    """The attention that :func:`write_attention` wrote, as float32; empty if there is no file.
 
     Raises:
         UserError: the file is damaged.
