@@ -8,7 +8,7 @@ import torch
 
 from sdumc.bench.measure import goal, interleaved, median, peak_memory, ratio, seconds, spread, table
 from sdumc.bench.plain import PlainSDUMC, plain_objective
-from sdumc.conditions import COMPLETE, MISSING
+from sdumc.conditions import COMPLETE, MISSING, MODALITIES
 from sdumc.device import pick_device
 from sdumc.losses.objective import sdumc_objective
 from sdumc.losses.weights import ObjectiveWeights
@@ -39,7 +39,7 @@ class Step:
 
     def loss(self) -> torch.Tensor:
         if self.variant == "plain":
-            x = {n: self.x[n] for n in ("audio", "text", "video")}
+            x = {n: self.x[n] for n in MODALITIES}
             full = self.network(x, False)
             missing = self.network({**x, "text": self.x["text_sim"]}, True)
             return plain_objective(full, missing, self.labels)

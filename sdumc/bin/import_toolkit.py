@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sdumc.cli import Parser, run, setup_logging
+from sdumc.conditions import MODALITIES
 from sdumc.corpora.importing import add_media_options, add_output_options, import_corpus
 
 
@@ -20,8 +21,8 @@ def get_parser() -> Parser:
     group.add_argument(
         "--features",
         nargs="+",
-        choices=("audio", "text", "video"),
-        default=["audio", "text", "video"],
+        choices=MODALITIES,
+        default=list(MODALITIES),
         metavar="NAME",
         help="features to take from the pickle",
     )

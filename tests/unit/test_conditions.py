@@ -1,5 +1,6 @@
 """The names that everything shares, and the answers that shell scripts get."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -93,3 +94,11 @@ def test_the_network_is_built_on_these_names():
     model = SDUMC(ModelConfig(audio_dim=2, text_dim=2, video_dim=2, dim=4, content_dim=2))
     assert torch.equal(model.fusions, torch.tensor([[1.0, 1, 1], [1, 1, 0], [0, 1, 1], [1, 0, 1]]))
     assert c.QUERIES == ("fused", "audio+text", "text+video", "audio+video", "audio", "text", "video")
+
+
+def test_the_stage_script_uses_these_names():
+    script = (ROOT / "egs/TEMPLATE/sdumc.sh").read_text()
+    (default,) = re.findall(r'^conditions="([^"]*)"', script, re.M)
+    assert tuple(default.split()) == c.MAIN_CONDITIONS
+    lists = re.findall(r"\{(audio,[a-z_,]+)\}", script)
+    assert len(lists) >= 2 and all(set(names.split(",")) == set(c.FEATURES) for names in lists)
