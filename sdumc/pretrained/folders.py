@@ -155,7 +155,7 @@ def load_model(
                 output_loading_info=True,
             )
     except Exception as e:  # transformers, safetensors and torch raise different errors for a damaged folder
-        raise UserError(f"{folder}: cannot be loaded as {model_class.__name__}: {_first_line(e)}") from None
+        raise UserError(f"{folder}: cannot be loaded as {model_class.__name__}: {first_line(e)}") from None
     missing = sorted(k for k in info["missing_keys"] if not k.startswith(("masked_spec_embed", *optional)))
     if missing:
         raise UserError(
@@ -172,11 +172,12 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as e:
-        raise UserError(f"{folder}: its tokenizer cannot be loaded: {_first_line(e)}") from None
+        raise UserError(f"{folder}: its tokenizer cannot be loaded: {first_line(e)}") from None
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that is not empty, or the error's name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
 
 
 @contextlib.contextmanager

@@ -14,7 +14,8 @@ from sdumc.files import read_json
 from sdumc.pretrained.cache import call_with_cache, new_encoder_decoder_cache
 from sdumc.pretrained.folders import load_model, load_tokenizer, model_folder, read_model_config
 from sdumc.pretrained.quality import find_loop
-from sdumc.pretrained.speech_encoder import MIN_SAMPLES, RATE, _RowByRow, normalise
+from sdumc.pretrained.speech_encoder import MIN_SAMPLES, RATE, WaveInput, whisper_spectrogram
+from sdumc.pretrained.trial import attempt, try_clips
 
 _WINDOW = 30 * RATE  # samples of Whisper's input: 30 s
 _SEARCH = 5 * RATE  # a longer clip is cut at the quietest moment of a window's last 5 s
@@ -46,7 +47,14 @@ def load_recogniser(
 
 
 class CtcRecogniser:
-    """Greedy decoding of a WavLM, wav2vec 2.0 or HuBERT model with a CTC head and its character tokenizer."""
+    """Greedy decoding of a model with a CTC head: of a waveform (WavLM, wav2vec 2.0, HuBERT) or of a spectrogram.
+
+    A model that reads spectrograms (wav2vec2-BERT, Parakeet) gets them from its own feature extractor, one clip at a
+    time. The others are tried on three short clips, and get one clip at a time if a batch changes what they give.
+
+    Raises:
+        UserError: the folder is incomplete, or the model fails the trial.
+    """
 
     kind = "ctc"
 
@@ -56,30 +64,64 @@ class CtcRecogniser:
         self.folder, self.dtype, self.device = folder, dtype, torch.device(device)
         self.tokenizer = load_tokenizer(folder)
         self.model: Any = load_model(AutoModelForCTC, folder, dtype, self.device)
-        self.normalised = _preprocessor(folder).get("do_normalize", True)
-        base = self.model.base_model
-        self.front = None
-        if getattr(self.model.config, "feat_extract_norm", "layer") == "group":
-            self.front = base.feature_extractor = _RowByRow(base.feature_extractor)
+        kind = self.model.config.model_type
+        refusal = f"{folder}: this {kind} model cannot be used as a recogniser"
+        self.features = None
+        num_frames = None
+        if self.model.main_input_name == "input_values":
+            normalised = _preprocessor(folder).get("do_normalize", True)
+            self.input = WaveInput(self.model, normalised, dtype, self.device)
+            num_frames = self._num_frames
+        else:
+            self.features = _feature_extractor(folder, kind)
+        self.one_by_one, _ = try_clips(self._scores, num_frames, dtype, refusal)
+        _check_joins_repeats(self.tokenizer, folder)
+
+    def _num_frames(self, num_samples: int) -> int:
+        return int(self.model._get_feat_extract_output_lengths(max(num_samples, MIN_SAMPLES)))
 
     @torch.no_grad()
+    def _scores(self, waves: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """Clips (T_i,) -> (frames_i, V): the scores of all tokens at each frame."""
+        if self.features is not None:
+            return [self._scores_of_spectrogram(wave) for wave in waves]
+        arguments, lengths = self.input(waves)
+        logits = self.model(**arguments).logits
+        if len(lengths) == 1:
+            return [logits[0]]
+        return [x[: self._num_frames(n)] for x, n in zip(logits, lengths, strict=True)]
+
+    def _scores_of_spectrogram(self, wave: np.ndarray) -> torch.Tensor:
+        assert self.features is not None
+        wave = np.pad(np.asarray(wave, np.float32), (0, max(0, MIN_SAMPLES - len(wave))))
+        inputs = self.features([wave], sampling_rate=RATE, return_tensors="pt")
+        arguments = {k: v.to(self.device, self.dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
+        return self.model(**arguments).logits[0]
+
     def __call__(self, waves: Sequence[np.ndarray]) -> list[str]:
         """Clips (T_i,) at 16 kHz -> transcripts."""
-        waves = [normalise(w) if self.normalised else np.asarray(w, np.float32) for w in waves]
-        waves = [np.pad(w, (0, max(0, MIN_SAMPLES - len(w)))) for w in waves]
-        lengths = [len(w) for w in waves]
-        batch = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(w) for w in waves], batch_first=True)
-        mask = torch.arange(batch.shape[1])[None] < torch.tensor(lengths)[:, None]
-        if self.front is not None:
-            self.front.lengths = lengths
-        logits = self.model(
-            batch.to(self.device, self.dtype),
-            attention_mask=mask.to(self.device, torch.long) if min(lengths) < max(lengths) else None,
-        ).logits
-        frames = [int(self.model._get_feat_extract_output_lengths(n)) for n in lengths]
-        best = logits.argmax(-1).cpu()
-        texts = (self.tokenizer.decode(ids[:n].tolist()) for ids, n in zip(best, frames, strict=True))
+        scores = [self._scores([w])[0] for w in waves] if self.one_by_one else self._scores(waves)
+        texts = (self.tokenizer.decode(x.argmax(-1).tolist()) for x in scores)
         return [" ".join(t.replace("<s>", "").replace("</s>", "").split()) for t in texts]
+
+
+def _feature_extractor(folder: Path, kind: str) -> Any:
+    from transformers import AutoFeatureExtractor
+
+    return attempt(
+        lambda: AutoFeatureExtractor.from_pretrained(str(folder), local_files_only=True),
+        f"{folder}: a {kind} model reads spectrograms, and its feature extractor cannot be loaded",
+    )
+
+
+def _check_joins_repeats(tokenizer: Any, folder: Path) -> None:
+    """Raise a :class:`UserError` if decoding keeps each repetition of a token: then it is no tokenizer for CTC."""
+    special = set(tokenizer.all_special_ids)
+    for token in (t for t in range(len(tokenizer)) if t not in special):
+        if (once := tokenizer.decode([token])).strip():
+            if tokenizer.decode([token, token]) != once:
+                raise UserError(f"{folder}: its tokenizer, a {type(tokenizer).__name__}, is not one for CTC")
+            return
 
 
 class WhisperRecogniser:
@@ -94,14 +136,11 @@ class WhisperRecogniser:
     def __init__(
         self, folder: Path, dtype: torch.dtype, device: torch.device | str, language: str, max_new_tokens: int
     ):
-        from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
+        from transformers import WhisperForConditionalGeneration
 
         self.folder, self.dtype, self.device = folder, dtype, torch.device(device)
         self.tokenizer = load_tokenizer(folder)
-        try:
-            self.spectrogram = WhisperFeatureExtractor.from_pretrained(str(folder), local_files_only=True)
-        except Exception as e:
-            raise UserError(f"{folder}: no usable preprocessor_config.json ({e})") from None
+        self.spectrogram = whisper_spectrogram(folder)
         self.model: Any = load_model(WhisperForConditionalGeneration, folder, dtype, self.device, ("proj_out",))
         settings = _json(folder / "generation_config.json") or read_model_config(folder)
         self.start = self._start_tokens(settings, language)

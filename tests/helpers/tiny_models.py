@@ -10,15 +10,15 @@ import soundfile
 import torch
 
 WORDS = ["the", "film", "was", "good", "bad", "very", "really", "and", "not", "i", "liked", "it", "so", "much", "hm"]
+_LETTERS = ["<pad>", "<s>", "</s>", "<unk>", "|", *"abcdefghijklmnopqrstuvwxyz'"]
 
 
 def wavlm(folder: Path, norm: str = "layer", ctc: bool = False, seed: int = 0, layers: int = 3) -> Path:
-    from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, WavLMConfig, WavLMForCTC, WavLMModel
+    from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMForCTC, WavLMModel
 
-    letters = ["<pad>", "<s>", "</s>", "<unk>", "|", *"abcdefghijklmnopqrstuvwxyz'"]
     torch.manual_seed(seed)
     config = WavLMConfig(
-        vocab_size=len(letters),
+        vocab_size=len(_LETTERS),
         hidden_size=32,
         num_hidden_layers=layers,
         num_attention_heads=2,
@@ -36,11 +36,7 @@ def wavlm(folder: Path, norm: str = "layer", ctc: bool = False, seed: int = 0, l
     model = WavLMForCTC(config) if ctc else WavLMModel(config)
     model.save_pretrained(folder)
     Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True).save_pretrained(folder)
-    if ctc:
-        vocab = folder / "vocab.json"
-        vocab.write_text(json.dumps({c: i for i, c in enumerate(letters)}))
-        Wav2Vec2CTCTokenizer(str(vocab)).save_pretrained(folder)
-    return folder
+    return ctc_tokenizer(folder) if ctc else folder
 
 
 def _word_tokenizer(special: list[str], words: list[str], **names: str):
@@ -202,4 +198,97 @@ def data_dir(folder: Path, seconds: list[float], seed: int = 0) -> Path:
         tables["utt2dur"].append(f"{utt} {length:.3f}")
     for name, lines in tables.items():
         (folder / name).write_text("\n".join(sorted(lines)) + "\n")
+    return folder
+
+
+# Speech encoders and CTC models whose frames depend, or seem to depend, on the other clips of a batch: name of the
+# classes in transformers, and settings beside those of `speech_model`.
+SPEECH_KINDS: dict[str, tuple[str, dict]] = {
+    "wav2vec2": ("Wav2Vec2", {}),
+    "hubert": ("Hubert", {}),
+    "hubert, batch norm": ("Hubert", {"conv_pos_batch_norm": True}),
+    "data2vec-audio": ("Data2VecAudio", {"num_conv_pos_embeddings": 3, "conv_pos_kernel_size": 5}),
+    "conformer": ("Wav2Vec2Conformer", {"conv_depthwise_kernel_size": 5, "feat_extract_norm": "layer"}),
+    "sew": ("SEW", {"squeeze_factor": 2}),
+    "wav2vec2, adapter": ("Wav2Vec2", {"add_adapter": True, "num_adapter_layers": 1, "output_hidden_size": 24}),
+}
+
+
+def speech_model(folder: Path, kind: str, ctc: bool = False) -> Path:
+    """A model of ``SPEECH_KINDS``, with statistics of batch norms that are not those of the start."""
+    import transformers
+
+    name, more = SPEECH_KINDS[kind]
+    settings = {
+        "vocab_size": len(_LETTERS),
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "conv_dim": (16, 16, 16),
+        "conv_kernel": (10, 8, 4),
+        "conv_stride": (8, 8, 5),
+        "num_conv_pos_embeddings": 8,
+        "num_conv_pos_embedding_groups": 2,
+        "initializer_range": 0.2,
+        **more,
+    }
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}{'ForCTC' if ctc else 'Model'}")(
+        getattr(transformers, f"{name}Config")(**settings)
+    )
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm1d):
+                for tensor in (module.running_mean, module.bias):
+                    tensor.normal_()
+    model.save_pretrained(folder)
+    return ctc_tokenizer(folder) if ctc else folder
+
+
+def wav2vec2_bert_ctc(folder: Path, features: bool = True) -> Path:
+    """A CTC model that reads spectrograms, with or without the settings of its feature extractor."""
+    from transformers import SeamlessM4TFeatureExtractor, Wav2Vec2BertConfig, Wav2Vec2BertForCTC
+
+    torch.manual_seed(0)
+    config = Wav2Vec2BertConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=48,
+        vocab_size=len(_LETTERS),
+        initializer_range=0.5,
+    )
+    Wav2Vec2BertForCTC(config).save_pretrained(folder)
+    if features:
+        SeamlessM4TFeatureExtractor().save_pretrained(folder)
+    return ctc_tokenizer(folder)
+
+
+def parakeet_ctc(folder: Path) -> Path:
+    """Another one; ImportError if transformers does not know it."""
+    from transformers import ParakeetCTCConfig, ParakeetFeatureExtractor, ParakeetForCTC
+
+    torch.manual_seed(0)
+    encoder = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "subsampling_conv_channels": 16,
+    }
+    config = ParakeetCTCConfig(vocab_size=len(_LETTERS), pad_token_id=0, encoder_config=encoder)
+    ParakeetForCTC(config).save_pretrained(folder)
+    settings = {"feature_extractor_type": ParakeetFeatureExtractor.__name__, "feature_size": 80}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return ctc_tokenizer(folder)
+
+
+def ctc_tokenizer(folder: Path) -> Path:
+    """Add a tokenizer of letters to a folder."""
+    from transformers import Wav2Vec2CTCTokenizer
+
+    vocab = folder / "vocab.json"
+    vocab.write_text(json.dumps({c: i for i, c in enumerate(_LETTERS)}))
+    Wav2Vec2CTCTokenizer(str(vocab)).save_pretrained(folder)
     return folder
