@@ -37,7 +37,7 @@ EXTRAS = {
     "mosei": ["h5py>=3.12.1", "opencv-python-headless>=4.10.0.84,<5"],  # .csd files; face cascade (5 carries no model)
     "test": [
         "pytest>=8",
-        "pytest-xdist>=3.7",
+        "pytest-xdist>=3.8",
         "hypothesis>=6.100",
         "scikit-learn>=1.5.2",
         "bats-core>=1.14",
