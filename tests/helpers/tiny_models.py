@@ -292,3 +292,52 @@ def ctc_tokenizer(folder: Path) -> Path:
     vocab.write_text(json.dumps({c: i for i, c in enumerate(_LETTERS)}))
     Wav2Vec2CTCTokenizer(str(vocab)).save_pretrained(folder)
     return folder
+
+
+_PICTURES = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": 32,
+    "patch_size": 8,
+    "initializer_range": 0.2,
+}
+_STAGES = {"hidden_sizes": [8, 16], "depths": [1, 1]}
+
+# Vision models: name of the classes in transformers, and their settings.
+VISION_KINDS: dict[str, tuple[str, dict]] = {
+    "vit_mae": ("ViTMAE", {**_PICTURES, "decoder_hidden_size": 8, "decoder_num_attention_heads": 2}),
+    "deit": ("DeiT", _PICTURES),
+    "dinov2": ("Dinov2", _PICTURES),
+    "dinov2_with_registers": ("Dinov2WithRegisters", {**_PICTURES, "num_register_tokens": 4}),
+    "dinov3_vit": ("DINOv3ViT", {**_PICTURES, "num_register_tokens": 4}),
+    "dinov3_convnext": ("DINOv3ConvNext", {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}),
+    "aimv2": ("Aimv2Vision", _PICTURES),
+    "resnet": ("ResNet", {**_STAGES, "embedding_size": 8, "layer_type": "basic"}),
+    "convnext": ("ConvNext", {**_STAGES, "num_stages": 2}),
+    "yolos": ("Yolos", {**_PICTURES, "image_size": [32, 32], "num_detection_tokens": 5}),
+    "swin": ("Swin", {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4, "image_size": 32}),
+    "timesformer": ("Timesformer", {**_PICTURES, "num_frames": 2}),
+    "videomae": ("VideoMAE", {**_PICTURES, "num_frames": 4, "tubelet_size": 2}),
+}
+
+
+def vision_model(folder: Path, kind: str) -> Path:
+    """A model of ``VISION_KINDS`` for pictures of 32 by 32 pixels."""
+    import transformers
+
+    name, settings = VISION_KINDS[kind]
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**settings))
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("token") or parameter_name.endswith("tokens"):
+                parameter.normal_()
+    model.save_pretrained(folder)
+    processor = "DINOv3ViTImageProcessorFast" if kind.startswith("dinov3") else "ViTImageProcessor"
+    if kind in ("timesformer", "videomae"):
+        _image_processor(folder, "VideoMAEImageProcessor", {"height": 32, "width": 32}, do_center_crop=False)
+    else:
+        _image_processor(folder, processor, {"height": 32, "width": 32})
+    return folder

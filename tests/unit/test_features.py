@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from helpers import tiny_models
 
 from sdumc.bin import extract_video, finish_dump
@@ -53,6 +54,80 @@ def test_random_pooler_is_refused(tmp_path):
 def test_not_a_vision_model(tmp_path):
     with pytest.raises(UserError, match="does not take pictures"):
         VisionExtractor(str(tiny_models.wavlm(tmp_path / "wavlm")))
+
+
+# Vectors before those of the patches; None: a model in stages, whose output is a map or a list of positions.
+PREFIX = {
+    "vit_mae": 1,
+    "deit": 2,
+    "dinov2": 1,
+    "dinov2_with_registers": 5,
+    "dinov3_vit": 5,
+    "dinov3_convnext": 1,
+    "aimv2": 0,
+    "resnet": None,
+    "convnext": None,
+    "swin": 0,
+}
+
+
+@pytest.mark.parametrize("kind", PREFIX)
+def test_kinds_of_vision_models(tmp_path, kind):
+    """The mean is that of the patches alone, and ``cls`` a class token or refused."""
+    from transformers import AutoModel
+
+    folder, frames = tiny_models.vision_model(tmp_path / "model", kind), pictures(8, size=(40, 40))
+    extractor = VisionExtractor(str(folder), pooling="mean", batch=3)
+    together = extractor(frames)
+    assert together.shape == (8, extractor.dim)
+    np.testing.assert_allclose(together, np.concatenate([extractor([f]) for f in frames]), atol=1e-5)
+    np.testing.assert_array_equal(together, extractor(frames))
+
+    pixels = extractor.processor(images=frames, return_tensors="pt", input_data_format="channels_last").pixel_values
+    hides = {"mask_ratio": 0.0} if kind == "vit_mae" else {}
+    with torch.no_grad():
+        states = AutoModel.from_pretrained(folder, **hides).eval()(pixels).last_hidden_state
+    if PREFIX[kind] is None:
+        assert states.shape[2:] == (4, 4)
+        expected = states.flatten(2).mean(2)
+    else:
+        expected = states[:, PREFIX[kind] :].mean(1)
+    np.testing.assert_allclose(together, expected.numpy(), atol=1e-5)
+
+    if kind in ("vit_mae", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit"):
+        first = VisionExtractor(str(folder), pooling="cls")(frames)
+        np.testing.assert_allclose(first, states[:, 0].numpy(), atol=1e-5)
+    else:
+        with pytest.raises(UserError, match="has no class token; use --pooling mean or pooler"):
+            VisionExtractor(str(folder), pooling="cls")
+        assert VisionExtractor(str(folder), pooling="pooler")(frames).shape == together.shape
+
+
+@pytest.mark.parametrize("kind", ["timesformer", "videomae"])
+def test_models_of_video_are_refused(tmp_path, kind):
+    folder = tiny_models.vision_model(tmp_path / "model", kind)
+    for pooling in ("mean", "cls"):
+        with pytest.raises(UserError, match=f"a {kind} model reads clips of [24] pictures, not single ones"):
+            VisionExtractor(str(folder), pooling=pooling)
+
+
+def test_the_trial_refuses_what_no_list_names(tmp_path, monkeypatch):
+    yolos = str(tiny_models.vision_model(tmp_path / "yolos", "yolos"))
+    with pytest.raises(UserError, match="22 vectors for a picture of 16 patches, where 17 are expected"):
+        VisionExtractor(yolos, pooling="mean")
+    vit = str(tiny_models.vit(tmp_path / "vit"))
+    compute = VisionExtractor._pooled
+
+    def refused(change, reason):
+        monkeypatch.setattr(VisionExtractor, "_pooled", lambda self, *a: change(compute(self, *a)))
+        with pytest.raises(UserError, match=f"vit: this vit model cannot be used for pictures: {reason}"):
+            VisionExtractor(vit)
+
+    refused(lambda x: x[: (len(x) + 1) // 2], "it gives 2 vectors for 3 pictures")
+    refused(lambda x: x - x.mean(0) * (len(x) > 1), "a picture's vector depends on the other pictures")
+    refused(lambda x: x + torch.randn(1), "the same picture gives another vector each time")
+    refused(lambda x: x * torch.nan, "its output is not finite in float32")
+    refused(lambda x: x.missing, "'Tensor' object has no attribute 'missing'")
 
 
 # ---- one face per clip

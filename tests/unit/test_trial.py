@@ -34,7 +34,8 @@ def test_encoders_give_the_same_in_a_batch_as_transformers_alone(tmp_path, waves
 
     folder = tiny_models.speech_model(tmp_path / "model", kind)
     encoder = SpeechEncoder(str(folder), layer=layer)
-    assert encoder.one_by_one == (kind in ALONE or (kind == "wav2vec2, adapter" and layer == -1))
+    if (kind, layer) != ("sew", -2):  # there, versions of transformers differ
+        assert encoder.one_by_one == (kind in ALONE or (kind == "wav2vec2, adapter" and layer == -1))
     model = AutoModel.from_pretrained(folder).eval()
     for wave, frames in zip(waves, encoder(waves), strict=True):
         wave = normalise(wave)
@@ -79,7 +80,11 @@ def test_parakeet(tmp_path, waves):
         folder = tiny_models.parakeet_ctc(tmp_path / "model")
     except ImportError:
         pytest.skip("transformers is too old for Parakeet")
-    recogniser = load_recogniser(str(folder))
+    try:
+        recogniser = load_recogniser(str(folder))
+    except UserError as e:  # transformers 4 needs librosa for it
+        assert "reads spectrograms, and its feature extractor cannot be loaded" in str(e) and "librosa" in str(e)
+        return
     assert recogniser(waves) == [recogniser([w])[0] for w in waves]
 
 
