@@ -30,11 +30,12 @@ CORE = [
     "jinja2>=3.1",
     "jiwer>=3.0.3",
     "tqdm>=4.60",
-    "webrtcvad-wheels>=2.0.14",  # voice activity; the original package needs a compiler
+    "silero-vad>=6.2.1,<7",  # weights of the voice activity detector; needs torch, no torchaudio
+    "pysubs2>=1.7",  # subtitles
 ]
 EXTRAS = {
     "mini": ["espeakng-loader>=0.2.4"],  # stage 0 of egs/mini: speech synthesis
-    "mosei": ["h5py>=3.12.1", "opencv-python-headless>=4.10.0.84,<5"],  # .csd files; face cascade (5 carries no model)
+    "mosei": ["h5py>=3.12.1"],  # .csd files
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.8",
@@ -57,7 +58,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["sdumc", "sdumc.*"]),
-    package_data={"sdumc.reporting": ["page.html"]},
+    package_data={"sdumc.reporting": ["page.html"], "sdumc.extraction": ["yunet.safetensors", "yunet.LICENSE"]},
     entry_points={"console_scripts": ["sdumc=sdumc.__main__:main"]},
     install_requires=CORE,
     extras_require=EXTRAS,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from sdumc.cli import Parser, run, setup_logging
 from sdumc.extraction.options import add_job_options
+
+log = logging.getLogger("sdumc")
 
 
 def get_parser() -> Parser:
@@ -22,7 +25,10 @@ def get_parser() -> Parser:
     group = parser.add_argument_group("pictures")
     group.add_argument("--fps", type=float, default=5.0, help="pictures per second, chosen by time stamp")
     group.add_argument(
-        "--detector", choices=("none", "opencv"), default="none", help="none: the whole picture; opencv: the face"
+        "--detector",
+        choices=("none", "yunet", "opencv"),
+        default="none",
+        help="none: the whole picture; yunet: the face; opencv: the same, by the name that it had",
     )
     group.add_argument("--face-margin", type=float, default=1.3, help="size of the square cut out, in face widths")
     group.add_argument(
@@ -42,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from sdumc.pretrained.folders import DTYPES, fingerprint
     from sdumc.pretrained.vision import VisionExtractor
 
+    if args.detector == "opencv":
+        log.warning("--detector opencv: OpenCV's cascade is no longer used; faces are found by yunet")
+        args.detector = "yunet"
     if args.fps <= 0 or args.picture_batch < 1 or args.face_margin <= 0:
         raise UserError("--fps, --picture-batch and --face-margin must be positive")
     data, utterances = load_job(args)
@@ -60,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "dtype": args.dtype,
         "data_hash": data_hash(data),
     }
-    detector = FaceDetector() if args.detector == "opencv" else None
+    detector = FaceDetector() if args.detector == "yunet" else None
     reader = PictureReader(args.fps, detector, args.face_margin, args.min_face)
     with open_shard(args, settings, utterances) as writer:
         extract_video(data, utterances, extractor, reader, writer, args.bad_media)

@@ -1,8 +1,4 @@
-"""The speaker's face in a clip: detection in each frame, linking into tracks, choice of one, smoothing.
-
-The detector is OpenCV's frontal-face cascade (Viola and Jones, 2001), whose model file comes inside the
-``opencv-python-headless`` wheel of versions 4; versions 5 no longer carry it.
-"""
+"""The speaker's face in a clip: detection in each picture, linking into tracks, choice of one, smoothing."""
 
 from __future__ import annotations
 
@@ -10,51 +6,35 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
+from torch.nn import functional as F
 
-from sdumc.errors import UserError
+from sdumc.extraction.yunet import STRIDES, YuNet, decode
 
-_WIDTH = 480  # pixels to which wider pictures are reduced for detection; faces of a speaker are large
-_SMALLEST = 0.08  # of the picture's shorter side
+_LONGEST = 640  # pixels to which a picture's longer side is reduced for detection; faces of a speaker are large
+_LEAST = 0.5  # score of a face, from 0 to 1
 _LINK = 0.3  # overlap (intersection over union) from which a box continues a track
 
 
 class FaceDetector:
-    """Frontal faces in RGB pictures.
-
-    Raises:
-        UserError: OpenCV is not installed, or is a version without the cascades.
-    """
+    """Faces in RGB pictures, by the network of :mod:`sdumc.extraction.yunet`, on the CPU."""
 
     def __init__(self) -> None:
-        try:
-            import cv2
-        except ImportError:
-            raise UserError(
-                "face detection needs OpenCV: pip install 'opencv-python-headless>=4.8,<5' (or use --detector none)"
-            ) from None
-        folder = getattr(getattr(cv2, "data", None), "haarcascades", None)
-        self._cv2, self._cascades = cv2, []
-        for name in ("haarcascade_frontalface_alt2.xml", "haarcascade_frontalface_default.xml"):
-            cascade = cv2.CascadeClassifier(folder + name) if folder and hasattr(cv2, "CascadeClassifier") else None
-            if cascade is None or cascade.empty():
-                raise UserError(
-                    f"OpenCV {cv2.__version__} comes without {name}: pip install 'opencv-python-headless>=4.8,<5'"
-                )
-            self._cascades.append(cascade)
+        self._network = YuNet.load()
 
+    @torch.inference_mode()
     def __call__(self, picture: np.ndarray) -> np.ndarray:
         """RGB uint8 (H, W, 3) -> boxes (n, 4) as x, y, width, height in pixels; none is (0, 4)."""
-        cv2 = self._cv2
-        scale = min(1.0, _WIDTH / max(picture.shape[1], 1))
-        grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
+        height, width = picture.shape[:2]
+        scale = min(1.0, _LONGEST / max(height, width))
+        x = torch.from_numpy(np.ascontiguousarray(picture[:, :, ::-1])).permute(2, 0, 1)[None].float()
         if scale < 1:
-            grey = cv2.resize(grey, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-        smallest = max(20, int(_SMALLEST * min(grey.shape)))
-        for cascade in self._cascades:  # the second one only where the first finds nothing
-            boxes = cascade.detectMultiScale(grey, scaleFactor=1.1, minNeighbors=4, minSize=(smallest, smallest))
-            if len(boxes):
-                return np.asarray(boxes, dtype=np.float32) / scale
-        return np.zeros((0, 4), dtype=np.float32)
+            size = max(1, round(height * scale)), max(1, round(width * scale))
+            x = F.interpolate(x, size=size, mode="bilinear", antialias=True)
+        cell = STRIDES[-1]
+        x = F.pad(x, (0, -x.shape[3] % cell, 0, -x.shape[2] % cell))
+        boxes, _ = decode([found[0] for found in self._network(x)], _LEAST)
+        return boxes / np.float32(scale)
 
 
 @dataclass

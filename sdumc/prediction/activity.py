@@ -6,57 +6,59 @@ from itertools import pairwise
 
 import numpy as np
 
-from sdumc.errors import UserError
+from sdumc.prediction.voices import SAMPLES, SpeechDetector
 
 RATE = 16000  # Hz
-FRAME = 0.03  # seconds; the detector accepts 10, 20 and 30 ms
+FRAME = SAMPLES / RATE  # seconds: 0.032, the detector's
 SILENCE = 1e-3  # a frame whose root mean square is below this (-60 dB of full scale) is silent
-_AGGRESSIVENESS = 2  # of WebRTC's detector, 0 to 3
-_LEAST_DYNAMICS = 2.0  # loud frames over quiet frames of a recording: hiss and hum have less, speech has much more
-_SMOOTHING = 9  # frames over which the detector's decisions are averaged, against single wrong ones
+_BEGIN, _GO_ON = 0.4, 0.25  # speech begins at the first probability, and goes on until it is below the second
+_LOUD, _MOST_GAIN = 0.5, 30.0  # quiet recordings are amplified to this peak, at most by this factor
 _PAUSE = 0.5  # seconds without speech that end an utterance
 _SHORT = 1.0  # seconds; a shorter utterance joins a neighbour, if the pause between them is no longer than this
 _LEAST_SPEECH = 0.3  # seconds; an utterance with less speech is taken as noise
 _MARGIN = 0.15  # seconds kept before and after the speech, because its beginning and end are often quiet
 
 
+def _frames(wave: np.ndarray) -> np.ndarray:
+    """The whole frames of sound (T,): (T // 512, 512), a view."""
+    return wave[: len(wave) // SAMPLES * SAMPLES].reshape(-1, SAMPLES)
+
+
 def frame_levels(wave: np.ndarray) -> np.ndarray:
-    """Root mean square of each whole frame of sound (T,) at 16 kHz: (T // 480,)."""
-    size = round(FRAME * RATE)
-    return np.sqrt(np.square(wave[: len(wave) // size * size].reshape(-1, size).astype(np.float64)).mean(axis=1))
+    """Root mean square of each whole frame of sound (T,) at 16 kHz: (T // 512,)."""
+    frames = _frames(wave)
+    return np.sqrt(np.einsum("ij,ij->i", frames, frames, dtype=np.float64) / SAMPLES)
 
 
 def is_silent(wave: np.ndarray) -> bool:
     """Whether no frame of the sound is louder than -60 dB of full scale."""
-    levels = frame_levels(wave) if len(wave) >= round(FRAME * RATE) else np.sqrt(np.square(wave).mean(keepdims=True))
+    levels = frame_levels(wave) if len(wave) >= SAMPLES else np.sqrt(np.square(wave).mean(keepdims=True))
     return not bool((levels > SILENCE).any())
 
 
 def find_speech(wave: np.ndarray) -> np.ndarray:
-    """Which frames of 30 ms of sound (T,) at 16 kHz are speech: bool (T // 480,), by WebRTC's detector, smoothed.
+    """Which frames of 32 ms of sound (T,) at 16 kHz are speech: bool (T // 512,), by Silero's detector.
 
     Raises:
         UserError: the package with the detector is not installed.
     """
-    try:
-        import webrtcvad
-    except ImportError:
-        raise UserError("cutting long files needs a voice activity detector: pip install webrtcvad-wheels") from None
-    levels = frame_levels(wave)
-    if not len(levels):
+    frames = _frames(wave)
+    if not len(frames):
         return np.zeros(0, dtype=bool)
-    quiet, loud = np.quantile(levels, [0.1, 0.95])
-    if loud < _LEAST_DYNAMICS * quiet:  # without this test the detector takes pure white noise for speech
-        return np.zeros(len(levels), dtype=bool)
-    # The detector expects the loudness of a telephone call; recordings are often much quieter.
-    loudest = float(np.quantile(np.abs(wave), 0.999))
-    gain = min(0.5 / max(loudest, 1e-9), 30.0)
-    samples = (np.clip(wave * gain, -1, 1) * 32767).astype("<i2")
-    detector, size = webrtcvad.Vad(_AGGRESSIVENESS), round(FRAME * RATE)
-    found = [detector.is_speech(samples[i * size : (i + 1) * size].tobytes(), RATE) for i in range(len(levels))]
-    voiced = np.array(found) & (levels > SILENCE)
-    votes = np.convolve(voiced.astype(float), np.ones(_SMOOTHING), mode="same")
-    return votes > _SMOOTHING / 2
+    # Recordings are often quiet. The gain is the same for the whole recording: a pause does not become loud.
+    peak = float(np.quantile(np.maximum(frames.max(axis=1), -frames.min(axis=1)), 0.98))
+    probabilities = SpeechDetector()(wave, min(max(_LOUD / max(peak, 1e-9), 1.0), _MOST_GAIN))
+    return _hysteresis(probabilities)
+
+
+def _hysteresis(probabilities: np.ndarray) -> np.ndarray:
+    """Runs of frames above ``_GO_ON`` in which a frame reaches ``_BEGIN``, from that frame on: bool (N,)."""
+    speech = np.zeros(len(probabilities), dtype=bool)
+    speaking = False
+    for i, p in enumerate(probabilities):
+        speaking = bool(p >= (_GO_ON if speaking else _BEGIN))
+        speech[i] = speaking
+    return speech
 
 
 def utterances(voiced: np.ndarray, levels: np.ndarray, max_seconds: float) -> list[tuple[float, float]]:
@@ -67,7 +69,7 @@ def utterances(voiced: np.ndarray, levels: np.ndarray, max_seconds: float) -> li
     the nearer neighbour, if that is at most a second away. An utterance with less than 0.3 s of speech is left out.
 
     Args:
-        voiced: (N,) bool, whether each frame of 30 ms is speech.
+        voiced: (N,) bool, whether each frame of 32 ms is speech.
         levels: (N,) root mean square of each frame.
         max_seconds: longest utterance, margins included.
 

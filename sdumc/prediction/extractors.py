@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from sdumc.data.spans import MediaSpan
+from sdumc.errors import UserError
 from sdumc.extraction.faces import FaceDetector
 from sdumc.extraction.simulation import Search, Simulated, simulate
 from sdumc.extraction.text import TextEncoder
@@ -62,9 +63,15 @@ class Extractors:
         return self._loaded[full]
 
     def check(self) -> None:
-        """Find every model without loading it; :class:`UserError` for the first that is not there."""
+        """Find every model without loading it; :class:`UserError` for the first that is not there, and for faces
+        that are found in another way now."""
         for use in self.record.models():
             find_model(use, self.record.folder, self.model_dir)
+        if self.record.features.get("video", {}).get("detector") == "opencv":
+            raise UserError(
+                f"{self.record.folder}: its faces were cut out with OpenCV's cascade, which is no longer used; run "
+                "stages 3 to 5 again with `detector: yunet` in conf/video.yaml"
+            )
 
     # ---- sound
 
@@ -146,7 +153,7 @@ class Extractors:
             UserError: the file cannot be read to its end.
         """
         s = self.record.features["video"]
-        detector = self._once(FaceDetector) if s["detector"] == "opencv" else None
+        detector = self._once(FaceDetector) if s["detector"] == "yunet" else None
         reader = PictureReader(s["frame_rate"], detector, s["face_margin"], s["min_face"])
         found = reader.locate(span)
         if found.absent:

@@ -25,7 +25,7 @@ CONF = {
     "simulation": "beam: 2\nmax-new-tokens: 6\nlayers: '-2'\n",
     "audio": "layer: -2\n",
     "text": "layers: '-2'\n",
-    "video": "fps: 2\ndetector: opencv\n",
+    "video": "fps: 2\ndetector: yunet\n",
     "train": "batch-size: 4\nepochs: 2\ndim: 16\ncontent-dim: 8\n",
 }
 
