@@ -373,8 +373,8 @@ decode_all_seeds() {
 }
 
 decode_set() { # EXP SET: decodes under all conditions in one process, then scores each
-  local exp=$1 set=$2 condition possible outputs=() scores=()
-  local output=${exp}/decode_${set} decode_output
+  local exp=$1 set=$2 condition possible outputs=() scores=() speakers=()
+  local output=${exp}/decode_${set} decode_output file
   mapfile -t possible < <(possible_conditions "${set}")
   ((${#possible[@]} > 0)) || die "${dumpdir}/${set} has the features for none of the conditions ${conditions}"
   if ((${#possible[@]} < $(wc -w <<<${conditions}))); then
@@ -382,10 +382,13 @@ decode_set() { # EXP SET: decodes under all conditions in one process, then scor
   fi
   decode_output=${output}
   if ((${#possible[@]} == 1)); then decode_output=${output}/${possible[0]}; fi
+  for file in "${dumpdir}/${set}/utt2spk" "${datadir}/${set}/utt2spk"; do
+    if [[ -f ${file} && ${#speakers[@]} == 0 ]]; then speakers=(--utt2spk "${file}"); fi
+  done
   for condition in "${possible[@]}"; do
     outputs+=("${output}/${condition}"/{predictions.tsv,score.json})
     scores+=(--then ${train_cmd} "${output}/log/score_${condition}.log" -- python3 -m sdumc.bin.score --predictions
-      "${output}/${condition}/predictions.tsv" --output "${output}/${condition}/score.json")
+      "${output}/${condition}/predictions.tsv" --output "${output}/${condition}/score.json" "${speakers[@]}")
   done
   step "decode ${output}" \
     --inputs "${exp}"/{config.yaml,model.valid-best.safetensors} "${dumpdir}/${set}/utt2label" \

@@ -1,4 +1,4 @@
-"""Score predictions: MAE, correlation, 7/5/3/2-class accuracy and weighted F1."""
+"""Score predictions: MAE, correlations, 7/5/3/2-class accuracy and weighted F1, with 95% intervals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from sdumc.errors import UserError
 def get_parser() -> Parser:
     parser = Parser(
         "Score a predictions.tsv (header utt_id<TAB>prediction<TAB>label) and write the measures as JSON.\n"
-        "docs/metrics.md defines each of them. Accuracies and F1 are fractions of 1."
+        "docs/metrics.md defines each of them. Accuracies and F1 are fractions of 1.\n"
+        "Each has a 95% interval: bootstrap over speakers, or over utterances without --utt2spk."
     )
     group = parser.add_argument_group("files")
     group.add_argument("--predictions", required=True, metavar="FILE", help="predictions.tsv as decoding writes it")
@@ -20,6 +21,9 @@ def get_parser() -> Parser:
         "--reference",
         metavar="FILE",
         help="utt2label with exactly the utterances that must be there; a missing or extra one is an error",
+    )
+    group.add_argument(
+        "--utt2spk", metavar="FILE", help="speaker (or source video) of each utterance; intervals are over these"
     )
     group = parser.add_argument_group("measures")
     group.add_argument(
@@ -34,13 +38,17 @@ def get_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
+    from sdumc.data.tables import read_table
     from sdumc.files import write_json
-    from sdumc.scoring.metrics import read_predictions, score
+    from sdumc.scoring.intervals import clusters_of, score_with_intervals
+    from sdumc.scoring.metrics import read_predictions
 
     table = read_predictions(args.predictions)
     if args.reference:
         check_reference(table, args.reference)
-    measures = score(table.predictions, table.labels, args.rounding)
+    speakers = read_table(args.utt2spk) if args.utt2spk else {}
+    clusters = clusters_of(table.ids, speakers, args.utt2spk)
+    measures = score_with_intervals(table.predictions, table.labels, clusters, args.rounding)
     write_json(args.output, measures)
     print(summary(measures))
 
@@ -73,14 +81,17 @@ def check_reference(table, path: str) -> None:
 
 
 def summary(measures: dict) -> str:
-    """One line for people: ``n 80  mae 0.512  corr 0.871 ...``; undefined values as ``-``."""
+    """Two lines for people: ``n 80  mae 0.5120 [0.47, 0.55] ...``, undefined values as ``-``, and how it was made."""
     from sdumc.scoring.metrics import MEASURES
 
     shown = [f"n {measures['n']}"]
     for key in MEASURES:
-        value = measures[key]
-        shown.append(f"{key} -" if value != value else f"{key} {value:.4f}")
-    return "  ".join(shown)
+        value, interval = measures[key], measures["intervals"][key]
+        limits = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
+        shown.append(f"{key} -" if value != value else f"{key} {value:.4f}{limits}")
+    method = measures["interval_method"]
+    made = f"95% intervals: bootstrap over {method['clusters']} {method['resampled']}"
+    return "\n".join(["  ".join(shown), "; ".join([made, *method["notes"]])])
 
 
 if __name__ == "__main__":

@@ -173,12 +173,13 @@ def _read_score(folder: Path, table: Predictions) -> dict:
     path = folder / "score.json"
     advice = f"run `python -m sdumc.bin.score --predictions {table.path} --output {path}` (stage 5)"
     content = read_json(path, advice)
+    now = score(table.predictions, table.labels)
     try:
+        content = {"ccc": now["ccc"], **content}  # files of earlier versions lack it
         measures = {key: math.nan if content[key] is None else float(content[key]) for key in MEASURES}
         measures |= {"n": int(content["n"]), "rounding": content["rounding"], "notes": content["notes"]}
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: not a score file; {advice}") from None
-    now = score(table.predictions, table.labels)
     if measures["n"] != now["n"] or abs(measures["mae"] - now["mae"]) > 1e-6:
         raise UserError(f"{path}: not the score of {table.path} as it is now; {advice}")
     return measures

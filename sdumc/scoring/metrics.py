@@ -20,6 +20,7 @@ ROUNDINGS = ("half-even", "away")
 MEASURES = {  # and how tables call them
     "mae": "MAE",
     "corr": "Corr",
+    "ccc": "CCC",
     "acc7": "Acc-7",
     "acc5": "Acc-5",
     "acc3": "Acc-3",
@@ -28,6 +29,9 @@ MEASURES = {  # and how tables call them
     "acc2_non0": "Acc-2 non0",
     "f1_non0": "F1 non0",
 }
+CLASS_LIMITS = {"acc7": 3, "acc5": 2, "acc3": 1}  # the classes are the whole numbers from -limit to limit
+PLAIN = ("mae", "corr", "ccc")  # not fractions of utterances
+LOWER_IS_BETTER = ("mae",)
 
 
 @dataclass
@@ -110,8 +114,8 @@ def score(
     is NaN, with a sentence in ``notes``.
 
     Returns:
-        ``mae, corr, acc7, acc5, acc3, acc2_has0, f1_has0, acc2_non0, f1_non0, n``, and then ``n_non0, rounding,
-        notes``.
+        ``mae, corr, acc7, acc5, acc3, acc2_has0, f1_has0, acc2_non0, f1_non0, n``, and then ``ccc, n_non0,
+        rounding, notes``.
 
     Raises:
         ValueError: no utterance, shapes that differ, values that are not finite, or an unknown rounding.
@@ -127,6 +131,9 @@ def score(
     corr, why = pearson(p, y)
     if why:
         notes.append(f"corr is undefined: {why}")
+    ccc, why = concordance(p, y)
+    if why:
+        notes.append(f"ccc is undefined: {why}")
     nonzero = y != 0
     if nonzero.any():
         acc2_non0 = float(np.mean((p[nonzero] > 0) == (y[nonzero] > 0)))
@@ -137,27 +144,38 @@ def score(
     return {
         "mae": float(np.mean(np.abs(p - y))),
         "corr": corr,
-        "acc7": class_accuracy(p, y, 3, rounding),
-        "acc5": class_accuracy(p, y, 2, rounding),
-        "acc3": class_accuracy(p, y, 1, rounding),
+        **{m: class_accuracy(p, y, limit, rounding) for m, limit in CLASS_LIMITS.items()},
         "acc2_has0": float(np.mean((p >= 0) == (y >= 0))),
         "f1_has0": weighted_f1(y >= 0, p >= 0),
         "acc2_non0": acc2_non0,
         "f1_non0": f1_non0,
         "n": int(y.size),
+        "ccc": ccc,
         "n_non0": int(nonzero.sum()),
         "rounding": rounding,
         "notes": notes,
     }
 
 
-def format_measure(measure: str, mean: float, deviation: float | None = None) -> str:
-    """``0.512 ± 0.008`` for MAE and correlation, ``81.2 ± 0.6`` (per cent) for the others; – if undefined."""
+def format_measure(
+    measure: str, mean: float, deviation: float | None = None, interval: tuple[float, float] | None = None
+) -> str:
+    """``0.512 ± 0.008`` or ``0.512 [0.50, 0.52]`` for MAE, Corr and CCC; per cent for the others; – if undefined.
+
+    Args:
+        deviation: the standard deviation over seeds, if it is to be shown.
+        interval: its limits, if they are to be shown; not shown where they are NaN.
+    """
     if math.isnan(mean):
         return "–"
-    factor, digits = (1, 3) if measure in ("mae", "corr") else (100, 1)
+    factor, digits = (1, 3) if measure in PLAIN else (100, 1)
     text = f"{factor * mean:.{digits}f}"
-    return text if deviation is None else f"{text} ± {factor * deviation:.{digits}f}"
+    if deviation is not None:
+        text += f" ± {factor * deviation:.{digits}f}"
+    if interval is not None and not math.isnan(interval[0]):
+        low, high = (f"{factor * limit:.{digits - 1}f}" for limit in interval)
+        text += f" [{low}, {high}]"
+    return text
 
 
 def pearson(p: np.ndarray, y: np.ndarray) -> tuple[float, str]:
@@ -175,21 +193,36 @@ def pearson(p: np.ndarray, y: np.ndarray) -> tuple[float, str]:
     return max(-1.0, min(1.0, r)), ""
 
 
-def class_accuracy(p: np.ndarray, y: np.ndarray, limit: int, rounding: str = "half-even") -> float:
-    """Share of utterances whose predicted class equals the true one, of the classes -limit ... limit.
+def concordance(p: np.ndarray, y: np.ndarray) -> tuple[float, str]:
+    """Lin's concordance correlation coefficient of p (N,) and y (N,), or NaN and the reason why it is undefined.
 
-    Both sides are clipped to [-limit, limit] and then made integers. ``half-even`` rounds to the nearest integer and
-    .5 to the even neighbour, as numpy does. ``away`` is the rule of the CMU SDK: any fraction goes to the next
-    integer away from zero, so that only exactly 0 is class 0.
+    2 cov(p, y) / (var(p) + var(y) + (mean(p) - mean(y))^2), moments with 1 / N. L. I-K. Lin: A concordance correlation
+    coefficient to evaluate reproducibility, Biometrics 45(1), 1989.
+    """
+    if p.size < 2:
+        return math.nan, "there is only one utterance"
+    if np.all(p == y[0]) and np.all(y == y[0]):
+        return math.nan, "all predictions and labels are the same number"
+    a, b = p - p.mean(), y - y.mean()
+    apart = float(np.mean(a * a) + np.mean(b * b) + np.mean(p - y) ** 2)
+    return float(2 * np.mean(a * b)) / apart, ""
+
+
+def class_accuracy(p: np.ndarray, y: np.ndarray, limit: int, rounding: str = "half-even") -> float:
+    """Share of utterances whose predicted class equals the true one; see :func:`classes`."""
+    return float(np.mean(classes(p, limit, rounding) == classes(y, limit, rounding)))
+
+
+def classes(values: np.ndarray, limit: int, rounding: str = "half-even") -> np.ndarray:
+    """The class of each value: it is clipped to [-limit, limit] and then made an integer.
+
+    ``half-even`` rounds to the nearest integer and .5 to the even neighbour, as numpy does. ``away`` is the rule of the
+    CMU SDK: any fraction goes to the next integer away from zero, so that only exactly 0 is class 0.
     """
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, not {rounding!r}")
-    p, y = np.clip(p, -limit, limit), np.clip(y, -limit, limit)
-    if rounding == "half-even":
-        p, y = np.round(p), np.round(y)
-    else:
-        p, y = np.sign(p) * np.ceil(np.abs(p)), np.sign(y) * np.ceil(np.abs(y))
-    return float(np.mean(p == y))
+    clipped = np.clip(values, -limit, limit)
+    return np.round(clipped) if rounding == "half-even" else np.sign(clipped) * np.ceil(np.abs(clipped))
 
 
 def weighted_f1(truth: np.ndarray, predicted: np.ndarray) -> float:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdumc.scoring.metrics import class_accuracy, pearson, score, weighted_f1
+from sdumc.scoring.metrics import class_accuracy, concordance, format_measure, pearson, score, weighted_f1
 
 
 def test_against_scipy_and_sklearn():
@@ -92,7 +92,31 @@ def test_zeros_count_as_positive_only_with_zeros():
 def test_undefined_correlation_says_why(p, y, reason):
     got = score(p, y)
     assert math.isnan(got["corr"])
-    assert len(got["notes"]) == 1 and reason in got["notes"][0]
+    (note,) = [n for n in got["notes"] if n.startswith("corr")]
+    assert reason in note
+
+
+def test_concordance_by_hand_and_by_pearson():
+    # Means 2 and 3, variances (1 / N) 2/3 and 2/3, covariance 2/3: 2 * 2/3 / (4/3 + 1) = 4/7.
+    assert concordance(np.array([1.0, 2, 3]), np.array([2.0, 3, 4])) == (pytest.approx(4 / 7), "")
+    rng = np.random.default_rng(1)
+    y = rng.normal(size=50)
+    p = 0.5 * y + rng.normal(size=50)
+    # Lin: CCC = Corr * 2 / (v + 1 / v + u^2), v = sd(p) / sd(y), u = (mean(p) - mean(y)) / sqrt(sd(p) sd(y))
+    v, u = p.std() / y.std(), (p.mean() - y.mean()) / math.sqrt(p.std() * y.std())
+    assert score(p, y)["ccc"] == pytest.approx(score(p, y)["corr"] * 2 / (v + 1 / v + u**2))
+    assert score(y, y)["ccc"] == pytest.approx(1) and score(-y, y)["ccc"] < score(p, y)["ccc"] < score(p, y)["corr"]
+    assert score([0.5] * 3, [1, 2, 3])["ccc"] == 0  # no spread, no agreement
+    for same in ([1.0], [2.0, 2.0]):
+        got = score(same, same)
+        assert math.isnan(got["ccc"]) and any(n.startswith("ccc is undefined: ") for n in got["notes"])
+
+
+def test_format():
+    assert format_measure("mae", 0.5786, interval=(0.5312, 0.6345)) == "0.579 [0.53, 0.63]"
+    assert format_measure("acc7", 0.8123, interval=(0.789, 0.8349)) == "81.2 [79, 83]"
+    assert format_measure("ccc", 0.5, interval=(math.nan, math.nan)) == "0.500"
+    assert format_measure("corr", math.nan, interval=(0.0, 1.0)) == "–"
 
 
 def test_all_labels_zero():

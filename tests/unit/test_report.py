@@ -72,7 +72,7 @@ def test_table_is_mean_and_spread_of_the_scores(made):
             for m in ("mae", "acc7")
         )
         assert rows[title][0] == f"{np.mean(mae):.3f} ± {np.std(mae, ddof=1):.3f}"
-        assert rows[title][2] == f"{100 * np.mean(acc):.1f} ± {100 * np.std(acc, ddof=1):.1f}"
+        assert rows[title][3] == f"{100 * np.mean(acc):.1f} ± {100 * np.std(acc, ddof=1):.1f}"
 
 
 def test_median_row_and_recovered_share(made):

@@ -1,0 +1,223 @@
+"""95% intervals of the measures, by bootstrap over speakers (or videos) and over seeds.
+
+Utterances of a speaker are alike, so whole speakers are drawn, with replacement: a cluster bootstrap (Davison & Hinkley
+1997, section 3.8). Several seeds are drawn too, independently of the speakers (Owen 2007, the pigeonhole bootstrap).
+Their deviations from the mean are enlarged by sqrt(R / (R - 1)), because R draws from R seeds vary too little (Rao & Wu
+1988). The limits are expanded percentiles (Hesterberg 2015): :func:`expanded_tail`. See ``docs/metrics.md``.
+
+Every measure is a function of sums over utterances, so a resample is a weighted sum of the speakers' sums, and all
+resamples together one product of matrices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sdumc.errors import UserError
+from sdumc.scoring.metrics import CLASS_LIMITS, MEASURES, classes, score
+
+LEVEL = 0.95
+RESAMPLES = 2000
+SEED = 0
+MOST_UNDEFINED = 0.05  # an interval is given if at most this share of the resamples leaves its value undefined
+_AT_ONCE = 250  # resamples whose weights are held as floats
+
+Interval = tuple[float, float]  # NaN, NaN where it is undefined
+UNDEFINED: Interval = (math.nan, math.nan)
+
+
+def expanded_tail(clusters: int, level: float = LEVEL) -> float:
+    """The probability below the lower limit in the bootstrap distribution of a mean over C clusters.
+
+    That distribution has the variance of C, not of C - 1, and the tails of a normal and not of a t distribution. The
+    tail Phi(sqrt(C / (C - 1)) t_{(1 - level) / 2, C - 1}) makes up for both. T. Hesterberg: What teachers should know
+    about the bootstrap, The American Statistician 69(4), 2015.
+    """
+    from scipy.stats import norm, t
+
+    return float(norm.cdf(math.sqrt(clusters / (clusters - 1)) * t.ppf((1 - level) / 2, clusters - 1)))
+
+
+class Bootstrap:
+    """Resamples of one set of N utterances. All systems scored with one object see the same resamples.
+
+    Args:
+        labels: (N,).
+        clusters: the cluster of each utterance, such as its speaker; None resamples utterances.
+        rounding: as in :func:`sdumc.scoring.metrics.score`.
+    """
+
+    def __init__(
+        self,
+        labels: np.ndarray,
+        clusters: Sequence[str] | None = None,
+        rounding: str = "half-even",
+        resamples: int = RESAMPLES,
+        seed: int = SEED,
+    ):
+        self.labels = np.asarray(labels, dtype=np.float64)
+        self.rounding, self.resamples, self.seed = rounding, resamples, seed
+        self.by_speaker = clusters is not None
+        names = clusters if clusters is not None else range(len(self.labels))
+        _, self.index = np.unique(np.asarray(names), return_inverse=True)  # (N,) number of the cluster
+        self.clusters = int(self.index.max()) + 1
+        rng = np.random.default_rng([seed, self.clusters])
+        self.weights = np.zeros((resamples, self.clusters), np.uint16)  # how often each cluster was drawn
+        for start in range(0, resamples, _AT_ONCE):
+            rows = self.weights[start : start + _AT_ONCE]
+            drawn = rng.integers(self.clusters, size=rows.shape) + np.arange(len(rows))[:, None] * self.clusters
+            rows[:] = np.bincount(drawn.ravel(), minlength=rows.size).reshape(rows.shape)
+
+    @property
+    def unit(self) -> str:
+        """What is drawn, in words."""
+        return f"{self.clusters} {'speakers' if self.by_speaker else 'utterances'}"
+
+    def by_run(self, predictions: np.ndarray) -> dict[str, np.ndarray]:
+        """Each measure in each of the B resamples, (B, R), of the predictions (R, N) of R runs."""
+        sums = _sums(np.asarray(predictions, dtype=np.float64), self.labels, self.rounding)  # (N, R, K)
+        n, runs, kinds = sums.shape
+        per_cluster = np.zeros((self.clusters, runs * kinds))
+        np.add.at(per_cluster, self.index, sums.reshape(n, runs * kinds))
+        parts = [
+            _measures((self.weights[i : i + _AT_ONCE].astype(np.float64) @ per_cluster).reshape(-1, runs, kinds))
+            for i in range(0, self.resamples, _AT_ONCE)
+        ]
+        return {m: np.concatenate([part[m] for part in parts]) for m in MEASURES}
+
+    def over_seeds(self, values: np.ndarray) -> np.ndarray:
+        """The mean over R runs (B, R) -> (B,), with the runs drawn anew in each resample if there are several.
+
+        Equal R, equal draws: a difference of two results is that of systems paired by seed.
+        """
+        mean, runs = values.mean(axis=1), values.shape[1]
+        if runs == 1:
+            return mean
+        drawn = np.random.default_rng([self.seed, 1, runs]).multinomial(runs, [1 / runs] * runs, size=len(values))
+        return mean + math.sqrt(runs / (runs - 1)) * ((values * drawn).mean(axis=1) - mean)
+
+    def resample(self, predictions: np.ndarray) -> dict[str, np.ndarray]:
+        """Each measure's mean over the R runs in each resample (B,), of predictions (R, N)."""
+        return {m: self.over_seeds(values) for m, values in self.by_run(predictions).items()}
+
+    def limits(self, values: np.ndarray) -> Interval:
+        """The interval of a statistic with these values in the resamples (B,).
+
+        It is NaN for a single cluster, and if more than MOST_UNDEFINED of the values are NaN; fewer are left out.
+        """
+        defined = values[~np.isnan(values)]
+        if self.clusters < 2 or len(defined) < (1 - MOST_UNDEFINED) * len(values):
+            return UNDEFINED
+        tail = expanded_tail(self.clusters)
+        low, high = np.quantile(defined, [tail, 1 - tail])
+        return float(low), float(high)
+
+    def intervals(self, predictions: np.ndarray) -> dict[str, Interval]:
+        """The interval of each measure's mean over the R runs, of predictions (R, N)."""
+        return {m: self.limits(values) for m, values in self.resample(predictions).items()}
+
+
+def clusters_of(utterances: Sequence[str], speakers: Mapping[str, str], path: object) -> list[str] | None:
+    """The speaker of each utterance; None, so that utterances are resampled, if no speaker is known.
+
+    Raises:
+        UserError: ``speakers``, read from ``path``, has some of the utterances only.
+    """
+    if not speakers:
+        return None
+    if absent := [utt for utt in utterances if utt not in speakers]:
+        raise UserError(
+            f"{path}: {len(absent)} of the {len(utterances)} scored utterances have no speaker, the first is "
+            f"{absent[0]}; add them, or resample utterances by leaving the file out"
+        )
+    return [speakers[utt] for utt in utterances]
+
+
+def score_with_intervals(
+    predictions: np.ndarray, labels: np.ndarray, clusters: Sequence[str] | None, rounding: str = "half-even"
+) -> dict[str, Any]:
+    """:func:`sdumc.scoring.metrics.score`, with ``intervals`` by measure and ``interval_method``.
+
+    An interval is [low, high], or None where it is undefined; ``interval_method["notes"]`` says why.
+    """
+    measures = score(predictions, labels, rounding)
+    bootstrap = Bootstrap(labels, clusters, rounding)
+    resampled = bootstrap.resample(np.asarray(predictions)[None])
+    intervals: dict[str, list[float] | None] = {}
+    notes = [] if clusters else ["no speakers were given: utterances are resampled; true intervals are wider"]
+    if bootstrap.clusters < 2:
+        notes.append(f"no intervals: {bootstrap.unit.rstrip('s')} only")
+    for m, values in resampled.items():
+        low, high = UNDEFINED if math.isnan(measures[m]) else bootstrap.limits(values)
+        intervals[m] = None if math.isnan(low) else [round(low, 6), round(high, 6)]
+        undefined = int(np.isnan(values).sum())
+        if undefined and not math.isnan(measures[m]):
+            notes.append(f"{m} is undefined in {undefined} of {len(values)} resamples")
+    method = {
+        "method": "bootstrap, expanded percentiles",
+        "level": LEVEL,
+        "resampled": "speakers" if bootstrap.by_speaker else "utterances",
+        "clusters": bootstrap.clusters,
+        "resamples": bootstrap.resamples,
+        "seed": bootstrap.seed,
+        "notes": notes,
+    }
+    return {**measures, "intervals": intervals, "interval_method": method}
+
+
+# ------------------------------------------------------------------------- the measures as functions of sums
+
+_MOMENTS = ("n", "abs", "error", "p", "y", "pp", "yy", "py")
+_HITS = tuple(CLASS_LIMITS)
+_BINARY = ("tp", "fp", "fn", "tn")
+_NAMES = (*_MOMENTS, *_HITS, *(f"{b}_{kind}" for kind in ("has0", "non0") for b in _BINARY))
+
+
+def _sums(p: np.ndarray, y: np.ndarray, rounding: str) -> np.ndarray:
+    """What each utterance adds to the sums that the measures are made of: (N, R, K), for predictions p (R, N)."""
+    a, b = p - p.mean(axis=1, keepdims=True), np.broadcast_to(y - y.mean(), p.shape)  # centred: small sums of squares
+    columns = {
+        **{"n": np.ones_like(p), "abs": np.abs(p - y), "error": p - y},
+        **{"p": a, "y": b, "pp": a * a, "yy": b * b, "py": a * b},
+        **{m: classes(p, limit, rounding) == classes(y, limit, rounding) for m, limit in CLASS_LIMITS.items()},
+    }
+    everything = np.ones(len(y), bool)
+    for kind, used, truth, said in (("has0", everything, y >= 0, p >= 0), ("non0", y != 0, y > 0, p > 0)):
+        columns[f"tp_{kind}"], columns[f"fp_{kind}"] = used & truth & said, used & ~truth & said
+        columns[f"fn_{kind}"], columns[f"tn_{kind}"] = used & truth & ~said, used & ~truth & ~said
+    return np.stack([columns[name].astype(np.float64).T for name in _NAMES], axis=2)
+
+
+def _measures(sums: np.ndarray) -> dict[str, np.ndarray]:
+    """The measures of sums (..., K); NaN where undefined."""
+    s = {name: sums[..., i] for i, name in enumerate(_NAMES)}
+    n = s["n"]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        vp, vy = s["pp"] - s["p"] ** 2 / n, s["yy"] - s["y"] ** 2 / n
+        covariance = s["py"] - s["p"] * s["y"] / n
+        # A constant leaves a variance of some rounding errors.
+        varied = (vp > 1e-12 * s["pp"]) & (vy > 1e-12 * s["yy"])
+        apart = vp + vy + s["error"] ** 2 / n
+        found = {
+            "mae": s["abs"] / n,
+            "corr": np.where(varied, np.clip(covariance / np.sqrt(vp * vy), -1, 1), np.nan),
+            "ccc": np.where(apart > 1e-12 * (s["pp"] + s["yy"]), 2 * covariance / apart, np.nan),
+            **{m: s[m] / n for m in _HITS},
+        }
+        for kind in ("has0", "non0"):
+            tp, fp, fn, tn = (s[f"{b}_{kind}"] for b in _BINARY)
+            used = tp + fp + fn + tn
+            found[f"acc2_{kind}"] = (tp + tn) / used
+            positive = (tp + fn) * _safe_ratio(2 * tp, 2 * tp + fn + fp)
+            negative = (tn + fp) * _safe_ratio(2 * tn, 2 * tn + fn + fp)
+            found[f"f1_{kind}"] = (positive + negative) / used
+    return found
+
+
+def _safe_ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a / b, and 0 where b is 0."""
+    return np.divide(a, b, out=np.zeros_like(a), where=b > 0)
