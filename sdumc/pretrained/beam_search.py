@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdumc.pretrained.attention import EVERYTHING, Attention
 from sdumc.pretrained.cache import call_with_cache
 
 _IMPOSSIBLE = -1e9
@@ -29,12 +30,6 @@ class Winner:
     tokens: list[int]
     ended: bool
     score: float
-
-
-def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, Q, C) bool, True where a query may look -> (B, 1, Q, C) with 0 there and the lowest number elsewhere."""
-    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
-    return mask.masked_fill_(~allowed, torch.finfo(dtype).min).unsqueeze(1)
 
 
 def _select_columns(cache, prompt_length: int, columns: Tensor) -> None:
@@ -123,28 +118,37 @@ class _Hypotheses:
         return alive
 
 
+def prompt_positions(mask: Tensor) -> Tensor:
+    """Positions (B, P) of the columns of left-padded prompts, from ``mask`` (B, P), False on padding."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
 class _Columns:
     """Which columns of the cache each beam may look at: the prompt's, and of the generated ones its own ancestors.
 
     Attributes:
         prompt: (R, P) bool, False on left padding. ancestors: (R, K, C) bool, over the C generated columns.
+        positions: (R, P + C) position of each column's token; the K columns of one step have the same.
+        next: (R,) position of the next token.
     """
 
     def __init__(self, prompt: Tensor, beam: int):
         self.prompt = prompt
         self.ancestors = torch.zeros(len(prompt), beam, 0, dtype=torch.bool, device=prompt.device)
         self.own = torch.eye(beam, dtype=torch.bool, device=prompt.device)
+        self.positions, self.next = prompt_positions(prompt), prompt.sum(1)
 
     def keep_rows(self, alive: Tensor) -> None:
         self.prompt, self.ancestors = self.prompt[alive], self.ancestors[alive]
+        self.positions, self.next = self.positions[alive], self.next[alive]
 
-    def extend(self, cache, parents: Tensor) -> Tensor:
+    def extend(self, cache, parents: Tensor) -> tuple[Tensor, Tensor]:
         """K further columns, one for each beam, which continues the beam ``parents`` (R, K).
 
         Columns that no beam descends from are dropped from ``cache`` when there are many.
 
         Returns:
-            (R, K, P + C) bool, what each beam may look at.
+            (R, K, P + C) bool, what each beam may look at; (R, K) the position of the new columns.
         """
         columns = self.ancestors.shape[2]
         self.ancestors = self.ancestors.gather(1, parents[..., None].expand(-1, -1, columns))
@@ -152,7 +156,9 @@ class _Columns:
             self._prune(cache)
         own = self.own.expand(len(self.prompt), -1, -1)
         self.ancestors = torch.cat([self.ancestors, own], dim=2)
-        return torch.cat([self.prompt[:, None].expand(-1, len(self.own), -1), self.ancestors], dim=2)
+        new = self.next[:, None].expand(-1, len(self.own))
+        self.positions, self.next = torch.cat([self.positions, new], dim=1), self.next + 1
+        return torch.cat([self.prompt[:, None].expand(-1, len(self.own), -1), self.ancestors], dim=2), new
 
     def _prune(self, cache) -> None:
         used = self.ancestors.any(dim=1)
@@ -162,6 +168,8 @@ class _Columns:
         order = torch.argsort(used, dim=1, descending=True, stable=True)[:, :widest]
         _select_columns(cache, self.prompt.shape[1], order)
         self.ancestors = self.ancestors.gather(2, order[:, None].expand(-1, len(self.own), -1))
+        prompt, generated = self.positions.split([self.prompt.shape[1], used.shape[1]], dim=1)
+        self.positions = torch.cat([prompt, generated.gather(1, order)], dim=1)
 
 
 @torch.inference_mode()
@@ -174,6 +182,7 @@ def beam_search(
     beam: int = 4,
     max_new_tokens: int = 200,
     length_penalty: float = 1.0,
+    attention: Attention = EVERYTHING,
 ) -> list[Winner]:
     """Continue B prompts that ``model`` has already read.
 
@@ -183,6 +192,7 @@ def beam_search(
         prompt_mask: (B, P) bool, False on left padding.
         logits: (B, V) for the first new token.
         eos_ids: tokens that end a hypothesis.
+        attention: how far the model's layers look back.
 
     Returns:
         The winner of each utterance.
@@ -190,7 +200,6 @@ def beam_search(
     dtype = next(model.parameters()).dtype
     hypotheses = _Hypotheses(len(logits), beam, eos_ids, max_new_tokens, length_penalty, logits.device)
     columns = _Columns(prompt_mask, beam)
-    positions = prompt_mask.sum(1)  # of the next token, in each row
     winners: list[Winner | None] = [None] * len(logits)
     log_probs = torch.log_softmax(logits.float(), dim=-1)[:, None].expand(-1, beam, -1)
     while True:
@@ -201,13 +210,13 @@ def beam_search(
                 return [w for w in winners if w is not None]
             cache.batch_select_indices(alive)
             columns.keep_rows(alive)
-            parents, tokens, positions = parents[alive], tokens[alive], positions[alive]
+            parents, tokens = parents[alive], tokens[alive]
+        allowed, positions = columns.extend(cache, parents)
         output = call_with_cache(
             model,
             cache,
             input_ids=tokens,
-            attention_mask=additive_mask(columns.extend(cache, parents), dtype),
-            position_ids=positions[:, None].expand(-1, beam),
+            attention_mask=attention.mask(allowed, positions, columns.positions, dtype),
+            position_ids=positions,
         )
-        positions = positions + 1
         log_probs = torch.log_softmax(output.logits.float(), dim=-1)

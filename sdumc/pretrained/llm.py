@@ -1,11 +1,13 @@
 """A frozen causal LLM that reads audio embeddings and a prompt, writes a transcript, and gives its hidden states.
 
-Layout of the input, as in SLAM-LLM: ``[audio embeddings][BOS]"USER: {prompt}\\n ASSISTANT:"`` and then the answer.
+Layout of the input, as in SLAM-LLM: ``[audio embeddings][BOS]"USER: {prompt}\\n ASSISTANT:"`` and then the answer; or
+that of another template (:mod:`sdumc.pretrained.prompts`).
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +17,30 @@ import torch
 from torch import Tensor
 
 from sdumc.errors import UserError
-from sdumc.pretrained.beam_search import Winner, additive_mask, beam_search
+from sdumc.pretrained.attention import Attention, longest_context
+from sdumc.pretrained.beam_search import Winner, beam_search, prompt_positions
 from sdumc.pretrained.cache import call_with_cache, new_cache
 from sdumc.pretrained.folders import load_model, load_tokenizer, model_folder
-from sdumc.pretrained.prompts import PROMPTS
+from sdumc.pretrained.llm_trial import find_attention
+from sdumc.pretrained.prompts import BOS, PROMPTS, RELEASED, around_sound, resolve_template
 from sdumc.pretrained.states import StateTap, decoder_layers, embedding_scale, layer_index
+
+log = logging.getLogger("sdumc")
+
+# What a model's generation config may set that changes the tokens of a beam search, and its value for "no change".
+_NOT_FOLLOWED = {
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "bad_words_ids": None,
+    "sequence_bias": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+}
 
 
 @dataclass
@@ -43,7 +64,7 @@ class Transcript:
 class _Prompted:
     """What the LLM computed for B prompts: keys and values per layer, mask (B, P), next-token logits, last states."""
 
-    past: list[tuple[Tensor, Tensor]]
+    past: list[tuple[Any, Any]]
     mask: Tensor
     logits: Tensor
     states: Tensor
@@ -60,11 +81,13 @@ class SpeechLLM:
 
     Args:
         name: model folder, or a hub name that is in the local cache.
-        prompt: put between ``USER: `` and ``\\n ASSISTANT:``; the projector must have been trained with the same one.
+        prompt: the instruction; the projector must have been trained with the same one.
         layers: which ``hidden_states`` are summed for the text representation, e.g. (-4,) or (-4, -3, -2, -1).
+        template: what stands around the prompt: :func:`sdumc.pretrained.prompts.resolve_template`.
 
     Raises:
-        UserError: incomplete folder, unusable tokenizer, no EOS token, no such layer.
+        UserError: incomplete folder, unusable tokenizer, no EOS token, no such layer, a template without the prompt, or
+            an LLM that fails the trial (:mod:`sdumc.pretrained.llm_trial`).
     """
 
     def __init__(
@@ -74,25 +97,53 @@ class SpeechLLM:
         device: torch.device | str = "cpu",
         prompt: str = PROMPTS["short"],
         layers: Sequence[int] = (-1,),
+        template: str = RELEASED,
     ):
         from transformers import AutoModelForCausalLM
 
         self.folder: Path = model_folder(name)
         self.device, self.dtype, self.layers = torch.device(device), dtype, list(layers)
         self.tokenizer = load_tokenizer(self.folder)
+        self.bos_id: int | None = self.tokenizer.bos_token_id
+        self._set_prompt(prompt, template)
         self.model = load_model(AutoModelForCausalLM, self.folder, dtype, self.device)
         self.base = self.model.base_model
         self.dim: int = self.model.get_input_embeddings().weight.shape[1]
-        stack = decoder_layers(self.base, str(self.folder))
+        self.num_layers = len(decoder_layers(self.base, str(self.folder)))
         for layer in self.layers:
-            layer_index(layer, len(stack), str(self.folder))
+            layer_index(layer, self.num_layers, str(self.folder))
         if not self.layers:
             raise UserError("no LLM layer was chosen; give at least one, e.g. -1")
-        self.bos_id: int | None = self.tokenizer.bos_token_id
         self.eos_ids = self._eos_ids()
+        self.most_positions = longest_context(self.model, self.base.config)
+        self.attention: Attention = find_attention(self)
+        self._log_what_is_not_followed()
+
+    def _set_prompt(self, prompt: str, template: str) -> None:
+        """Token ids before and after the sound; the text and ids of the last piece, which the answer follows."""
         self.prompt = prompt
-        self.chat_ids = self._ids(f"USER: {prompt}\n ASSISTANT:")
-        self._chat_text = f"USER: {prompt}\n ASSISTANT:"
+        self.template = resolve_template(template, prompt, self.tokenizer, str(self.folder))
+        before, after = around_sound(self.template, prompt)
+        self._before, self._after = self._template_ids(before), self._template_ids(after)
+        self._chat_text = after.rsplit(BOS, 1)[-1]
+        self.chat_ids = self._ids(self._chat_text)
+
+    def _template_ids(self, text: str) -> list[int]:
+        first, *others = text.split(BOS)
+        bos = [] if self.bos_id is None else [self.bos_id]
+        return [*self._ids(first), *(i for piece in others for i in [*bos, *self._ids(piece)])]
+
+    def _log_what_is_not_followed(self) -> None:
+        config = self.model.generation_config
+        found = [
+            f"{name}={value}"
+            for name, none in _NOT_FOLLOWED.items()
+            if (value := getattr(config, name, None)) is not None and value != none
+        ]
+        if found:
+            log.info(
+                "%s: its generation config asks for %s; the search does not do that", self.folder, ", ".join(found)
+            )
 
     @functools.cached_property
     def embedding_scale(self) -> float | None:
@@ -113,7 +164,7 @@ class SpeechLLM:
         return sorted(found)
 
     def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return [] if not text else list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def answer_ids(self, text: str) -> list[int]:
         """Token ids of ``text`` as the answer that follows the prompt, in training and in :meth:`encode`.
@@ -137,14 +188,15 @@ class SpeechLLM:
     # ---- context
 
     def contexts(self, audio: Sequence[Tensor | None], chat: bool = True) -> list[Tensor]:
-        """Input embeddings that stand before the answer, (P_i, D) each: audio (may be None), BOS, chat prompt.
+        """Input embeddings that stand before the answer, (P_i, D) each: audio (may be None), BOS and prompt as the
+        template has them; with ``chat`` off, audio and BOS.
 
         Raises:
             UserError: nothing stands before the answer (``chat`` is off, there is no audio, and no BOS token).
         """
-        ids = ([] if self.bos_id is None else [self.bos_id]) + (self.chat_ids if chat else [])
-        head = self.embed(ids)
-        parts = [head if a is None else torch.cat([a.to(head), head]) for a in audio]
+        bos = [] if self.bos_id is None else [self.bos_id]
+        before, after = map(self.embed, (self._before, self._after) if chat else ([], bos))
+        parts = [torch.cat([before, *([] if a is None else [a.to(after)]), after]) for a in audio]
         if any(len(p) == 0 for p in parts):
             raise UserError(
                 f"{self.folder}: the tokenizer has no BOS token, so text cannot be encoded without a prompt"
@@ -155,8 +207,22 @@ class SpeechLLM:
         """Token ids -> input embeddings (N, D)."""
         return self.model.get_input_embeddings()(torch.tensor(list(ids), dtype=torch.long, device=self.device))
 
+    def check_room(self, contexts: Sequence[Tensor], tokens: int) -> None:
+        """Refuse contexts (P_i, D) that leave no room for ``tokens`` more.
+
+        Raises:
+            UserError: the LLM has no positions for so many, or changes its rotary frequencies at that length.
+        """
+        longest = max(map(len, contexts))
+        if self.most_positions is not None and longest + tokens > self.most_positions:
+            raise UserError(
+                f"{self.folder}: {longest} positions of sound and prompt and {tokens} tokens are more than the "
+                f"{self.most_positions} that this LLM can read; cut the utterance, lower --max-new-tokens, or give "
+                "another LLM"
+            )
+
     @torch.inference_mode()
-    def _read(self, contexts: Sequence[Tensor]) -> _Prompted:
+    def read(self, contexts: Sequence[Tensor]) -> _Prompted:
         """Run the prompts through the LLM once, left padded."""
         longest = max(len(c) for c in contexts)
         embeds = torch.zeros(len(contexts), longest, self.dim, dtype=self.dtype, device=self.device)
@@ -171,16 +237,18 @@ class SpeechLLM:
                 cache,
                 inputs_embeds=embeds,
                 attention_mask=mask.long(),
-                position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                position_ids=prompt_positions(mask),
                 logits_to_keep=1,
             )
             states = tap.take()
         layers: list[Any] = cache.layers
-        past = [(layer.keys, layer.values) for layer in layers]
+        past = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
         return _Prompted(past, mask, output.logits[:, -1], states)
 
     @torch.inference_mode()
-    def _force(self, prompted: _Prompted, answers: Sequence[Sequence[int]]) -> list[Tensor]:
+    def force(
+        self, prompted: _Prompted, answers: Sequence[Sequence[int]], attention: Attention | None = None
+    ) -> list[Tensor]:
         """States at the prompt's end and at each token of ``answers``: float32 (len + 1, D) each."""
         longest = max(len(a) for a in answers)
         first = prompted.states
@@ -194,14 +262,15 @@ class SpeechLLM:
         allowed = torch.cat(
             [prompted.mask[:, None].expand(-1, longest, -1), causal.expand(len(answers), -1, -1)], dim=2
         )
-        steps = torch.arange(longest, device=self.device)
+        positions = prompted.mask.sum(1, keepdim=True) + torch.arange(longest, device=self.device)
+        keys = torch.cat([prompt_positions(prompted.mask), positions], dim=1)
         with StateTap(self.base, self.layers, str(self.folder)) as tap:
             call_with_cache(
                 self.model,
                 prompted.cache(),
                 input_ids=tokens,
-                attention_mask=additive_mask(allowed, self.dtype),
-                position_ids=prompted.mask.sum(1, keepdim=True) + steps,
+                attention_mask=(attention or self.attention).mask(allowed, positions, keys, self.dtype),
+                position_ids=positions,
                 logits_to_keep=1,
             )
             states = torch.cat([first, tap.take()], dim=1)
@@ -213,24 +282,36 @@ class SpeechLLM:
         self, contexts: Sequence[Tensor], beam: int = 4, max_new_tokens: int = 200, length_penalty: float = 1.0
     ) -> list[Transcript]:
         """Beam search for a batch, then the winners teacher-forced once, on the prompts' cache, for their states."""
-        prompted = self._read(contexts)
-        winners = self._search(prompted, beam, max_new_tokens, length_penalty)
+        self.check_room(contexts, max_new_tokens)
+        prompted = self.read(contexts)
+        winners = self.search(prompted, beam, max_new_tokens, length_penalty)
         # Without EOS, the state at the last token predicts a token that was not generated: it is left out.
-        states = self._force(prompted, [w.tokens if w.ended else w.tokens[:-1] for w in winners])
+        states = self.force(prompted, [w.tokens if w.ended else w.tokens[:-1] for w in winners])
         return [Transcript(w.tokens, self.decode(w.tokens), w.ended, s) for w, s in zip(winners, states, strict=True)]
 
-    def _search(self, prompted: _Prompted, beam: int, max_new_tokens: int, length_penalty: float) -> list[Winner]:
+    def search(
+        self,
+        prompted: _Prompted,
+        beam: int,
+        max_new_tokens: int,
+        length_penalty: float,
+        attention: Attention | None = None,
+        eos_ids: Sequence[int] | None = None,
+    ) -> list[Winner]:
+        """Beam search behind prompts that were read; ``attention`` and ``eos_ids`` are the LLM's own if not given."""
         return beam_search(
             self.model,
             prompted.cache(),
             prompted.mask,
             prompted.logits,
-            self.eos_ids,
+            self.eos_ids if eos_ids is None else eos_ids,
             beam,
             max_new_tokens,
             length_penalty,
+            attention or self.attention,
         )
 
     def encode(self, contexts: Sequence[Tensor], answers: Sequence[Sequence[int]]) -> list[Tensor]:
         """States of given answers behind their contexts: float32 (len + 1, D); row 0 is the context's end."""
-        return self._force(self._read(contexts), answers)
+        self.check_room(contexts, max(map(len, answers)))
+        return self.force(self.read(contexts), answers)

@@ -1,6 +1,11 @@
-"""The instruction between sound and answer in the LLM's input."""
+"""What stands before the answer in the LLM's input: the instruction, and the template around it."""
 
 from __future__ import annotations
+
+import datetime
+from typing import Any
+
+from sdumc.errors import UserError
 
 PROMPTS = {
     "short": "Transcribe speech to text. ",
@@ -10,7 +15,72 @@ PROMPTS = {
     ),
 }
 
+PROMPT, SOUND, BOS = "{prompt}", "{sound}", "{bos}"
+RELEASED = "released"
+RELEASED_TEXT = SOUND + BOS + "USER: {prompt}\n ASSISTANT:"
+_TODAY = datetime.datetime(2024, 7, 26)  # for templates that state the date: the same input every day
+
 
 def prompt_text(value: str) -> str:
     """The text of ``--prompt``."""
     return PROMPTS.get(value, value)
+
+
+def resolve_template(value: str, prompt: str, tokenizer: Any, name: str) -> str:
+    """``--prompt-template`` as it is recorded: ``released``, or a text with ``{prompt}`` and ``{sound}`` in it.
+
+    Args:
+        value: ``released``; ``chat``, the tokenizer's own chat template; ``auto``, that or else ``released``; or a text
+            with ``{prompt}``. ``{sound}`` and ``{bos}`` in it say where the sound and the BOS token stand; without
+            them, both stand before the text.
+
+    Raises:
+        UserError: the template drops the prompt or has it or the sound twice, or the tokenizer has no chat template.
+    """
+    has_chat = bool(getattr(tokenizer, "chat_template", None))
+    if value == RELEASED or (value == "auto" and not has_chat):
+        return RELEASED
+    if value in ("chat", "auto"):
+        if not has_chat:
+            raise UserError(f"{name}: its tokenizer has no chat template; use --prompt-template released, or a text")
+        return _chat_template(prompt, tokenizer, name)
+    if value.count(PROMPT) != 1 or value.count(SOUND) > 1:
+        raise UserError(
+            f"--prompt-template {value!r}: must be released, chat, auto, or a text with {PROMPT} once (and {SOUND} at "
+            "most once) in it"
+        )
+    return value
+
+
+def _chat_template(prompt: str, tokenizer: Any, name: str) -> str:
+    """A tokenizer's chat template with one user turn, in which the sound stands before the prompt."""
+    asked = prompt.strip()  # many templates strip a turn
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": asked}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,
+            strftime_now=_TODAY.strftime,
+        )
+    except Exception as e:  # whatever a template of others raises
+        raise UserError(
+            f"{name}: its chat template cannot be used: {str(e).splitlines()[0] if str(e) else e!r}"
+        ) from None
+    before, found, after = text.rpartition(asked)
+    if not asked or not found:
+        raise UserError(
+            f"{name}: its chat template drops the prompt {prompt!r}; use --prompt-template released, or a text"
+        )
+    return before + SOUND + PROMPT + after
+
+
+def around_sound(template: str, prompt: str) -> tuple[str, str]:
+    """The text before the sound and the text after it, ``{bos}`` still in them, of a resolved template."""
+    text = RELEASED_TEXT if template == RELEASED else template
+    if SOUND not in text:
+        text = SOUND + (text if BOS in text else BOS + text)
+    before, after = text.split(SOUND)
+    # What :func:`_chat_template` took out was stripped.
+    asked = prompt.strip() if SOUND + PROMPT in text else prompt
+    return before.replace(PROMPT, asked), after.replace(PROMPT, asked)

@@ -15,15 +15,22 @@ from torch import nn
 from sdumc.errors import UserError
 
 
+def find_decoder(base: nn.Module, name: str) -> tuple[nn.Module, nn.ModuleList]:
+    """The module that runs the layers of a headless transformers model (OPT: ``decoder``), and the layers."""
+    for path in ("layers", "encoder.layers", "decoder.layers", "h"):
+        owner: Any = base
+        *above, last = path.split(".")
+        for part in above:
+            owner = getattr(owner, part, None)
+        stack = getattr(owner, last, None)
+        if isinstance(stack, nn.ModuleList):
+            return owner, stack
+    raise UserError(f"{name}: the layers of {type(base).__name__} were not found; this architecture is not supported")
+
+
 def decoder_layers(base: nn.Module, name: str) -> nn.ModuleList:
     """The stack of layers of a headless transformers model."""
-    for path in ("layers", "encoder.layers", "decoder.layers", "h"):
-        found: Any = base
-        for part in path.split("."):
-            found = getattr(found, part, None)
-        if isinstance(found, nn.ModuleList):
-            return found
-    raise UserError(f"{name}: the layers of {type(base).__name__} were not found; this architecture is not supported")
+    return find_decoder(base, name)[1]
 
 
 def layer_index(layer: int, num_layers: int, name: str) -> int:
@@ -94,15 +101,24 @@ class StateTap:
     """
 
     def __init__(self, base: nn.Module, layers: Sequence[int], name: str = "model", last_only: bool = False):
-        self._base, self._stack = base, decoder_layers(base, name)
+        # A causal LM may call the decoder without the module around it: the output is taken from the decoder.
+        self._owner, self._stack = find_decoder(base, name)
+        self._name = name
         self._wanted = [layer_index(layer, len(self._stack), name) for layer in layers]
         self._last_only = last_only
         self._handles: list = []
         self.states: torch.Tensor | None = None
+        self._added = 0
 
     def _add(self, hidden: torch.Tensor, times: int) -> None:
         hidden = (hidden[:, -1:] if self._last_only else hidden).detach().float() * times
+        if self.states is not None and self.states.shape != hidden.shape:
+            raise UserError(
+                f"{self._name}: the layers to be summed have states of different widths ({self.states.shape[-1]} and "
+                f"{hidden.shape[-1]}); choose one layer, or layers without the last"
+            )
         self.states = hidden if self.states is None else self.states + hidden
+        self._added += times
 
     def __enter__(self) -> StateTap:
         for index in sorted(set(self._wanted)):
@@ -118,7 +134,7 @@ class StateTap:
                 def after(_module, _args, output, times=times):
                     self._add(output[0] if isinstance(output, tuple) else output.last_hidden_state, times)
 
-                self._handles.append(self._base.register_forward_hook(after))
+                self._handles.append(self._owner.register_forward_hook(after))
         return self
 
     def __exit__(self, *_error) -> None:
@@ -127,7 +143,15 @@ class StateTap:
         self._handles.clear()
 
     def take(self) -> torch.Tensor:
-        """Return the states of the last forward pass, and clear them."""
-        states, self.states = self.states, None
-        assert states is not None, "no forward pass ran under this tap"
+        """Return the states of the last forward pass, and clear them.
+
+        Raises:
+            UserError: not every layer asked for was seen just once, so that the sum is not the one asked for.
+        """
+        states, added, self.states, self._added = self.states, self._added, None, 0
+        if states is None or added != len(self._wanted):
+            raise UserError(
+                f"{self._name}: {added} of {len(self._wanted)} layers were seen in a forward pass; this architecture "
+                "is not supported"
+            )
         return states

@@ -1,7 +1,7 @@
 """Training the projector, top to bottom: cross entropy of transcripts through the frozen LLM.
 
-A step's input is laid out exactly as in simulation, ``[audio embeddings][BOS]"USER: {prompt}\\n ASSISTANT:"``, followed
-by the transcript and EOS, on which alone the loss is taken.
+A step's input is laid out exactly as in simulation (:mod:`sdumc.pretrained.llm`), followed by the transcript and EOS,
+on which alone the loss is taken.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from sdumc.errors import UserError
 from sdumc.extraction.loop import read_ahead
 from sdumc.files import write_text
+from sdumc.pretrained.beam_search import prompt_positions
 from sdumc.pretrained.llm import SpeechLLM
 from sdumc.pretrained.memory import halve_when_out_of_memory
 from sdumc.pretrained.projector import FILE_NAME, Projector, project, save_projector
@@ -206,7 +207,13 @@ def answer_tokens(llm: SpeechLLM, texts: Mapping[str, str], batch: Sequence[str]
 
 
 def answer_loss(llm: SpeechLLM, contexts: Sequence[Tensor], answers: Sequence[Sequence[int]]) -> Tensor:
-    """Summed cross entropy of ``answers`` (token ids, EOS included) behind ``contexts`` (P_i, D)."""
+    """Summed cross entropy of ``answers`` (token ids, EOS included) behind ``contexts`` (P_i, D).
+
+    Raises:
+        UserError: the LLM cannot read so many positions.
+    """
+    for context, answer in zip(contexts, answers, strict=True):
+        llm.check_room([context], len(answer))
     rows = [torch.cat([c, llm.embed(a).to(c)]) for c, a in zip(contexts, answers, strict=True)]
     longest, most = max(map(len, rows)), max(map(len, answers))
     # Left padding, as in simulation; all answers then end in the last column, and only `most` logits are needed.
@@ -216,7 +223,7 @@ def answer_loss(llm: SpeechLLM, contexts: Sequence[Tensor], answers: Sequence[Se
     logits = llm.model(
         inputs_embeds=embeds,
         attention_mask=mask.long(),
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        position_ids=prompt_positions(mask),
         use_cache=False,
         logits_to_keep=most + 1,
     ).logits[:, :-1]

@@ -49,10 +49,15 @@ def _word_tokenizer(special: list[str], words: list[str], **names: str):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **names)
 
 
-def _causal_lm(folder: Path, model_class, config_class, seed: int, layers: int, eos_bias: float, hidden: int, **more):
+def llm_tokenizer():
+    """Words of the prompt and :data:`WORDS`; 1 is BOS, 2 EOS, 3 padding."""
     chat = ["USER", ":", "ASSISTANT", "Transcribe", "speech", "to", "text", "."]
     special = ["<unk>", "<s>", "</s>", "<pad>"]
-    tokenizer = _word_tokenizer(special, chat + WORDS, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    return _word_tokenizer(special, chat + WORDS, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def _causal_lm(folder: Path, model_class, config_class, seed: int, layers: int, eos_bias: float, hidden: int, **more):
+    tokenizer = llm_tokenizer()
     torch.manual_seed(seed)
     model = model_class(
         config_class(
