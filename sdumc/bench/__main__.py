@@ -8,6 +8,7 @@ Figures depend on the machine and on what else it does; compare ratios. The exit
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "extraction": extraction.main,
         "neighbours": neighbours.main,
     }
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of models that the parts write to load them again
     print(machine())
     reached = True
     for part in args.part or PARTS:
