@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import test_training as training
 from helpers import bad_inputs, faults
+from helpers.commands import call_here
 from helpers.dumps import make_dump
 from helpers.stopping import at_step, has_pending, held_at_start, wait_until
 
@@ -123,8 +124,8 @@ def test_a_signal_to_the_launcher_saves_and_ends_with_75(data, tmp_path, number)
         run.all_gone()
         assert "stopped by a signal" in run.output.read_text() and "Traceback" not in run.output.read_text()
     done = steps(exp)
-    with Started(train(data, exp, launcher=RANKS), tmp_path) as run:
-        run.until(lambda: f"resuming at epoch {1 + done // 6}, step {done}" in run.output.read_text())
+    again = call_here(*training.train_args(data, exp, *LONG, "--epochs", 1 + done // 6))
+    assert again.returncode == 0 and f"resuming at epoch {1 + done // 6}, step {done}" in again.stderr, again.stderr
 
 
 def test_a_signal_while_training_starts(data, tmp_path):

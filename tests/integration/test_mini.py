@@ -93,6 +93,6 @@ def test_features_from_elsewhere_start_at_stage_4(recipe, first_run, tmp_path):
         shutil.copytree(recipe / "dump" / name, recipe / "elsewhere" / name)
         for extra in ("audio.yaml", "audio.frames", "utt2spk"):
             (recipe / "elsewhere" / name / extra).unlink()
-    words = ["--stage", 4, "--stop-stage", 5, "--dumpdir", "elsewhere", "--datadir", "nowhere", "--exp-tag", "other"]
-    call(recipe, *words, "--encoder", "", "--llm", "", "--conditions", "full none")
+    words = ["--nproc", 1, "--stage", 4, "--stop-stage", 5, "--dumpdir", "elsewhere", "--datadir", "nowhere"]
+    call(recipe, *words, "--exp-tag", "other", "--encoder", "", "--llm", "", "--conditions", "full none")
     assert (recipe / "exp/other_seed1/decode_test/none/score.json").exists()

@@ -16,6 +16,7 @@ from helpers.plain_network import released_weights
 
 from sdumc.corpora.audit import leave_out
 from sdumc.data.dump import load_dump
+from sdumc.data.tables import read_table
 from sdumc.pretrained.projector import Projector
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,30 +97,26 @@ def scores(folder: Path) -> dict[str, dict]:
 def test_raw(recipe, models, tmp_path):
     corpus = mini.make_raw(tmp_path / "corpus", "csd")
     words = ["--corpus-dir", corpus, "--folds", corpus / "cmu_mosei_std_folds.py", *small(models)]
-    output = call(recipe, *words)
+    output = call(recipe, *words, "--stop-stage", 1)
     assert "train  2 (2249)  7 (16326)   1" in output
     assert "gone1234567-0" in (recipe / "data/train/dropped.tsv").read_text()
+    # Two more sets: one without a single face, and one without a film: absent in all of it, and the stages go on.
+    gone = {u: "not wanted" for u in read_table(recipe / "data/test/utt2spk") if not u.startswith(mini.FACELESS)}
+    for name in ("faceless", "filmless"):
+        leave_out(recipe / "data/test", recipe / "data" / name, gone)
+    (recipe / "data/filmless/video.scp").unlink()
+    words_2 = [*words, "--test-sets", "test faceless filmless", "--stage", 2]
+    call(recipe, *words_2)
     test = load_dump(recipe / "dump/test")
     assert set(test.features) == {"audio", "text", "text_sim", "text_asr", "video"}
     assert set(test.features["video"].absent) == {f"{mini.FACELESS}-0", f"{mini.FACELESS}-1"}
     assert not load_dump(recipe / "dump/train").features["video"].absent
-    assert set(scores(recipe / "exp/train_seed1/decode_test")) == {"full", "missing", "asr", "none"}
     assert (recipe / "RESULTS.md").exists()
-
-    # A set without a single face: recorded as absent in all of it, and the later stages go on.
-    gone = {u: "not wanted" for u in test.utterances if not u.startswith(mini.FACELESS)}
-    leave_out(recipe / "data/test", recipe / "data/faceless", gone)
-    (recipe / "data/faceless/video.scp").rename(recipe / "video.scp")
-    for videos in (False, True):  # nor a film in all of it
-        if videos:
-            (recipe / "video.scp").rename(recipe / "data/faceless/video.scp")
-        words_2 = [*words, "--test-sets", "faceless", "--results", "RESULTS.faceless.md"]
-        output = call(recipe, *words_2, "--stage", 2)
-        video = load_dump(recipe / "dump/faceless").features["video"]
-        assert len(video.absent) == 2 and not video.entries and video.dim == 24
-    found = scores(recipe / "exp/train_seed1/decode_faceless")
-    assert set(found) == {"full", "missing", "asr", "none"} and found["full"]["n"] == 2
-    assert (recipe / "RESULTS.faceless.md").exists() and "skip   train exp/train_seed1" in output
+    for name, count in (("test", 4), ("faceless", 2), ("filmless", 2)):
+        found = scores(recipe / f"exp/train_seed1/decode_{name}")
+        assert set(found) == {"full", "missing", "asr", "none"} and found["full"]["n"] == count
+        video = load_dump(recipe / "dump" / name).features["video"]
+        assert len(video.absent) == 2 and len(video.entries) == count - 2 and video.dim == 24
 
     audit = ["--sets", "train", "--leave-out", "--max-wer", "0.1", "--min-overlap", "0.2", "--min-words", "2"]
     output = call(recipe, *audit, script="local/audit_transcripts.sh")
@@ -127,8 +124,9 @@ def test_raw(recipe, models, tmp_path):
     clean = load_dump(recipe / "dump/train_clean")
     left_out = (recipe / "data/train_clean/dropped.tsv").read_text().splitlines()
     assert len(clean.utterances) + len(left_out) == 7 and left_out
-    output = call(recipe, *words)
-    assert "nothing to do" in output, output
+    for again in ([*words, "--stop-stage", 1], words_2):
+        output = call(recipe, *again)
+        assert "nothing to do" in output, output
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from helpers.commands import call_here
 from helpers.tiny_recipe import ENV, ROOT, clip, make_recipe, predictions
 
 from sdumc import Scorer
@@ -234,9 +235,10 @@ def test_a_bar_is_drawn_on_a_terminal_only(exp, clips, tmp_path):
     import termios
 
     long = clip(tmp_path / "long.mp4", 4.0, 3)
-    command = [sys.executable, "-m", "sdumc.bin.predict", "--exp-dir", str(exp), str(long), str(clips["spk0-000"])]
-    command += ["--device", "cpu", "--max-seconds", "1", "--cut", "yes", "--batch-size", "2"]
-    done = subprocess.run(command, env=ENV, capture_output=True, text=True)
+    words = ["--exp-dir", str(exp), str(long), str(clips["spk0-000"])]
+    words += ["--device", "cpu", "--max-seconds", "1", "--cut", "yes", "--batch-size", "2"]
+    done = call_here("predict", *words)
+    command = [sys.executable, "-m", "sdumc.bin.predict", *words]
     assert done.returncode == 0 and done.stderr == ""
     master, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))

@@ -108,6 +108,9 @@ setup() {
 @test "two test sets, names of the user's own" {
   run recipe --train-set tr --valid-set va --test-sets "te1 te2"
   [[ ${status} == 0 && -f exp/train_seed1/decode_te1/full/score.json && -f exp/train_seed1/decode_te2/full/score.json ]]
+  # One more: nothing is trained again.
+  run recipe --train-set tr --valid-set va --test-sets "te1 te2 te3"
+  [[ ${status} == 0 && -f exp/train_seed1/decode_te3/full/score.json && ${output} == *"skip   train exp/train_seed1"* ]]
 }
 
 @test "a settings file's base counts as a setting, quoted or with a comment" {

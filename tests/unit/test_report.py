@@ -251,7 +251,7 @@ def test_damaged_or_absent_attention(tree, quick):
     assert not Path("exp/report/images/test_attention_over_frames.png").exists()
 
 
-def test_tensorboard_has_the_curves_and_the_figures(made, monkeypatch):
+def test_tensorboard_has_the_curves_and_the_figures(made, quick, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.chdir(made)
