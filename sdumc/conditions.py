@@ -30,7 +30,8 @@ ASR_SHARDS = "asr_hyp"
 TRANSCRIPTS = {ASR_SHARDS: "text_asr", "text_sim": "text_sim"}
 
 # What became of a transcript that a model wrote; sdumc.pretrained.quality tells them apart.
-TEXT_STATUSES = ("ok", "empty", "refusal", "repeat", "limit")
+NO_SPEECH = "no-speech"
+TEXT_STATUSES = ("ok", "empty", NO_SPEECH, "refusal", "repeat", "limit")
 
 # The seven queries of cross-attention. The first four sum the weighted vectors of several modalities.
 FUSED_QUERIES = {

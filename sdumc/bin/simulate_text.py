@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup_logging(args.verbose)
     from sdumc.data.tables import read_table
     from sdumc.errors import UserError
+    from sdumc.extraction.finishing import without_speech
     from sdumc.extraction.job import data_hash, load_job, load_reader, open_shard, sound_batches
     from sdumc.extraction.simulation import Search, extract_simulated_text
 
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     data, utterances = load_job(args)
     asr_file = Path(args.asr_text) if args.asr_text else Path(args.data_dir) / "text_asr"
     asr_texts = read_table(asr_file, allow_empty=True) if args.asr_text or asr_file.is_file() else {}
+    status_file = Path(args.dump_dir) / "text_asr.status.tsv"
     reader, settings = load_reader(args)
     settings = {
         "extractor": "text_sim",
@@ -54,13 +56,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         "beam": args.beam,
         "max_new_tokens": args.max_new_tokens,
         "length_penalty": args.length_penalty,
-        "data_hash": data_hash(data, asr_file),
+        "data_hash": data_hash(data, asr_file, status_file),
     }
     search = Search(args.beam, args.max_new_tokens, args.length_penalty)
     batches = sound_batches(args, data, utterances)
     with open_shard(args, settings, utterances) as writer:
         extract_simulated_text(
-            data, batches, reader, writer, asr_texts, search, args.first_state == "keep", args.bad_media
+            data,
+            batches,
+            reader,
+            writer,
+            asr_texts,
+            search,
+            args.first_state == "keep",
+            args.bad_media,
+            without_speech(status_file),
         )
 
 

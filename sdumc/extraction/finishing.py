@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from sdumc.conditions import ASR_SHARDS, TRANSCRIPTS
+from sdumc.conditions import ASR_SHARDS, NO_SPEECH, TRANSCRIPTS
 from sdumc.data.kaldi_dir import KaldiDir
 from sdumc.data.shards import Merged, merge_shards
 from sdumc.data.tables import write_table
@@ -103,12 +103,20 @@ def write_transcripts(name: str, data: KaldiDir, dump_dir: Path, merged: Merged)
     _report(data.path / text_name, name, report, status_file)
 
 
+def without_speech(status_file: Path) -> frozenset[str]:
+    """The utterances of a ``<text>.status.tsv`` in which no speech was found; none where there is no such file."""
+    if not status_file.is_file():
+        return frozenset()
+    rows = (line.split("\t") for line in status_file.read_text(encoding="utf-8").splitlines()[1:])
+    return frozenset(row[0] for row in rows if row[1:2] == [NO_SPEECH])
+
+
 def _report(text_file: Path, name: str, report: dict[str, Any], status_file: Path) -> None:
     """A line on the screen, and a warning when many simulated transcripts failed."""
     counts = ", ".join(f"{v} {k}" for k, v in report["counts"].items() if v)
     wer = f"WER {100 * report['wer']:.1f}%, " if report.get("wer") is not None else ""
     print(f"{text_file}: {wer}{report['n']} utterances: {counts}")
-    failed = report["n"] - report["counts"]["ok"] - report["counts"]["limit"]
+    failed = report["n"] - sum(report["counts"][s] for s in ("ok", "limit", NO_SPEECH))
     if name == "text_sim" and failed > 0.1 * report["n"]:
         log.warning(
             "%d of %d simulated transcripts are refusals, repeats or empty; see %s. Check that prompt, projector and "

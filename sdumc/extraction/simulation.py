@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
+from sdumc.conditions import NO_SPEECH
 from sdumc.data.kaldi_dir import KaldiDir
 from sdumc.data.shards import ShardWriter
 from sdumc.extraction.finishing import BAD_MEDIA
 from sdumc.extraction.loop import Output, extract_shard, read_wave
+from sdumc.prediction.activity import is_silent
 from sdumc.pretrained.llm import SpeechLLM, Transcript
 from sdumc.pretrained.quality import judge, normalise
 from sdumc.pretrained.speech_reader import SpeechReader, without_first
@@ -47,13 +49,41 @@ def simulate(
     asr_texts: Sequence[str | None],
     search: Search,
     keep_first: bool = False,
+    no_speech: Sequence[bool] = (),
 ) -> list[Simulated]:
     """Simulated text for a batch of clips.
+
+    An LLM writes an opinion for a clip without speech too. It is not asked where no 30 ms of a clip are louder than
+    -60 dB of full scale, nor where ``no_speech`` says that the recogniser found no speech: the status is
+    ``no-speech``, and the state that at the prompt's end (``prompt``).
 
     When the LLM refuses or says nothing, its answer is replaced by the ASR transcript, read behind the same sound and
     prompt (fallback ``asr``), or, without one, by the single state at the prompt's end (``prompt``). An endless repeat
     is cut where it begins (``cut``).
     """
+    mute = [i for i, wave in enumerate(waves) if is_silent(wave) or (no_speech and no_speech[i])]
+    heard = [i for i in range(len(waves)) if i not in mute]
+    results: dict[int, Simulated] = {}
+    if heard:
+        texts = [asr_texts[i] for i in heard]
+        results.update(
+            zip(heard, _transcribe(reader, [waves[i] for i in heard], texts, search, keep_first), strict=True)
+        )
+    if mute:
+        contexts = reader.contexts([waves[i] for i in mute])
+        for i, states in zip(mute, reader.llm.encode(contexts, [[] for _ in mute]), strict=True):
+            results[i] = Simulated(states[:1], "", "", NO_SPEECH, "prompt")
+    return [results[i] for i in range(len(waves))]
+
+
+def _transcribe(
+    reader: SpeechReader,
+    waves: Sequence[np.ndarray],
+    asr_texts: Sequence[str | None],
+    search: Search,
+    keep_first: bool,
+) -> list[Simulated]:
+    """What :func:`simulate` does with clips in which there may be speech."""
     llm = reader.llm
     contexts = reader.contexts(waves)
     written = llm.transcribe(contexts, search.beam, search.max_new_tokens, search.length_penalty)
@@ -92,16 +122,19 @@ def extract_simulated_text(
     search: Search,
     keep_first: bool = False,
     bad_media: str = "stop",
+    no_speech: Collection[str] = (),
 ) -> None:
     """Simulate the text of the utterances in ``batches``: :func:`sdumc.extraction.loop.extract_shard`.
 
     Args:
         asr_texts: transcripts that take the place of refusals and empty answers.
+        no_speech: utterances in which the recogniser found no speech.
     """
 
     def compute(items: Sequence[tuple[str, np.ndarray]]) -> list[Output]:
         replacements = [asr_texts.get(utt) for utt, _ in items]
-        results = simulate(reader, [wave for _, wave in items], replacements, search, keep_first)
+        mute = [utt in no_speech for utt, _ in items]
+        results = simulate(reader, [wave for _, wave in items], replacements, search, keep_first, mute)
         return [Output(r.states.cpu().numpy(), notes=_notes(r.text, r.raw, r.status, r.fallback)) for r in results]
 
     def unheard(reason: str) -> Output:

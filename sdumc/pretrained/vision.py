@@ -14,8 +14,8 @@ from torch import Tensor
 from sdumc.errors import UserError
 from sdumc.files import read_json
 from sdumc.pretrained.folders import first_line, load_model, model_folder, read_model_config
+from sdumc.pretrained.media_trial import attempt, same, trial_pictures
 from sdumc.pretrained.memory import halve_when_out_of_memory
-from sdumc.pretrained.trial import attempt, same, trial_pictures
 
 # Parameters that stand before the patches, as vectors of their own; the first is the class token.
 _CLASS_TOKENS = ("embeddings.cls_token", "embeddings.class_embedding")
@@ -73,7 +73,7 @@ class VisionExtractor:
         pictures, refusal = trial_pictures(), f"{self.folder}: this {self.kind} model cannot be used for pictures"
 
         def vectors(pictures: Sequence[np.ndarray]) -> list[Tensor]:
-            found = attempt(lambda: self._vectors(pictures), refusal)
+            found = attempt(lambda: self._in_memory(pictures), refusal)
             if len(found) != len(pictures):
                 raise UserError(f"{refusal}: it gives {len(found)} vectors for {len(pictures)} pictures")
             return [torch.from_numpy(v)[None] for v in found]
@@ -94,8 +94,11 @@ class VisionExtractor:
         """RGB uint8 pictures (H, W, 3) -> float32 (N, D); pictures are taken from the iterator batch by batch."""
         pictures, parts = iter(pictures), []
         while chunk := list(islice(pictures, self.batch)):
-            parts += halve_when_out_of_memory(chunk, self._vectors, lambda p: f"a picture of {p.shape[1]}x{p.shape[0]}")
+            parts += self._in_memory(chunk)
         return np.stack(parts) if parts else np.zeros((0, self.dim), np.float32)
+
+    def _in_memory(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return halve_when_out_of_memory(pictures, self._vectors, lambda p: f"a picture of {p.shape[1]}x{p.shape[0]}")
 
     @torch.no_grad()
     def _vectors(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:

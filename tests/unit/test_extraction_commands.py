@@ -204,7 +204,8 @@ def test_failures_are_replaced():
     reader = SpeechReader(None, None, FakeLLM(texts))
     reader.contexts = lambda waves: list(waves)
     asr = [None, "spoken words here", "heard", "", None]
-    results = simulate(reader, [0] * 5, asr, Search())
+    waves = [tiny_models.wave(0.3, i) for i in range(5)]
+    results = simulate(reader, waves, asr, Search())
     assert [r.status for r in results] == ["ok", "refusal", "empty", "empty", "repeat"]
     assert [r.fallback for r in results] == ["none", "asr", "asr", "prompt", "cut"]
     assert [r.text for r in results] == ["all is well", "spoken words here", "heard", "", "go round"]
@@ -212,8 +213,21 @@ def test_failures_are_replaced():
     assert results[0].states[:, 0].tolist() == [1, 2, 3]  # the first state is dropped
     assert results[3].states[:, 0].tolist() == [0]  # the prompt's end
     assert results[4].states[:, 0].tolist() == [1, 2]
-    kept = simulate(reader, [0] * 5, asr, Search(), keep_first=True)
+    kept = simulate(reader, waves, asr, Search(), keep_first=True)
     assert [len(r.states) for r in kept] == [4, 4, 2, 1, 3]
+
+
+def test_a_clip_without_speech_gives_no_opinion():
+    """The LLM would write one; neither that nor the recogniser's guess is used."""
+    reader = SpeechReader(None, None, FakeLLM(["all is well"]))
+    reader.contexts = lambda waves: list(waves)
+    noise = tiny_models.wave(0.5)
+    waves = [noise, np.zeros(8000, np.float32), noise, 1e-4 * noise]
+    results = simulate(reader, waves, [None, "thank you"] * 2, Search(), no_speech=[False, False, True, False])
+    assert [r.status for r in results] == ["ok", "no-speech", "no-speech", "no-speech"]
+    assert [r.text for r in results] == ["all is well", "", "", ""]
+    assert [(r.fallback, r.raw, len(r.states)) for r in results[1:]] == [("prompt", "", 1)] * 3
+    assert all(float(r.states[0, 0]) == -1 for r in results[1:])  # of a pass without an answer
 
 
 def test_out_of_memory_halves_the_batch(caplog):

@@ -78,6 +78,6 @@ def test_judge_unfinished():
 
 def test_summarise_counts_everything():
     report = summarise({"a": "ok", "b": "repeat", "c": "ok"}, {"a": "none", "b": "cut", "c": "none"})
-    assert report["counts"] == {"ok": 2, "empty": 0, "refusal": 0, "repeat": 1, "limit": 0}
+    assert report["counts"] == {"ok": 2, "empty": 0, "no-speech": 0, "refusal": 0, "repeat": 1, "limit": 0}
     assert report["fallbacks"] == {"cut": 1}
     assert report["n"] == 3
