@@ -15,6 +15,8 @@ from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # works also without an installed sdumc
+import sdumc  # noqa: E402, F401 (before torch: it says how threads wait)
+
 # Before torch or transformers are imported: nothing is ever downloaded, and small tests do not fight over the cores.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
