@@ -39,8 +39,8 @@ def get_parser() -> Parser:
     group.add_argument(
         "--text",
         metavar="TEXT",
-        help="the transcript: words, a text file, or subtitles (.srt, .vtt), whose times give the utterances; with "
-        "several files, a table of lines `name words`, with the name of the file without its extension",
+        help="the transcript: words, a text file, subtitles (.srt, .vtt, .ass, ...), whose times give the utterances, "
+        "or a table of lines `name words`, with the name of the file without its extension (with several files: this)",
     )
     group.add_argument(
         "--bad-media",

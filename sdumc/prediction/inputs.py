@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdumc.errors import UserError
-from sdumc.prediction.subtitles import SUFFIXES, Cue, read_subtitles
+from sdumc.prediction.subtitles import SUFFIXES, Cue, is_subtitles, read_subtitles, read_text
 
 # Extensions of the files that are taken from a folder. A file named by itself may have any extension.
 SOUND = (".aac", ".aif", ".aiff", ".flac", ".m4a", ".mka", ".mp3", ".oga", ".ogg", ".opus", ".wav", ".wma")
@@ -80,40 +80,51 @@ def transcripts(text: str | None, files: Sequence[Path]) -> dict[Path, str | lis
     is_file = len(text) < 4096 and path.is_file()  # a longer text is no path, and asking would be an OSError
     if not is_file and (path.suffix.lower() in (*SUFFIXES, ".txt") and " " not in text):
         raise UserError(f"--text {text}: no such file")
-    if len(files) > 1:
-        if not is_file or path.suffix.lower() in SUFFIXES:
-            raise UserError(
-                "--text with several files must be a table file of lines `name words`; or score the files one by one"
-            )
-        table = _table(path)
-        stems = [f.stem for f in files]
-        if doubled := sorted({s for s in stems if stems.count(s) > 1}):
-            raise UserError(f"--text {path}: several files are called {doubled[0]!r}; score them one by one")
-        if missing := [s for s in stems if s not in table]:
-            raise UserError(f"{path}: no line for {missing[0]!r}; every file needs one")
-        return {f: table[f.stem] for f in files}
     if not is_file:
-        return {files[0]: text}
-    if path.suffix.lower() in SUFFIXES:
-        return {files[0]: read_subtitles(path)}
-    try:
-        return {files[0]: " ".join(path.read_text(encoding="utf-8-sig").split())}
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: cannot be read as text ({e})") from None
+        if len(files) == 1:
+            return {files[0]: text}
+        raise UserError(
+            "--text with several files must be a table file of lines `name words`; or score the files one by one"
+        )
+    if path.suffix.lower() in SUFFIXES or is_subtitles(content := read_text(path)):
+        if len(files) == 1:
+            return {files[0]: read_subtitles(path)}
+        raise UserError(f"--text {path}: subtitles are of one file; score the files one by one")
+    stems = [f.stem for f in files]
+    if len(files) == 1 and not _is_table(content, stems[0]):
+        return {files[0]: " ".join(content.split())}
+    if doubled := sorted({s for s in stems if stems.count(s) > 1}):
+        raise UserError(f"--text {path}: several files are called {doubled[0]!r}; score them one by one")
+    table = _table(path, content)
+    if missing := [s for s in stems if s not in table]:
+        raise UserError(f"{path}: no line for {missing[0]!r}; every file needs one")
+    return {f: table[f.stem] for f in files}
 
 
-def _table(path: Path) -> dict[str, str]:
-    """Read lines ``name words`` in any order. If a line has a tab, the name ends there and may contain spaces."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: cannot be read as text ({e})") from None
+def _is_table(content: str, stem: str) -> bool:
+    """Whether the text given with one file is a table: a line begins with the file's name; or it has several lines and
+    a tab in one of them, or each begins with a name that has a digit and is no number."""
+    lines = [line.strip() for line in content.split("\n") if line.strip()]
+    named = [_name_and_words(line) for line in lines]
+    if any(name == stem and words for name, words in named):
+        return True
+    coded = all(words and any(c.isdigit() for c in name) and not name.isdigit() for name, words in named)
+    return len(lines) > 1 and (coded or any("\t" in line for line in lines))
+
+
+def _name_and_words(line: str) -> tuple[str, str]:
+    """The two parts of a line ``name words``. If it has a tab, the name ends there and may contain spaces."""
+    name, *rest = line.strip().split("\t" if "\t" in line.strip() else None, 1)
+    return name.strip(), " ".join(" ".join(rest).split())
+
+
+def _table(path: Path, content: str) -> dict[str, str]:
+    """Read lines ``name words`` in any order."""
     found: dict[str, str] = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
-        name, *rest = line.strip().split("\t" if "\t" in line.strip() else None, 1)
-        words = " ".join(" ".join(rest).split())
+        name, words = _name_and_words(line)
         if not words:
             raise UserError(f"{path}:{number}: {name!r} has no words; expected `name words`")
         if name in found:

@@ -184,7 +184,7 @@ class Scorer:
         """
         self._check_request(text, cut, max_seconds)
         path = str(file)
-        notes: list[str] = []
+        notes: list[str] = list(getattr(text, "notes", ()))  # of subtitles
         info = _probe(path)
         sees = info.has_video and "video" in self.features
         wave = self._read_sound(path, info, bad_media, notes)

@@ -1,19 +1,42 @@
-"""Subtitles in SubRip (.srt) and WebVTT (.vtt): read as timed transcripts, written with scores."""
+"""Subtitles: read as timed transcripts (SubRip, WebVTT, SubStation, MicroDVD, ...), written with scores."""
 
 from __future__ import annotations
 
 import html
 import re
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sdumc.errors import UserError
 
-SUFFIXES = (".srt", ".vtt")
-_TIME = re.compile(r"(?:(\d+):)?(\d{1,2}):(\d{1,2})[.,](\d{1,3})")
+if TYPE_CHECKING:
+    from pysubs2 import SSAFile
+
+# Extension -> pysubs2's name of the format.
+_FORMATS = {
+    ".srt": "srt",
+    ".vtt": "vtt",
+    ".ass": "ass",
+    ".ssa": "ssa",
+    ".sub": "microdvd",
+    ".smi": "sami",
+    ".sami": "sami",
+    ".ttml": "ttml",
+}
+SUFFIXES = tuple(_FORMATS)
+_KINDS = {*_FORMATS.values(), "mpl2"}  # mpl2: MPL2, found in .sub and .txt files
+_ARROW = re.compile(r"(\S*?)\s*-->\s*(\S*)")
+_TIME = re.compile(r"(?:\d+:)?\d{1,2}:\d{1,2}(?:[.,]\d{1,3})?$")
+_FRAMES = {"microdvd": re.compile(r"\s*\{\d+\}\{\d+\}"), "mpl2": re.compile(r"\s*\[-?\d+\]\[-?\d+\]")}
+_MARKUP = re.compile(r"</?[a-zA-Z][^>]*>|<\d[\d:.]*>|\{\\[^}]*\}")
 _SENTENCE_END = re.compile(r"[.?!…。？！][\"'”’)\]]*$")
 _PAUSE = 0.5  # seconds; a longer pause between two cues starts a new utterance
+_FOLLOWS = 0.1  # seconds; cues that are nearer to each other than this follow each other without a pause
+_ROLLING = 0.5  # share of the cues that follow another one and repeat its words, in captions that roll
 
 
 @dataclass(frozen=True)
@@ -25,50 +48,227 @@ class Cue:
     text: str
 
 
-def read_subtitles(path: Path) -> list[Cue]:
-    """The cues of an SRT or WebVTT file in time order, without markup and without empty cues.
+class Cues(list[Cue]):
+    """The cues of a file, and ``notes``: what had to be changed in them."""
+
+    def __init__(self, cues: Sequence[Cue], notes: Sequence[str] = ()):
+        super().__init__(cues)
+        self.notes = list(notes)
+
+
+def read_subtitles(path: Path) -> Cues:
+    """The cues of a subtitle file in time order, each word once, without markup and without empty cues.
+
+    Captions that roll (a cue repeats the lines before it and adds one) become cues with only the new words. The words
+    of a cue whose end is its start go to the nearer neighbour. Of two cues that overlap, the earlier ends where the
+    later begins; a cue within another one is joined to it.
 
     Raises:
-        UserError: the file is not text, a time cannot be read, a cue ends before it starts, or there are no cues. The
-            message names the file and the line.
+        UserError: the file is not text or no subtitles, a time cannot be read, or a cue ends before it starts. The
+            message names the file and, where there is one, the line.
+    """
+    text = read_text(path)
+    kind = _kind(path, text)
+    _check_lines(path, text, kind)
+    found = _cues(_parsed(path, text, kind), path, kind)
+    if not found:
+        raise UserError(f"{path}: no subtitles in it; expected lines such as 00:00:01,000 --> 00:00:04,000")
+    notes: list[str] = []
+    cues = _unroll(sorted(found, key=lambda c: (c.start, c.end)), notes)
+    cues = _one_at_a_time(_join_instants(cues, path, notes), notes)
+    return Cues([replace(c, text=" ".join(c.text.split())) for c in cues], notes)
+
+
+def read_text(path: Path) -> str:
+    """A text file: UTF-8 or UTF-16, with or without byte order mark; line ends become newlines.
+
+    Raises:
+        UserError: it cannot be read, or is no such text.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        raw = path.read_bytes()
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text; save the subtitles as UTF-8") from None
-    cues, i = [], 0
-    while i < len(lines):
-        if "-->" not in lines[i]:
-            i += 1
-            continue
-        number = i + 1
-        start, _, rest = lines[i].partition("-->")
-        times = [_seconds(t, path, number) for t in (start, rest)]
-        if times[1] <= times[0]:
+    encoding = "utf-8-sig"
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        encoding = "utf-16"
+    elif 0 in raw[:2]:  # without a byte order mark: the zero is half of a character of ASCII
+        encoding = "utf-16-be" if raw[0] == 0 else "utf-16-le"
+    try:
+        text = raw.decode(encoding)
+    except UnicodeDecodeError as e:
+        line = raw[: e.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: not UTF-8 or UTF-16 text; save the file as UTF-8") from None
+    if "\0" in text:
+        raise UserError(f"{path}: not a text file; subtitles that are pictures cannot be read")
+    return re.sub(r"\r\n?", "\n", text)
+
+
+def is_subtitles(text: str) -> bool:
+    """Whether a text has times as SubRip or WebVTT have them, or is SubStation: whatever the file is called."""
+    if text.lstrip().startswith(("WEBVTT", "[Script Info]")):
+        return True
+    arrows = [a for line in text.split("\n") if (a := _ARROW.match(line.strip()))]
+    return any(_TIME.match(a[1]) and _TIME.match(a[2]) for a in arrows)
+
+
+def _kind(path: Path, text: str) -> str:
+    """The format that the content shows, else that of the extension."""
+    from pysubs2.exceptions import FormatAutodetectionError
+    from pysubs2.formats import autodetect_format
+
+    try:
+        kind = autodetect_format(text[:10000])
+    except FormatAutodetectionError:
+        kind = ""
+    if kind not in _KINDS:
+        kind = "ass" if text.lstrip().startswith("[Script Info]") else _FORMATS.get(path.suffix.lower(), "srt")
+    return kind
+
+
+def _check_lines(path: Path, text: str, kind: str) -> None:
+    """Refuse what pysubs2 would leave out without a word: lines whose times cannot be read."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        times: Sequence[str] = ()
+        if kind in ("srt", "vtt") and (arrow := _ARROW.search(line.strip())):
+            times = arrow.groups()
+        elif kind in ("ass", "ssa") and line.startswith("Dialogue:"):
+            fields = line.partition(":")[2].split(",", 9)
+            if len(fields) < 10:
+                raise UserError(f"{path}:{number}: {len(fields)} fields, expected 10 (Layer, Start, End, ..., Text)")
+            times = [t.strip() for t in fields[1:3]]
+        elif kind in _FRAMES and line.strip() and not _FRAMES[kind].match(line):
+            raise UserError(f"{path}:{number}: does not begin with two numbers in brackets; correct the line")
+        for time in times:
+            if not _TIME.match(time):
+                raise UserError(f"{path}:{number}: {time or line.strip()!r} is not a time such as 00:00:01.000")
+        if times and _seconds(times[1]) < _seconds(times[0]):
             raise UserError(f"{path}:{number}: the end is not after the start; correct the times")
-        i += 1
-        words = []
-        while i < len(lines) and lines[i].strip() and "-->" not in lines[i]:
-            words.append(lines[i])
-            i += 1
-        text = " ".join(re.sub(r"<[^>]*>|\{\\[^}]*\}", " ", " ".join(words)).split())
-        if path.suffix.lower() == ".vtt":
-            text = html.unescape(text)
-        if text:
-            cues.append(Cue(times[0], times[1], text))
-    if not cues:
-        raise UserError(f"{path}: no subtitles in it; expected lines such as 00:00:01,000 --> 00:00:04,000")
-    return sorted(cues, key=lambda c: (c.start, c.end))
 
 
-def _seconds(text: str, path: Path, number: int) -> float:
-    match = _TIME.match(text.strip())
-    if not match:
-        raise UserError(f"{path}:{number}: {text.strip()!r} does not begin with a time such as 00:00:01,000")
-    hours, minutes, seconds, fraction = match.groups()
-    return 3600 * int(hours or 0) + 60 * int(minutes) + int(seconds) + int(fraction.ljust(3, "0")) / 1000
+def _seconds(time: str) -> float:
+    *hours, minutes, seconds = time.replace(",", ".").split(":")
+    return 3600 * int(hours[0] if hours else 0) + 60 * int(minutes) + float(seconds)
+
+
+def _parsed(path: Path, text: str, kind: str) -> SSAFile:
+    import pysubs2
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of colours and margins
+            if kind in ("srt", "vtt"):
+                return pysubs2.SSAFile.from_string(_plain_blocks(text, kind), format_="srt", keep_html_tags=True)
+            return pysubs2.SSAFile.from_string(text, format_=kind)
+    except pysubs2.exceptions.UnknownFPSError:
+        raise UserError(
+            f"{path}: its times are numbers of pictures, and it does not say how many there are in a second; "
+            "put a line such as {1}{1}25 before the others"
+        ) from None
+    except Exception as e:  # pysubs2 raises whatever its formats meet: ValueError, ParseError, NotImplementedError
+        raise UserError(f"{path}: cannot be read as {kind} subtitles ({e})") from None
+
+
+def _plain_blocks(text: str, kind: str) -> str:
+    """SubRip or WebVTT as SubRip in its plainest form, so that pysubs2 takes each cue's own lines and no others: it
+    takes a last line of digits for the next cue's number, what stands between cues for words, and a line with two times
+    in it for a new cue (colons become zeros until it has read them)."""
+    lines: list[str] = []
+    inside = False
+    for line in text.split("\n"):
+        if arrow := _ARROW.search(line.strip()):
+            if inside and lines[-1].strip().isdigit() and "-->" not in lines[-2]:
+                lines.pop()  # the number of this cue, without a blank line before it
+            lines += ["", "0", " --> ".join(_clock(_seconds(t), "srt") for t in arrow.groups())]
+            inside = True
+        elif inside and not (line if kind == "vtt" else line.strip()):
+            inside = False  # in WebVTT a line of spaces is part of the cue
+        elif inside:
+            lines.append(line.replace(":", "\0"))
+    return "\n".join([*lines, "", "0", ""])
+
+
+def _cues(subtitles: SSAFile, path: Path, kind: str) -> list[Cue]:
+    cues = []
+    for event in subtitles:
+        if kind in ("ass", "ssa") and not event.is_text:  # a comment or a drawing
+            continue
+        if event.end < event.start:
+            raise UserError(f"{path}: the cue at {event.start / 1000:.2f} s ends before it starts; correct the times")
+        words = event.text.replace("\\N", "\n").replace("\0", ":") if kind in ("srt", "vtt") else event.plaintext
+        words = _MARKUP.sub("", re.sub(r"<br\s*/?>", "\n", words))
+        if kind in ("vtt", "sami"):
+            words = html.unescape(words)
+        lines = [" ".join(line.split()) for line in words.split("\n")]
+        cues.append(Cue(event.start / 1000, event.end / 1000, "\n".join(line for line in lines if line)))
+    return [c for c in cues if c.text]
+
+
+def _repeated(before: str, text: str) -> int:
+    """How many words at the beginning of a cue repeat what was shown before: all of it, its last lines, or at least
+    two of its last words. ``before`` and ``text`` have lines."""
+    words = text.split()
+    shown = before.split()
+    whole_lines = {len(" ".join(before.split("\n")[i:]).split()) for i in range(before.count("\n") + 1)}
+    for count in range(min(len(shown), len(words)), 0, -1):
+        if shown[-count:] == words[:count] and (count > 1 or count in whole_lines):
+            return count
+    return 0
+
+
+def _unroll(cues: list[Cue], notes: list[str]) -> list[Cue]:
+    """Leave out the words that a cue repeats, where the captions roll: in most cues that follow another one directly.
+    Elsewhere a repetition is what was said."""
+    pairs = [(a, b) for a, b in pairwise(cues) if b.start - a.end < _FOLLOWS]
+    repeats = sum(_repeated(a.text, b.text) > 0 for a, b in pairs)
+    more = sum(0 < _repeated(a.text, b.text) < len(b.text.split()) for a, b in pairs)
+    if not more or repeats < _ROLLING * len(pairs):
+        return list(dict.fromkeys(cues))  # SubStation draws the same words several times, for shadows
+    found = cues[:1]
+    for before, cue in pairwise(cues):
+        count = _repeated(before.text, cue.text) if cue.start - before.end < _FOLLOWS else 0
+        if words := cue.text.split()[count:]:
+            found.append(replace(cue, text=" ".join(words)))
+    notes.append("its captions repeat the lines before; each word is taken once")
+    return found
+
+
+def _join_instants(cues: list[Cue], path: Path, notes: list[str]) -> list[Cue]:
+    """Join each cue that lasts no time to the nearer of its neighbours that do."""
+    lasting = [i for i, c in enumerate(cues) if c.end > c.start]
+    if not lasting:
+        raise UserError(f"{path}: each subtitle ends when it starts; correct the times")
+    groups = {i: [i] for i in lasting}
+    for i, cue in enumerate(cues):
+        if cue.end > cue.start:
+            continue
+        # Of neighbours that are equally near, the earlier one.
+        near = min(lasting, key=lambda j: (max(cues[j].start - cue.start, cue.start - cues[j].end, 0.0), abs(i - j)))
+        groups[near].append(i)
+        notes.append(f"a subtitle at {cue.start:.2f} s lasts no time; its words were joined to the nearest one")
+    return [replace(cues[i], text=" ".join(cues[k].text for k in sorted(group))) for i, group in groups.items()]
+
+
+def _one_at_a_time(cues: list[Cue], notes: list[str]) -> list[Cue]:
+    """Cues in time order that do not overlap."""
+    found: list[Cue] = []
+    cut = joined = 0
+    for cue in sorted(cues, key=lambda c: (c.start, c.end)):
+        last = found[-1] if found else None
+        if last is None or cue.start >= last.end:
+            found.append(cue)
+        elif cue.end <= last.end or cue.start == last.start:
+            found[-1] = Cue(last.start, max(last.end, cue.end), f"{last.text} {cue.text}")
+            joined += 1
+        else:
+            found[-1] = replace(last, end=cue.start)
+            found.append(cue)
+            cut += 1
+    if cut:
+        notes.append(f"{cut} subtitles overlap the next one; they end where it begins")
+    if joined:
+        notes.append(f"{joined} subtitles lie within another one and were joined to it")
+    return found
 
 
 def sentences(cues: Sequence[Cue], max_seconds: float) -> list[Cue]:

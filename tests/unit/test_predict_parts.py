@@ -226,13 +226,172 @@ def test_subtitles_written_can_be_read_again(tmp_path):
 
 @pytest.mark.parametrize(
     "content, message",
-    [("nothing here", "no subtitles"), ("00:00:02,000 --> 00:00:01,000\nx\n", ":1: the end"), ("a --> b\n", ":1: 'a'")],
+    [
+        ("nothing here", "no subtitles"),
+        ("00:00:02,000 --> 00:00:01,000\nx\n", ":1: the end"),
+        ("a --> b\n", ":1: 'a'"),
+        ("00:00:01,000 --> 00:00:02,000\nx\n\n00:00:02,000 --> 00:00:0x,000\ny\n", ":4: '00:00:0x,000'"),
+        ("00:00:01,000 --> 00:00:01,000\nx\n", "each subtitle ends when it starts"),
+    ],
 )
 def test_bad_subtitles_are_refused(tmp_path, content, message):
     path = tmp_path / "a.srt"
     path.write_text(content)
     with pytest.raises(UserError, match=message):
         subtitles.read_subtitles(path)
+
+
+def read(tmp_path, name, content, encoding="utf-8"):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode(encoding))
+    return subtitles.read_subtitles(path)
+
+
+def clock(seconds):
+    return f"00:00:{seconds:06.3f}"
+
+
+def rolling(lines, step=1.2):
+    """Automatic captions as YouTube has them: the line before, the new line with the time of each word, and between
+    two lines a cue of 10 ms that shows the finished one."""
+    blocks = ["WEBVTT\nKind: captions\nLanguage: en\n"]
+    for i, words in enumerate(lines):
+        a, b = i * step, (i + 1) * step
+        first, *rest = words.split()
+        timed = first + "".join(f"<{clock(a + 0.1 * (k + 1))}><c> {w}</c>" for k, w in enumerate(rest))
+        before = lines[i - 1] if i else " "
+        blocks.append(f"{clock(a + 0.01)} --> {clock(b)} align:start position:0%\n{before}\n{timed}\n")
+        blocks.append(f"{clock(b)} --> {clock(b + 0.01)} align:start position:0%\n{words}\n \n")
+    return "\n".join(blocks)
+
+
+SPOKEN = ["i went to see it", "it was a good film", "a good film you know", "no", "no", "really good"]
+
+
+def test_captions_that_roll_have_each_word_once(tmp_path):
+    cues = read(tmp_path, "a.vtt", rolling(SPOKEN))
+    assert " ".join(c.text for c in cues).startswith("i went to see it it was a good film a good film you know no")
+    assert [c.text for c in cues][:3] == SPOKEN[:3]
+    assert [round(c.start, 2) for c in cues[:3]] == [0.01, 1.21, 2.41]
+    assert len(cues.notes) == 1 and "once" in cues.notes[0]
+
+
+def test_captions_that_roll_as_subrip_and_as_growing_lines(tmp_path):
+    shown = [(0, 1, "one two"), (1, 1.01, "one two"), (1.01, 2, "one two\nthree four"), (2, 3, "three four\nfive")]
+    text = "".join(f"{i}\n{clock(a)} --> {clock(b)}\n{t}\n\n" for i, (a, b, t) in enumerate(shown, 1))
+    assert [c.text for c in read(tmp_path, "a.srt", text)] == ["one two", "three four", "five"]
+    grown = [(0, 1, "one"), (1, 2, "one two"), (2, 3, "one two three"), (3, 4, "two three four")]
+    text = "".join(f"{i}\n{clock(a)} --> {clock(b)}\n{t}\n\n" for i, (a, b, t) in enumerate(grown, 1))
+    assert [c.text for c in read(tmp_path, "b.srt", text)] == ["one", "two", "three", "four"]
+
+
+def test_what_is_said_twice_stays(tmp_path):
+    said = [(0, 1, "No."), (1, 2, "No."), (2, 3, "No, I said."), (3, 4, "it was good"), (4, 5, "very good")]
+    text = "".join(f"{i}\n{clock(a)} --> {clock(b)}\n{t}\n\n" for i, (a, b, t) in enumerate(said, 1))
+    cues = read(tmp_path, "a.srt", text)
+    assert [c.text for c in cues] == [t for _, _, t in said] and cues.notes == []
+
+
+def test_cues_that_last_no_time_and_cues_that_overlap(tmp_path):
+    text = "".join(
+        f"{clock(a)} --> {clock(b)}\n{t}\n\n"
+        for a, b, t in [
+            (0, 0, "a"),
+            (1, 2, "b"),
+            (2, 2, "c"),
+            (6, 6, "d"),
+            (6, 6, "e"),
+            (7, 9, "f"),
+            (8, 10, "g"),
+            (8.5, 9, "h"),
+        ]
+    )
+    cues = read(tmp_path, "a.srt", text)
+    assert cues == [Cue(1, 2, "a b c"), Cue(7, 8, "d e f"), Cue(8, 10, "g h")]
+    assert sum("lasts no time" in n for n in cues.notes) == 4
+    assert any("overlap" in n for n in cues.notes) and any("within" in n for n in cues.notes)
+
+
+ASS = """[Script Info]
+Title: x
+ScriptType: v4.00+
+
+[V4+ Styles]
+Format: Name, Fontname
+Style: Default,Arial
+
+[Events]
+Format: Layer, Start, End, Style, Name, MarginL, MarginR, MarginV, Effect, Text
+Comment: 0,0:00:00.00,0:00:01.00,Default,,0,0,0,,not shown
+Dialogue: 0,0:00:02.00,0:00:03.50,Default,,0,0,0,,{\\an8\\i1}Yes, the film{\\i0}\\Nwas good
+Dialogue: 1,0:00:02.00,0:00:03.50,Default,,0,0,0,,{\\an8\\i1}Yes, the film{\\i0}\\Nwas good
+Dialogue: 0,0:00:01.00,0:00:02.00,Default,,0,0,0,,{\\p1}m 0 0 l 100 0{\\p0}
+"""
+
+
+def test_other_formats(tmp_path):
+    for name, text in (
+        ("a.ass", ASS),
+        ("b.ssa", ASS.replace("v4.00+", "v4.00").replace("V4+", "V4").replace("e: 0,", "e: Marked=0,")),
+        ("c.sub", "{1}{1}25\n{50}{87}Yes, the film|was good\n"),
+        ("d.smi", "<SAMI><BODY><SYNC Start=2000><P>Yes, the film<br>was good<SYNC Start=3500><P>&nbsp;</BODY></SAMI>"),
+        ("e.sub", "[20][35]Yes, the film|was good\n"),
+        ("f.srt", "\r1\r00:00:02 --> 00:00:03.5\rYes, the film\rwas good\r"),
+    ):
+        (cue,) = read(tmp_path, name, text)
+        assert (cue.start, cue.end) == pytest.approx((2.0, 3.5), abs=0.03), name
+        assert cue.text == "Yes, the film was good", name
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_encodings(tmp_path, encoding):
+    (cue,) = read(tmp_path, "a.srt", "1\r\n00:00:01,000 --> 00:00:02,000\r\nSchön 好\r\n", encoding)
+    assert cue == Cue(1, 2, "Schön 好")
+
+
+def test_words_that_look_like_something_else(tmp_path):
+    text = (
+        "1\n00:00:01,000 --> 00:00:02,000\nfrom 00:00:01,000 to 00:00:02,000 in\n1984\n\n"
+        "2\n00:00:03,000 --> 00:00:04,000\n\n3\n00:00:05,000 --> 00:00:06,000\n1985\n"
+        "4\n00:00:07,000 --> 00:00:08,000\n1986"
+    )
+    cues = read(tmp_path, "a.srt", text)
+    assert [c.text for c in cues] == ["from 00:00:01,000 to 00:00:02,000 in 1984", "1985", "1986"]
+    text = (
+        "WEBVTT\n\nNOTE a\nremark\n\nSTYLE\n::cue {}\n\n7\n00:01.000 --> 00:02.000\n<v Bob>you &amp; me\n\n"
+        "name\n00:03.000 --> 00:04.000\nx\n"
+    )
+    assert [c.text for c in read(tmp_path, "a.vtt", text)] == ["you & me", "x"]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.ass", ASS + "Dialogue: 0,0:00:04.00,soon,Default,,0,0,0,,x\n", ":15: 'soon'"),
+        ("a.ass", ASS + "Dialogue: 0,0:00:04.00\n", ":15: 2 fields"),
+        ("a.sub", "{50}{87}x\n", "how many there are in a second"),
+        ("a.sub", "{1}{1}25\n{50}{87}x\ny\n", ":3: does not begin"),
+        ("a.srt", b"1\n00:00:01,000 --> 00:00:02,000\nSch\xf6n\n", ":3: not UTF-8"),
+        ("a.sub", b"\x00\x00\x01\xba\x44\x00\x04" * 9, "save the file|not a text|pictures"),
+        ("a.ttml", "<tt xmlns='http://www.w3.org/ns/ttml'><body>", "line 1"),
+    ],
+)
+def test_other_bad_subtitles_are_refused(tmp_path, name, content, message):
+    with pytest.raises(UserError, match=message) as e:
+        read(tmp_path, name, content)
+    assert name in str(e.value)
+
+
+def test_the_trials(media_dir):
+    """Files on which an earlier state failed; where they lie beside the recordings."""
+    folder = media_dir.parent / "trials/media"
+    if not folder.is_dir():
+        pytest.skip("no real recordings: no folder")
+    texts = {n: [c.text for c in subtitles.read_subtitles(folder / n)] for n in ("youtube.vtt", "zerolen.srt", "a.ass")}
+    assert texts["youtube.vtt"] == ["the movie was", "really very good", "yesterday"]
+    assert texts["zerolen.srt"] == ["a b", "c"] and texts["a.ass"] == ["the movie was good"]
+    clip = Path("lbax4n.mpg")
+    assert inputs.transcripts(str(folder / "table.txt"), [clip]) == {clip: "the movie was good"}
 
 
 # ---- what is named on the command line
@@ -265,7 +424,21 @@ def test_transcripts(tmp_path):
     assert inputs.transcripts(str(words), [one]) == {one: "so many words"}
     assert len(inputs.transcripts(str(tmp_path / "s.srt"), [one])[one]) == 2
     assert inputs.transcripts(str(lines), [one, two]) == {one: "it was good", two: "it was bad"}
+    assert inputs.transcripts(str(lines), [one]) == {one: "it was good"}
+    (tmp_path / "as.txt").write_text(SRT, encoding="utf-16")
+    assert (
+        inputs.transcripts(str(tmp_path / "as.txt"), [one])[one]
+        == inputs.transcripts(str(tmp_path / "s.srt"), [one])[one]
+    )
+    (tmp_path / "tabs").write_text("a b\tit was good\nc\tit was bad\n")
+    assert inputs.transcripts(str(tmp_path / "tabs"), [Path("a b.mp4")]) == {Path("a b.mp4"): "it was good"}
+    (tmp_path / "codes").write_text("id_1 it was good\nid_2 it was bad\n")
+    (tmp_path / "years").write_text("1984 was good\n1985 was bad\n")
+    assert inputs.transcripts(str(tmp_path / "years"), [one]) == {one: "1984 was good 1985 was bad"}
     for text, files, message in (
+        (str(tmp_path / "tabs"), [one], "no line for 'one'"),
+        (str(tmp_path / "codes"), [one], "no line for 'one'"),
+        (str(tmp_path / "s.srt"), [one, two], "one file"),
         ("it was good", [one, two], "table"),
         (str(lines), [one, Path("three.wav")], "three"),
         (str(lines), [one, Path("w/one.wav")], "several files"),
