@@ -78,6 +78,7 @@ def describe_models(args: argparse.Namespace, encoder: SpeechEncoder, llm: Speec
         "llm_hash": fingerprint(llm.folder),
         "embedding_scale": llm.embedding_scale,
         "prompt": llm.prompt,
+        "prompt_template": llm.template,
         "text_case": args.text_case,
         "dtype": args.dtype,
     }
@@ -101,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     dirs = {"train": args.train_data_dir, "valid": args.valid_data_dir}
     sets = {name: load_kaldi_dir(path) for name, path in dirs.items() if path}
     device, dtype = pick_device(args.device), DTYPES[args.dtype]
-    llm = SpeechLLM(args.llm, dtype, device, prompt_text(args.prompt))
+    llm = SpeechLLM(args.llm, dtype, device, prompt_text(args.prompt), template=args.prompt_template)
     encoder = SpeechEncoder(args.encoder, dtype, device, args.encoder_layer)
     described, speech = describe_models(args, encoder, llm), {}
     for name, data in sets.items():

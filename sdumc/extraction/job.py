@@ -63,7 +63,7 @@ def load_reader(args: argparse.Namespace) -> tuple[SpeechReader, dict[str, Any]]
         raise UserError("this needs --encoder and --projector (or, for extract_text, another --context)")
     llm, settings = load_llm(args)
     projector = projector_file(args.projector)
-    check_projector_prompt(str(projector), llm.prompt)
+    check_projector_prompt(str(projector), llm.prompt, llm.template)
     encoder = SpeechEncoder(args.encoder, DTYPES[args.dtype], pick_device(args.device), args.encoder_layer)
     settings |= {
         "encoder": args.encoder,
@@ -81,13 +81,14 @@ def load_reader(args: argparse.Namespace) -> tuple[SpeechReader, dict[str, Any]]
 def load_llm(args: argparse.Namespace) -> tuple[SpeechLLM, dict[str, Any]]:
     """The LLM of the command line, and the part of a feature's settings that describes it."""
     prompt = prompt_text(args.prompt)
-    llm = SpeechLLM(args.llm, DTYPES[args.dtype], pick_device(args.device), prompt, args.layers)
+    llm = SpeechLLM(args.llm, DTYPES[args.dtype], pick_device(args.device), prompt, args.layers, args.prompt_template)
     return llm, {
         "model": args.llm,
         "model_hash": fingerprint(llm.folder),
         "layers": args.layers,
         "first_state": args.first_state,
         "prompt": prompt,
+        "prompt_template": llm.template,
         "frame_rate": None,  # one frame per token
         "dtype": args.dtype,
     }

@@ -47,13 +47,21 @@ def add_compute_options(parser: Parser) -> None:
 
 
 def add_prompt_option(group: Any) -> None:
-    """``--prompt``, a text or the name of one of the two prompts in circulation."""
+    """``--prompt``, a text or the name of one of the two prompts in circulation, and ``--prompt-template``."""
     group.add_argument(
         "--prompt",
         default="short",
         metavar="TEXT",
-        help="between 'USER: ' and '\\n ASSISTANT:'; `short` and `long` stand for the prompts in circulation "
+        help="the instruction; `short` and `long` stand for the prompts in circulation "
         "(released projector; SDUMC authors). Use the one that the projector was trained with",
+    )
+    group.add_argument(
+        "--prompt-template",
+        default="released",
+        metavar="TEXT",
+        help="what stands around the prompt: `released` ('USER: {prompt}\\n ASSISTANT:', as for the released "
+        "projector), `chat` (the LLM's own chat template), `auto` (that if there is one), or a text with {prompt} in "
+        "it. Use the one that the projector was trained with",
     )
 
 

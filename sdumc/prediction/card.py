@@ -141,7 +141,19 @@ def _fetching(models: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _feature_list(features: Mapping[str, Mapping[str, Any]]) -> str:
-    keys = ("layers", "frame_rate", "pooling", "detector", "context", "prompt", "beam", "first_state", "dtype", "dim")
+    keys = (
+        "layers",
+        "frame_rate",
+        "pooling",
+        "detector",
+        "context",
+        "prompt",
+        "prompt_template",
+        "beam",
+        "first_state",
+        "dtype",
+        "dim",
+    )
     lines = []
     for name in sorted(features):
         said = [f"{k} {features[name][k]!r}" for k in keys if features[name].get(k) is not None]

@@ -92,7 +92,8 @@ class Extractors:
 
     def _llm(self, s: dict[str, Any]) -> SpeechLLM:
         folder = str(self._place(s, "model", "llm"))
-        return self._once(SpeechLLM, folder, self._dtype(s), self.device, s["prompt"], tuple(s["layers"]))
+        template = s.get("prompt_template", "released")  # older records know no other
+        return self._once(SpeechLLM, folder, self._dtype(s), self.device, s["prompt"], tuple(s["layers"]), template)
 
     def _reader(self, s: dict[str, Any]) -> SpeechReader:
         llm = self._llm(s)

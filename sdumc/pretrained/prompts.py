@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from typing import Any
 
 from sdumc.errors import UserError
@@ -18,7 +17,9 @@ PROMPTS = {
 PROMPT, SOUND, BOS = "{prompt}", "{sound}", "{bos}"
 RELEASED = "released"
 RELEASED_TEXT = SOUND + BOS + "USER: {prompt}\n ASSISTANT:"
-_TODAY = datetime.datetime(2024, 7, 26)  # for templates that state the date: the same input every day
+
+# Some templates state the date; the LLM's input must be the same every day.
+_FIXED_DATE = "{%- macro strftime_now(form) -%}26 Jul 2024{%- endmacro -%}"
 
 
 def prompt_text(value: str) -> str:
@@ -61,7 +62,7 @@ def _chat_template(prompt: str, tokenizer: Any, name: str) -> str:
             tokenize=False,
             add_generation_prompt=True,
             enable_thinking=False,
-            strftime_now=_TODAY.strftime,
+            chat_template=_FIXED_DATE + tokenizer.get_chat_template(),
         )
     except Exception as e:  # whatever a template of others raises
         raise UserError(
@@ -76,11 +77,13 @@ def _chat_template(prompt: str, tokenizer: Any, name: str) -> str:
 
 
 def around_sound(template: str, prompt: str) -> tuple[str, str]:
-    """The text before the sound and the text after it, ``{bos}`` still in them, of a resolved template."""
+    """The text before the sound and the text after it, ``{bos}`` still in them, of a resolved template.
+
+    Only the released template keeps the spaces around the prompt, as its projector was trained with them.
+    """
     text = RELEASED_TEXT if template == RELEASED else template
     if SOUND not in text:
         text = SOUND + (text if BOS in text else BOS + text)
     before, after = text.split(SOUND)
-    # What :func:`_chat_template` took out was stripped.
-    asked = prompt.strip() if SOUND + PROMPT in text else prompt
+    asked = prompt if template == RELEASED else prompt.strip()
     return before.replace(PROMPT, asked), after.replace(PROMPT, asked)

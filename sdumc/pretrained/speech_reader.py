@@ -17,6 +17,7 @@ from sdumc.errors import UserError
 from sdumc.files import read_yaml
 from sdumc.pretrained.llm import SpeechLLM
 from sdumc.pretrained.projector import Projector, load_projector, project
+from sdumc.pretrained.prompts import RELEASED
 from sdumc.pretrained.speech_encoder import SpeechEncoder
 
 log = logging.getLogger("sdumc")
@@ -55,7 +56,7 @@ class SpeechReader:
         return cls(encoder, projector.to(llm.device, llm.dtype), llm, embedding_scale)
 
     def contexts(self, waves: Sequence[np.ndarray]) -> list[Tensor]:
-        """Clips (T_i,) -> input embeddings (P_i, D): projected sound, BOS, prompt."""
+        """Clips (T_i,) -> input embeddings (P_i, D): projected sound, BOS and prompt, in the template's order."""
         return self.llm.contexts(project(self.projector, self.encoder(waves)))
 
 
@@ -71,13 +72,20 @@ def _projector_config(projector_path: str) -> tuple[Path, dict[str, Any]]:
     return config, read_yaml(config) if config.is_file() else {}
 
 
-def check_projector_prompt(projector_path: str, prompt: str) -> None:
-    """Raise a :class:`UserError` when a projector that was trained here saw another prompt than is used now."""
+def check_projector_prompt(projector_path: str, prompt: str, template: str) -> None:
+    """Raise a :class:`UserError` when a projector that was trained here saw another prompt or template than is used
+    now; ``template`` is a resolved one (:func:`sdumc.pretrained.prompts.resolve_template`)."""
     config, content = _projector_config(projector_path)
     trained = content.get("prompt")
     if isinstance(trained, str) and trained != prompt:
         raise UserError(
             f"{config}: the projector was trained with the prompt {trained!r}, not {prompt!r}; use the same --prompt"
+        )
+    before = content.get("prompt_template", RELEASED)
+    if content and before != template:
+        raise UserError(
+            f"{config}: the projector was trained with the prompt template {before!r}, not {template!r}; use the same "
+            "--prompt-template"
         )
 
 

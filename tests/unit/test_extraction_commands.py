@@ -102,6 +102,7 @@ def test_whole_stage_2_and_3(work, tmp_path):
     described = yaml.safe_load((dump / "text_sim.yaml").read_text())
     assert described["layers"] == [-2]
     assert described["prompt"] == "Transcribe speech to text. "
+    assert described["prompt_template"] == "released"
     assert described["dim"] == 48
     assert described["versions"] == described["asr"]["versions"] == installed_versions()
     assert (dump / "utt2label").read_bytes() == (work / "data/utt2label").read_bytes()

@@ -30,10 +30,11 @@ def test_settings_are_accepted_and_agree(recipe):
     found = {name: parse(recipe, name) for name in COMMANDS if (EGS / recipe / "conf" / f"{name}.yaml").exists()}
     assert set(found) >= set(COMMANDS) - {"text_released"}
     text, simulated = found["text"], found["simulation"]
-    for option in ("prompt", "layers", "first_state", "dtype", "encoder_layer"):
+    for option in ("prompt", "prompt_template", "layers", "first_state", "dtype", "encoder_layer"):
         assert getattr(text, option) == getattr(simulated, option), option
     assert text.context == "audio+prompt"
     assert found["projector"].prompt == simulated.prompt
+    assert found["projector"].prompt_template == simulated.prompt_template
     assert all(isinstance(layer, int) for layer in simulated.layers)
 
 

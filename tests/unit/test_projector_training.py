@@ -84,6 +84,9 @@ def test_it_goes_with_its_prompt(work, undisturbed, tmp_path):
     words = ["--data-dir", work / "data", "--dump-dir", tmp_path, "--encoder", work / "encoder", "--llm", work / "llm"]
     with pytest.raises(UserError, match="trained with the prompt"):
         simulate_text.main([*map(str, words), "--projector", str(undisturbed), "--prompt", "long"])
+    with pytest.raises(UserError, match="trained with the prompt template 'released'"):
+        simulate_text.main([*map(str, words), "--projector", str(undisturbed), "--prompt-template", "Q: {prompt}"])
+    assert yaml.safe_load((undisturbed / "config.yaml").read_text())["prompt_template"] == "released"
 
 
 def test_a_killed_run_ends_with_the_same_projector(work, undisturbed, tmp_path, monkeypatch):
