@@ -1,25 +1,21 @@
-"""One table of several experiments: a measure per condition, mean and spread over seeds.
+"""One table of several experiments: a measure per condition, mean over seeds and differences, with 95% intervals.
 
     python -m sdumc.bin.compare --experiments exp/train exp/without_mia --output ABLATION.md
 
-Each experiment is the path of its exp folders without `_seed<N>`; the first is what the others are compared with.
+Each experiment is the path of its exp folders without `_seed<N>`; the first is what the others are compared with, on
+the same utterances and seeds. docs/metrics.md tells how intervals are made.
 """
 
 from __future__ import annotations
 
-import re
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from sdumc.cli import Parser, run
 from sdumc.conditions import CONDITIONS
-from sdumc.errors import UserError
-from sdumc.files import read_json
+from sdumc.reporting.comparison import compare
 from sdumc.reporting.markdown import markdown_table
-from sdumc.scoring.metrics import MEASURES
-
-_LOWER_IS_BETTER = ("mae",)
+from sdumc.scoring.metrics import LOWER_IS_BETTER, MEASURES
 
 
 def get_parser() -> Parser:
@@ -36,61 +32,26 @@ def get_parser() -> Parser:
         help="a column each",
     )
     group.add_argument("--measure", choices=MEASURES, default="mae", metavar="NAME", help="a measure of score.json")
+    group.add_argument(
+        "--data-root", default="data", metavar="DIR", help="its <test-set>/utt2spk has the speakers to resample"
+    )
     group = parser.add_argument_group("output")
     group.add_argument("--title", default="Comparison", help="heading of the table")
     group.add_argument("--output", metavar="FILE.md", help="also write the table here")
     return parser
 
 
-def collect(experiment: str, test_set: str, condition: str, measure: str) -> dict[int, float]:
-    """The measure by seed.
-
-    Raises:
-        UserError: no seed is there, or one was not decoded under the condition.
-    """
-    base = Path(experiment)
-    folders = {}
-    for path in base.parent.glob(f"{base.name}_seed*"):
-        if match := re.fullmatch(re.escape(base.name) + r"_seed(\d+)", path.name):
-            folders[int(match[1])] = path
-    if not folders:
-        raise UserError(f"{experiment}_seed*: no such experiment; train it with `run.sh --exp-tag {base.name}`")
-    values = {}
-    for seed, folder in sorted(folders.items()):
-        file = folder / f"decode_{test_set}" / condition / "score.json"
-        try:
-            values[seed] = read_json(file, f"run stage 5 with --conditions {condition}")[measure]
-        except (KeyError, TypeError):
-            raise UserError(f"{file}: not a score file; run stage 5 again") from None
-        if values[seed] is None:
-            raise UserError(f"{file}: {measure} is undefined there; compare another measure")
-    return values
-
-
 def make_table(args) -> str:
     """The comparison as Markdown."""
-    header = ["experiment", *args.conditions, "seeds"]
-    rows = []
-    reference: dict[str, float] = {}
-    for experiment in args.experiments:
-        cells, seeds = [], 0
-        for condition in args.conditions:
-            values = list(collect(experiment, args.test_set, condition, args.measure).values())
-            mean = statistics.mean(values)
-            text = f"{mean:.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
-            if condition in reference:
-                text += f" ({mean - reference[condition]:+.4f})"
-            else:
-                reference[condition] = mean
-            cells.append(text)
-            seeds = len(values)
-        rows.append([Path(experiment).name.replace("_", " "), *cells, str(seeds)])
-    better = "lower" if args.measure in _LOWER_IS_BETTER else "higher"
-    return (
-        f"# {args.title}\n\n{args.measure.upper()} on {args.test_set} ({better} is better), mean ± standard deviation "
-        f"over seeds; in brackets the difference from `{Path(args.experiments[0]).name}`.\n\n"
-        f"{markdown_table(header, rows)}\n"
+    rows, notes = compare(args.experiments, args.conditions, args.measure, args.test_set, Path(args.data_root))
+    better = "lower" if args.measure in LOWER_IS_BETTER else "higher"
+    text = (
+        f"# {args.title}\n\n{args.measure.upper()} on {args.test_set} ({better} is better), mean over seeds with its "
+        f"95% interval; in brackets the difference from `{Path(args.experiments[0]).name}` on the same utterances, "
+        "with its interval. It is called better or worse only where that interval leaves out 0.\n\n"
+        f"{markdown_table(['experiment', *args.conditions, 'seeds'], rows)}\n\n"
     )
+    return text + "".join(f"* {note}\n" for note in notes)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -18,10 +18,11 @@ from sdumc.reporting.attention import (
 from sdumc.reporting.cards import css_class, scale, utterance_lists
 from sdumc.reporting.drawing import DARK, LIGHT, Figure, render
 from sdumc.reporting.errors import speaker_errors
-from sdumc.reporting.scores import spread
+from sdumc.reporting.results import made_from
+from sdumc.reporting.scores import SetSummary
 from sdumc.reporting.sets import TestSet
 from sdumc.reporting.summary import Summary
-from sdumc.scoring.metrics import MEASURES, format_measure
+from sdumc.scoring.metrics import MEASURES
 
 SPEAKER_ROWS = 60
 
@@ -63,7 +64,8 @@ def page_html(summary: Summary, training: Sequence[Figure], by_set: dict[str, li
         sections.append(
             {
                 "part": part,
-                "tiles": _tiles(test_set),
+                "made_from": made_from(summary, part),
+                "tiles": _tiles(part),
                 "figures": [(f, pictures(f)) for f in by_set[test_set.name] if f.on_page],
                 "lists": utterance_lists(test_set, summary.runs, scales),
                 "scales": scales,
@@ -91,13 +93,10 @@ def pictures(figure: Figure) -> list[Picture]:
     return out
 
 
-def _tiles(test_set: TestSet) -> list[tuple[str, str, str]]:
-    """Condition, what it is, MAE with its spread."""
-    tiles = []
-    for name, condition in test_set.shown.items():
-        mae = spread([s["mae"] for s in condition.scores])
-        tiles.append((name, condition.meaning, format_measure("mae", *mae)))
-    return tiles
+def _tiles(part: SetSummary) -> list[tuple[str, str, str]]:
+    """Condition, what it is, MAE with its interval."""
+    cells = {row.condition: row.text("mae") for row in part.rows if row.kind == "model"}
+    return [(name, condition.meaning, cells[name]) for name, condition in part.test_set.shown.items()]
 
 
 def _left_out(test_set: TestSet) -> list[str]:

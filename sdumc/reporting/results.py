@@ -7,15 +7,13 @@ from sdumc.reporting.scores import SetSummary
 from sdumc.reporting.summary import Summary
 from sdumc.scoring.metrics import MEASURES
 
-SPREAD = "Mean ± sample standard deviation over {seeds}."
-
 
 def results_markdown(summary: Summary) -> str:
     """The whole of RESULTS.md."""
     parts = [
         f"# Results: {summary.title}",
-        "Written by `python -m sdumc.bin.report`; do not edit. MAE and Corr are plain numbers, the others per cent; "
-        "`docs/metrics.md` defines them all.",
+        "Written by `python -m sdumc.bin.report`; do not edit. MAE, Corr and CCC are plain numbers, the others per "
+        "cent; `docs/metrics.md` defines them all, and the 95% intervals in brackets.",
     ]
     for part in summary.sets:
         parts += _set_part(summary, part)
@@ -40,19 +38,25 @@ def results_markdown(summary: Summary) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def made_from(summary: Summary, part: SetSummary) -> str:
+    """What the numbers of the table are, and their intervals."""
+    if len(summary.runs) == 1:
+        return f"One run, {summary.seeds}. In brackets 95% intervals: bootstrap over {part.unit}."
+    return f"Mean over {summary.seeds}. In brackets 95% intervals: bootstrap over {part.unit} and over seeds."
+
+
 def _set_part(summary: Summary, part: SetSummary) -> list[str]:
     n = len(part.test_set.utterances)
     rounding = next(iter(part.test_set.conditions.values())).scores[0]["rounding"]
-    spread = SPREAD.format(seeds=summary.seeds) if len(summary.runs) > 1 else f"One run, {summary.seeds}: no spread."
     rows = [[row.title, *(row.text(m) for m in MEASURES)] for row in part.rows]
     table = markdown_table(["", *MEASURES.values()], rows)
     out = [
         f"## Scores on {part.test_set.name}",
-        f"{n} utterances. {spread} Classes by rounding {rounding}. Chosen on `{summary.valid_set}`: the epoch, and "
-        "the penalty of the ridge regressions (on features averaged over time).",
+        f"{n} utterances. {made_from(summary, part)} Classes by rounding {rounding}. Chosen on "
+        f"`{summary.valid_set}`: the epoch, and the penalty of the ridge regressions (on features averaged over time).",
         table,
     ]
-    lines = [f"* {'yes' if holds else 'NO'}: {text}" for holds, text in part.findings]
+    lines = [f"* {finding.verdict}: {finding.text}" for finding in part.findings]
     lines.append(f"* {part.recovered_sentence}")
     lines += [f"* {note}" for note in part.notes]
     if part.penalties:

@@ -32,7 +32,16 @@ class Run:
     @property
     def best_epoch(self) -> int:
         """The epoch that training chose: the first with the lowest MAE on the valid set, averaged over conditions."""
-        return min(self.history, key=lambda e: math.inf if e["choice"] is None else e["choice"])["epoch"]
+        return min(self.history, key=_choice)["epoch"]
+
+    @property
+    def best_mae(self) -> float:
+        """The mean MAE over conditions on the valid set at the best epoch."""
+        return min(map(_choice, self.history))
+
+
+def _choice(entry: dict) -> float:
+    return math.inf if entry["choice"] is None else float(entry["choice"])
 
 
 def collect_runs(exp_dirs: Sequence[str | Path]) -> list[Run]:

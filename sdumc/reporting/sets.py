@@ -145,7 +145,7 @@ def _conditions(
                     "decode all seeds and conditions again from the same data (stage 5)"
                 )
             tables.append(table)
-            results.scores.append(_read_score(folder, table))
+            results.scores.append(read_score(folder, table))
             features, internals = _read_internals(folder / "internals.npz", table.ids)
             results.features.append(features)
             results.internals.append(internals)
@@ -168,7 +168,7 @@ def _settings(dump_dir: Path, feature: str) -> dict:
     return read_yaml(path) if path.is_file() else {}
 
 
-def _read_score(folder: Path, table: Predictions) -> dict:
+def read_score(folder: Path, table: Predictions) -> dict:
     """``score.json`` of ``table``, refused when it is that of other predictions."""
     path = folder / "score.json"
     advice = f"run `python -m sdumc.bin.score --predictions {table.path} --output {path}` (stage 5)"

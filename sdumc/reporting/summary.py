@@ -12,6 +12,7 @@ from sdumc.reporting.baselines import fit_ridges
 from sdumc.reporting.runs import Run
 from sdumc.reporting.scores import SetSummary, summarise_set
 from sdumc.reporting.sets import TestSet
+from sdumc.scoring.choice import doubts, median_mae
 
 
 @dataclass
@@ -68,6 +69,7 @@ def summarise(
             part.notes.insert(0, f"This set was {use}: its scores say little about other data.")
     if not any(run.parameters for run in runs):
         notes.append("No saved model in the experiment folders: the number of parameters is unknown.")
+    notes += doubts_of(runs, dumps.get(train_set), dumps.get(valid_set))
     shared, own = facts.settings(runs)
     quality = facts.quality_rows(names, dump_root)
     if not quality:
@@ -86,6 +88,16 @@ def summarise(
         versions=facts.versions(),
         notes=notes,
     )
+
+
+def doubts_of(runs: list[Run], train: Dump | None, valid: Dump | None) -> list[str]:
+    """Runs that were too short or have learned nothing; the latter needs the labels of both sets."""
+    median = median_mae(train.labels.values(), valid.labels.values()) if train and valid else None
+    return [
+        f"Seed {run.seed}: {doubt}."
+        for run in runs
+        for doubt in doubts(run.best_epoch, run.history[-1]["epoch"], run.best_mae, median)
+    ]
 
 
 def _load_dumps(names: list[str], test_sets: list[TestSet], dump_root: Path) -> dict[str, Dump]:

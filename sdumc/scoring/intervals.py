@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from sdumc.errors import UserError
-from sdumc.scoring.metrics import CLASS_LIMITS, MEASURES, classes, score
+from sdumc.scoring.metrics import CLASS_LIMITS, LOWER_IS_BETTER, MEASURES, classes, score
 
 LEVEL = 0.95
 RESAMPLES = 2000
@@ -119,6 +119,20 @@ class Bootstrap:
     def intervals(self, predictions: np.ndarray) -> dict[str, Interval]:
         """The interval of each measure's mean over the R runs, of predictions (R, N)."""
         return {m: self.limits(values) for m, values in self.resample(predictions).items()}
+
+
+def judge(measure: str, interval: Interval) -> str:
+    """``better`` or ``worse`` by the interval of a difference; empty if it holds 0 or is undefined."""
+    low, high = interval
+    if not (low > 0 or high < 0):
+        return ""
+    return "better" if (high < 0) == (measure in LOWER_IS_BETTER) else "worse"
+
+
+def format_difference(value: float, interval: Interval) -> str:
+    """``-0.060 [-0.081, -0.040]``; without limits where these are NaN."""
+    low, high = interval
+    return f"{value:+.3f}" if math.isnan(low) else f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def clusters_of(utterances: Sequence[str], speakers: Mapping[str, str], path: object) -> list[str] | None:

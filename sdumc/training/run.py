@@ -31,6 +31,7 @@ from sdumc.files import json_ready, settings_hash, write_text
 from sdumc.losses.objective import sdumc_objective
 from sdumc.model.network import SDUMC, empty_loss_inputs
 from sdumc.processes import StopSignal
+from sdumc.scoring.choice import doubts, median_mae
 from sdumc.training.checkpoint import (
     CHECKPOINT,
     VALID_BEST,
@@ -132,6 +133,9 @@ def train(settings: Namespace, stop: StopSignal) -> int:
             average_best(exp_dir, state.best_epochs)
             value, epoch = state.ranking[0]
             log.info("done: epoch %d is best on valid (mean MAE %.4f) -> %s", epoch, value, exp_dir / VALID_BEST)
+            median = median_mae(train_set.labels.values(), valid_set.labels.values())
+            for doubt in doubts(epoch, state.epoch - 1, value, median):
+                log.warning(doubt)
         else:
             log.info("stopped by a signal at step %d; run the same command again to go on", state.step)
     leave(ranks)

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
@@ -20,10 +21,11 @@ from helpers.report_tree import make_tree
 from sdumc.bin.report import common_title, main
 from sdumc.errors import UserError
 from sdumc.reporting import baselines, drawing
-from sdumc.reporting.scores import spread
+from sdumc.reporting.scores import Row, _findings, spread
 from sdumc.reporting.sets import media_links
 from sdumc.scoring.attention_file import read_attention
-from sdumc.scoring.metrics import format_measure
+from sdumc.scoring.intervals import UNDEFINED, Bootstrap
+from sdumc.scoring.metrics import MEASURES, format_measure, read_predictions
 
 ARGS = ["--exp-dirs", "exp/train_seed1", "exp/train_seed2", "--output-dir", "exp/report", "--results", "RESULTS.md"]
 
@@ -61,18 +63,50 @@ def rows_of(markdown: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in cells}
 
 
-def test_table_is_mean_and_spread_of_the_scores(made):
-    rows = rows_of((made / "RESULTS.md").read_text())
+def scores_of(root: Path, condition: str, measure: str) -> np.ndarray:
+    files = [root / f"exp/train_seed{s}/decode_test/{condition}/score.json" for s in (1, 2)]
+    return np.array([json.loads(f.read_text())[measure] for f in files])
+
+
+def resampled(root: Path, condition: str) -> tuple[Bootstrap, np.ndarray]:
+    """Intervals over the speakers of the made-up set, and the predictions (2, N) of a condition."""
+    tables = [read_predictions(root / f"exp/train_seed{s}/decode_test/{condition}/predictions.tsv") for s in (1, 2)]
+    bootstrap = Bootstrap(tables[0].labels, [utt.split("-")[0] for utt in tables[0].ids])
+    return bootstrap, np.stack([t.predictions for t in tables])
+
+
+def test_table_is_mean_and_interval_of_the_scores(made):
+    text = (made / "RESULTS.md").read_text()
+    rows = rows_of(text)
     for condition, title in (("full", "full: real text"), ("none", "none: no text")):
-        mae, acc = (
-            [
-                json.loads((made / f"exp/train_seed{s}/decode_test/{condition}/score.json").read_text())[m]
-                for s in (1, 2)
-            ]
-            for m in ("mae", "acc7")
-        )
-        assert rows[title][0] == f"{np.mean(mae):.3f} ± {np.std(mae, ddof=1):.3f}"
-        assert rows[title][3] == f"{100 * np.mean(acc):.1f} ± {100 * np.std(acc, ddof=1):.1f}"
+        bootstrap, p = resampled(made, condition)
+        limits = bootstrap.intervals(p)
+        for column, measure in enumerate(MEASURES):
+            mean = scores_of(made, condition, measure).mean()
+            assert rows[title][column] == format_measure(measure, mean, interval=limits[measure])
+        deviation = scores_of(made, condition, "mae").std(ddof=1)
+        assert re.search(rf"deviation of the MAE over seeds: .*{condition} {deviation:.3f}", text)
+    assert re.fullmatch(r"0\.\d{3} \[0\.\d\d, 0\.\d\d\]", rows["full: real text"][0])
+    ensemble = np.abs(resampled(made, "full")[1].mean(axis=0) - resampled(made, "full")[0].labels).mean()
+    assert rows["full, mean of the seeds' predictions"][0].startswith(f"{ensemble:.3f} [")
+
+
+def test_differences_are_paired_and_only_shown_ones_are_claimed(made):
+    text = (made / "RESULTS.md").read_text()
+    for a, b in (("full", "missing"), ("missing", "none")):
+        (bootstrap, one), (_, other) = (resampled(made, c) for c in (a, b))
+        low, high = bootstrap.limits(bootstrap.resample(one)["mae"] - bootstrap.resample(other)["mae"])
+        verdict = "yes" if high < 0 else "NO" if low > 0 else "not shown"
+        assert re.search(rf"\* {verdict}: {a} beats {b}: MAE 0.* \[{low:+.3f}, {high:+.3f}\]".replace("+", r"\+"), text)
+    # Other recipes' runs may be worse, or no different.
+    full = Row("", "model", "full", {"mae": (0.5, UNDEFINED)})
+    ridge = Row("", "ridge", "full", {"mae": (0.6, UNDEFINED)})
+    shown = SimpleNamespace(shown={"full": None}, conditions={"full": None})
+    for shift, verdict in ((-1.0, "yes"), (1.0, "NO"), (0.0, "not shown")):
+        values = np.linspace(-0.5, 0.5, 2000) + shift
+        draws = {("model", "full"): values, ("ridge", "full"): np.zeros(2000)}
+        (finding,) = _findings(shown, [full, ridge], draws, bootstrap)
+        assert finding.verdict == verdict and "0.500 against 0.600, difference -0.100 [" in finding.text
 
 
 def test_median_row_and_recovered_share(made):
@@ -83,25 +117,37 @@ def test_median_row_and_recovered_share(made):
     }
     median = np.median(labels["train"])
     row = rows_of(text)[f"median of the train labels ({median:.2f})"]
-    assert row[0] == f"{np.abs(labels['test'] - median).mean():.3f}" and row[1] == "–"
-    mae = {
-        c: np.array(
-            [json.loads((made / f"exp/train_seed{s}/decode_test/{c}/score.json").read_text())["mae"] for s in (1, 2)]
-        )
-        for c in ("full", "missing", "none")
-    }
-    share = 100 * (mae["none"] - mae["missing"]) / (mae["none"] - mae["full"])
-    assert f"recovers {share.mean():.0f} ± {share.std(ddof=1):.0f}% of the gap" in text
+    assert row[0].startswith(f"{np.abs(labels['test'] - median).mean():.3f} [") and row[1] == "–"
+    assert row[2] == "0.000 [0.00, 0.00]"
+    mae = {c: scores_of(made, c, "mae") for c in ("full", "missing", "none")}
+    share = 100 * np.mean((mae["none"] - mae["missing"]) / (mae["none"] - mae["full"]))
+    low, high = re.search(rf"recovers {share:.0f}% \[(\d+), (\d+)\] of the gap", text).groups()
+    assert int(low) < share < int(high)
+
+
+def test_doubtful_runs_are_named(tree, quick):
+    path = Path("exp/train_seed2/metrics.jsonl")
+    entries = [json.loads(line) | {"choice": 9.0 - i} for i, line in enumerate(path.read_text().splitlines())]
+    path.write_text("".join(json.dumps(e) + "\n" for e in entries))
+    main(ARGS)
+    for text in (Path("RESULTS.md").read_text(), html.unescape(Path("exp/report/report.html").read_text())):
+        assert "Seed 2: the best epoch is the last one (2): still improving; train longer." in text
+        assert "Seed 2: no epoch's valid MAE (at best 8.0000) beat predicting the median" in text
+        assert "Seed 1: no epoch" not in text
 
 
 def test_results_state_what_they_rest_on(made):
     text = (made / "RESULTS.md").read_text()
-    assert "40 utterances" in text and "over 2 seeds (1, 2)" in text and "chosen on `valid`" in text
+    assert (
+        "40 utterances" in text
+        and "Mean over 2 seeds (1, 2). In brackets 95% intervals: bootstrap over 5 spea" in text
+        and "chosen on `valid`" in text
+    )
     assert "15 parameters" in text and "dim: 256" in text and "compile: false" in text and "torch 2" in text
     rows = rows_of(text)
     for title in ("audio + text + video", "audio + text_sim + video", "audio + text_asr + video", "audio + video"):
         assert f"ridge: {title}" in rows
-    assert float(rows["ridge: audio + text + video"][0]) < float(rows["ridge: audio + video"][0])
+    assert rows["ridge: audio + text + video"][0] < rows["ridge: audio + video"][0]
     assert rows["test"]  # the last table with such a row
     assert "| test | 40 | 18.7% | 38 | 1 | 0 | 1 | 0 | 2 (asr: 1, cut: 1) | 24.3% |" in text
     assert str(made) not in text
@@ -324,7 +370,8 @@ def test_one_seed_and_no_extras(tree, quick):
     shutil.rmtree("exp/train_seed1/decode_test/none")
     main(["--exp-dirs", "exp/train_seed1", "--output-dir", "exp/report"])
     text = Path("exp/report/RESULTS.md").read_text()
-    assert "One run, seed 1: no spread." in text and "±" not in text
+    assert "One run, seed 1. In brackets 95% intervals: bootstrap over 10 utterances." in text and "±" not in text
+    assert "No speakers are known" in text and "mean of the seeds" not in text
     assert "undefined here" in text and "unknown parameters" in text and "ridge: audio + video" in text
     page = Page(Path("exp/report/report.html").read_text())
     assert "No players" in page.words and "No errors by speaker" in page.words
