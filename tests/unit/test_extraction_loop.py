@@ -54,7 +54,7 @@ def test_next_batch_is_read_while_one_is_computed(tmp_path):
 
     def compute(items):
         following = {"a": "c", "c": "d"}.get(items[0][0])
-        assert following is None or was_read[following].wait(60)
+        assert following is None or was_read[following].wait(600)
         return lengths(items)
 
     assert set(run(tmp_path, read, compute).frames) == set(UTTS)
