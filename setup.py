@@ -31,7 +31,7 @@ CORE = [
     "jiwer>=3.0.3",
     "tqdm>=4.60",
     "silero-vad>=6.2.1,<7",  # weights of the voice activity detector; needs torch, no torchaudio
-    "pysubs2>=1.7",  # subtitles
+    "pysubs2>=1.8",  # subtitles
 ]
 EXTRAS = {
     "mini": ["espeakng-loader>=0.2.4"],  # stage 0 of egs/mini: speech synthesis

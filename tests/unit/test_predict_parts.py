@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import itertools
+import random
 import subprocess
 import sys
 import tarfile
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -382,6 +385,35 @@ def test_other_bad_subtitles_are_refused(tmp_path, name, content, message):
     assert name in str(e.value)
 
 
+def test_damaged_subtitles_are_read_or_refused(tmp_path):
+    """Whatever is wrong in them: cues in time order that do not overlap, or an error that names the file."""
+    rng = random.Random(0)
+    whole = {"a.srt": SRT, "a.ass": ASS, "a.vtt": rolling(SPOKEN), "a.sub": "{1}{1}25\n{50}{87}Yes|was good\n"}
+    read_or_refused = Counter()
+    for _ in range(400):
+        name = rng.choice(sorted(whole))
+        content = bytearray(whole[name].encode())
+        for _ in range(rng.randint(1, 4)):
+            at = rng.randrange(len(content))
+            kind = rng.randrange(3)
+            if kind == 0:
+                content[at] = rng.choice(b"0123456789:->,.{}[]<&\n \xff")
+            elif kind == 1:
+                del content[at : at + rng.randint(1, 9)]
+            else:
+                content[at:at] = content[max(0, at - rng.randint(1, 40)) : at]
+        try:
+            cues = read(tmp_path, name, bytes(content))
+        except UserError as e:
+            assert str(tmp_path / name) in str(e)
+            read_or_refused["refused"] += 1
+        else:
+            assert all(c.start < c.end and c.text for c in cues)
+            assert all(a.end <= b.start for a, b in itertools.pairwise(cues))
+            read_or_refused["read"] += 1
+    assert min(read_or_refused["read"], read_or_refused["refused"]) > 50
+
+
 def test_the_trials(media_dir):
     """Files on which an earlier state failed; where they lie beside the recordings."""
     folder = media_dir.parent / "trials/media"
@@ -500,6 +532,17 @@ def test_features_from_elsewhere_are_no_recipe(tmp_path):
     assert "pooling" in found.left_out["video"]
     with pytest.raises(UserError, match="no such file"):
         record.load_record(tmp_path)
+
+
+def test_faces_found_by_the_former_detector_are_refused(tmp_path):
+    from sdumc.prediction.extractors import Extractors
+
+    def with_detector(name):
+        return Extractors(SimpleNamespace(models=list, features={"video": {"detector": name}}, folder=tmp_path))
+
+    with_detector("yunet").check()
+    with pytest.raises(UserError, match="detector: yunet"):
+        with_detector("opencv").check()
 
 
 # ---- archives
