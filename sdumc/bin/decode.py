@@ -1,13 +1,19 @@
-"""Predict sentiment with a trained model under one or more conditions."""
+"""Predict sentiment with a trained model, or the mean of several, under one or more conditions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sdumc.cli import Parser, at_least, log, run, setup_logging
 from sdumc.conditions import CONDITIONS
 from sdumc.device import add_device_option, pick_device
+from sdumc.errors import UserError
+
+if TYPE_CHECKING:
+    from sdumc.data.dump import Dump
+    from sdumc.model.network import SDUMC
 
 
 def get_parser() -> Parser:
@@ -16,7 +22,13 @@ def get_parser() -> Parser:
     conditions = [f"  {c.name:{width}}  {c.given}" for c in CONDITIONS.values()]
     parser = Parser("\n".join([__doc__ or "", "", "conditions:", *conditions]))
     g = parser.add_argument_group("input and output")
-    g.add_argument("--exp-dir", required=True, metavar="DIR", help="folder that training wrote")
+    g.add_argument(
+        "--exp-dir",
+        required=True,
+        nargs="+",
+        metavar="DIR",
+        help="folder that training wrote; of several, such as those of all seeds, the predictions are averaged",
+    )
     g.add_argument("--data-dir", required=True, metavar="DIR", help="dump folder to score")
     g.add_argument("--condition", required=True, nargs="+", choices=CONDITIONS, metavar="NAME", help="see above")
     g.add_argument(
@@ -24,7 +36,7 @@ def get_parser() -> Parser:
         required=True,
         metavar="DIR",
         help="gets predictions.tsv and, for the report, internals.npz and attention.npz (of the worst and some other "
-        "utterances); with several conditions, DIR/<condition>/ does",
+        "utterances); with several conditions, DIR/<condition>/ does; of several models, predictions.tsv only",
     )
     g.add_argument(
         "--checkpoint", choices=("valid-best", "averaged"), default="valid-best", help="both were chosen on valid"
@@ -41,31 +53,66 @@ def get_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     setup_logging(args.verbose)
-    from sdumc.scoring.attention import attend, worth_keeping
-    from sdumc.scoring.attention_file import write_attention
-    from sdumc.scoring.decoding import decode, inputs_for, load_for, write_decoded
+    from sdumc.scoring.decoding import load_for
     from sdumc.training.experiment import load_model
 
     device = pick_device(args.device)
-    model = load_model(Path(args.exp_dir), args.checkpoint).to(device)
+    models = {exp: load_model(Path(exp), args.checkpoint).to(device) for exp in args.exp_dir}
     dump = load_for(Path(args.data_dir), args.condition)
     for condition in args.condition:
-        if condition == "missing" and "text_sim" not in inputs_for(condition, dump):
-            log.warning("%s has no text_sim: missing means the same as none here", args.data_dir)
-        features = [dump.features[f].entries for f in inputs_for(condition, dump).values()]
-        if empty := [utt for utt in dump.utterances if not any(utt in entries for entries in features)]:
-            log.warning(
-                "%d utterances have none of the modalities of condition %s, the first: %s; the model is given "
-                "nothing for them, so their predictions mean nothing",
-                len(empty),
-                condition,
-                empty[0],
-            )
-        decoded = decode(model, dump, condition, device, batch_size=args.batch_size, num_workers=args.num_workers)
+        warn_of_absent(dump, condition)
         folder = Path(args.output_dir) / (condition if len(args.condition) > 1 else "")
-        write_attention(attend(model, dump, condition, worth_keeping(decoded), device), folder)
-        write_decoded(decoded, folder)
-        log.info("%s: %d utterances (%s) -> %s", condition, len(decoded.ids), CONDITIONS[condition].given, folder)
+        count = decode_condition(models, dump, condition, folder, args.batch_size, args.num_workers)
+        of = f", mean of {len(models)} models" if len(models) > 1 else ""
+        log.info("%s: %d utterances (%s%s) -> %s", condition, count, CONDITIONS[condition].given, of, folder)
+
+
+def warn_of_absent(dump: Dump, condition: str) -> None:
+    """Log what the dump lacks for the condition."""
+    from sdumc.scoring.decoding import inputs_for
+
+    inputs = inputs_for(condition, dump)
+    if condition == "missing" and "text_sim" not in inputs:
+        log.warning("%s has no text_sim: missing means the same as none here", dump.path)
+    features = [dump.features[f].entries for f in inputs.values()]
+    if empty := [utt for utt in dump.utterances if not any(utt in entries for entries in features)]:
+        log.warning(
+            "%d utterances have none of the modalities of condition %s, the first: %s; the model is given "
+            "nothing for them, so their predictions mean nothing",
+            len(empty),
+            condition,
+            empty[0],
+        )
+
+
+def decode_condition(
+    models: Mapping[str, SDUMC], dump: Dump, condition: str, folder: Path, batch_size: int, num_workers: int
+) -> int:
+    """Write what the models, by exp folder, predict under one condition; returns the number of utterances.
+
+    Raises:
+        UserError: the models read different features.
+    """
+    from sdumc.scoring.attention import attend, worth_keeping
+    from sdumc.scoring.attention_file import write_attention
+    from sdumc.scoring.decoding import decode, inputs_for, mean_predictions, write_decoded, write_predictions
+
+    reads = {exp: ", ".join(sorted(inputs_for(condition, dump, m.available).values())) for exp, m in models.items()}
+    if len(set(reads.values())) > 1:
+        words = "; ".join(f"{exp} reads {names}" for exp, names in reads.items())
+        raise UserError(f"condition {condition}: {words}; only models of the same features can be averaged")
+    found = []
+    for model in models.values():
+        device = next(model.parameters()).device
+        found.append(decode(model, dump, condition, device, batch_size=batch_size, num_workers=num_workers))
+    if len(found) == 1:
+        write_attention(attend(model, dump, condition, worth_keeping(found[0]), device), folder)
+        write_decoded(found[0], folder)
+    else:
+        for name in ("internals.npz", "attention.npz"):  # of one model, decoded here earlier
+            (folder / name).unlink(missing_ok=True)
+        write_predictions(found[0].ids, mean_predictions(found), found[0].label, folder)
+    return len(found[0].ids)
 
 
 if __name__ == "__main__":

@@ -105,18 +105,23 @@ def _score_table(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
             condition,
             CONDITIONS[condition].given if condition in CONDITIONS else "",
             conditions[condition]["n"],
-            *(format_measure(m, _nan_for_null(conditions[condition][m])) for m in _SHOWN),
+            *(_cell(conditions[condition], m) for m in _SHOWN),
         )
         for test_set, conditions in scores.items()
         for condition in sorted(conditions, key=by_condition)
     ]
     table = markdown_table(("set", "condition", "it reads", "n", *(MEASURES[m] for m in _SHOWN)), rows, left=3)
-    note = "`missing` is what a clip without a transcript gets, `full` one with. Accuracies and F1 in per cent.\n"
+    note = (
+        "`missing` is what a clip without a transcript gets, `full` one with. Accuracies and F1 in per cent. In "
+        "brackets, where they were computed, 95% intervals.\n"
+    )
     return f"{table}\n\n{note}"
 
 
-def _nan_for_null(value: float | None) -> float:
-    return math.nan if value is None else value
+def _cell(scores: Mapping[str, Any], measure: str) -> str:
+    """A measure with its interval; scores of earlier versions have none."""
+    value, interval = scores[measure], scores.get("intervals", {}).get(measure)
+    return format_measure(measure, math.nan if value is None else value, interval=interval)
 
 
 def _model_table(models: Sequence[Mapping[str, Any]]) -> str:

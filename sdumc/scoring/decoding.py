@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,10 +140,20 @@ def write_decoded(decoded: Decoded, output_dir: Path) -> None:
     }
     with atomic_write(output_dir / "internals.npz", "wb") as f:
         np.savez(f, ids=np.array(decoded.ids), features=np.array(" ".join(decoded.features)), **arrays)
+    write_predictions(decoded.ids, decoded.prediction, decoded.label, output_dir)
+
+
+def write_predictions(ids: Sequence[str], predictions: np.ndarray, labels: np.ndarray, output_dir: Path) -> None:
+    """Write predictions.tsv: ids in sorted order, predictions (N,), labels (N,), NaN where there is none."""
     with atomic_write(output_dir / "predictions.tsv") as f:
         f.write("\t".join(HEADER) + "\n")
-        for utt, p, y in zip(decoded.ids, decoded.prediction, decoded.label, strict=True):
+        for utt, p, y in zip(ids, predictions, labels, strict=True):
             f.write(f"{utt}\t{p:.6f}\t{_label(y)}\n")
+
+
+def mean_predictions(found: Sequence[Decoded]) -> np.ndarray:
+    """The mean (N,) of what several models predict for the same utterances."""
+    return np.mean([d.prediction for d in found], axis=0, dtype=np.float64)
 
 
 def _label(y: float) -> str:

@@ -149,7 +149,7 @@ def test_results_state_what_they_rest_on(made):
         assert f"ridge: {title}" in rows
     assert rows["ridge: audio + text + video"][0] < rows["ridge: audio + video"][0]
     assert rows["test"]  # the last table with such a row
-    assert "| test | 40 | 18.7% | 38 | 1 | 0 | 1 | 0 | 2 (asr: 1, cut: 1) | 24.3% |" in text
+    assert "| test | 40 | 18.7% | 38 | 1 | 0 | 0 | 1 | 0 | 2 (asr: 1, cut: 1) | 24.3% |" in text
     assert str(made) not in text
 
 
