@@ -270,3 +270,22 @@ def test_refused_at_load(kind, tmp_path):
     with pytest.raises(UserError, match=reason) as caught:
         SpeechLLM(make(tmp_path / "llm", name, settings))
     assert "\n" not in str(caught.value)
+
+
+def test_folders_of_another_kind_are_refused(tmp_path):
+    whisper, wavlm = tiny_models.whisper(tmp_path / "whisper"), tiny_models.wavlm(tmp_path / "wavlm", ctc=True)
+    for folder in (whisper, wavlm):
+        with pytest.raises(UserError, match=str(folder)) as caught:
+            SpeechLLM(str(folder))
+        assert "\n" not in str(caught.value)
+
+
+def test_an_llm_without_an_end_token_is_refused(tmp_path):
+    folder = tmp_path / "llm"
+    make(folder, *RIGHT["llama"])
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        settings = json.loads((folder / name).read_text())
+        settings.pop("eos_token", None)
+        (folder / name).write_text(json.dumps({**settings, "eos_token_id": None} if "token" not in name else settings))
+    with pytest.raises(UserError, match="names an end-of-sentence token"):
+        SpeechLLM(str(folder))
