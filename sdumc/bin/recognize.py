@@ -11,15 +11,15 @@ from sdumc.extraction.options import add_job_options
 
 def get_parser() -> Parser:
     parser = Parser(
-        "Transcribe a shard of a data directory with a CTC model (greedy) or Whisper (greedy, 30 s windows), chosen by "
-        "the folder's config.json;\n`sdumc.bin.finish_dump --name asr_hyp` then writes DATA_DIR/text_asr."
+        "Transcribe a shard of a data directory with a CTC model (greedy) or Whisper (with its tests for speech and "
+        "repetition), chosen by the folder's config.json;\n`sdumc.bin.finish_dump --name asr_hyp` then writes DATA_DIR/text_asr."
     )
     add_job_options(parser, ASR_SHARDS, matrices=False)
     group = parser.add_argument_group("model")
     group.add_argument("--model", required=True, metavar="DIR", help="recogniser: a transformers folder")
     group.add_argument("--language", default="en", help="of the speech, for multilingual Whisper")
     group.add_argument(
-        "--max-new-tokens", type=at_least(1, int), default=200, metavar="N", help="Whisper's longest answer per window"
+        "--max-new-tokens", type=at_least(1, int), default=200, metavar="N", help="Whisper's longest answer per 30 s"
     )
     return parser
 

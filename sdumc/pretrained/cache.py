@@ -57,10 +57,3 @@ def _growing_cache_class() -> Callable[[], Any]:
 def new_cache() -> Any:
     """An empty cache of a decoder, with room to grow; ``DynamicCache`` copies all that it holds at each step."""
     return _growing_cache_class()()
-
-
-def new_encoder_decoder_cache() -> Any:
-    """An empty cache of an encoder-decoder model, as it would make itself."""
-    from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-
-    return EncoderDecoderCache(DynamicCache(), DynamicCache())

@@ -146,7 +146,7 @@ def load_model(
     read_model_config(folder)
     safetensors = whole_weights(folder)[0].suffix == ".safetensors"
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             model, info = model_class.from_pretrained(
                 str(folder),
                 dtype=dtype,
@@ -181,7 +181,7 @@ def first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quiet_transformers():
+def quiet_transformers():
     """No progress bars or tables of weights in job logs: :func:`load_model` itself checks that all were loaded."""
     from transformers.utils import logging as hf_logging
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,7 @@ import torch
 
 from sdumc.errors import UserError
 from sdumc.files import read_json
-from sdumc.pretrained.cache import call_with_cache, new_encoder_decoder_cache
-from sdumc.pretrained.folders import load_model, load_tokenizer, model_folder, read_model_config
+from sdumc.pretrained.folders import load_model, load_tokenizer, model_folder, quiet_transformers, read_model_config
 from sdumc.pretrained.media_trial import attempt, try_clips
 from sdumc.pretrained.quality import find_loop
 from sdumc.pretrained.speech_encoder import MIN_SAMPLES, RATE, WaveInput, whisper_spectrogram
@@ -20,6 +21,7 @@ from sdumc.pretrained.speech_encoder import MIN_SAMPLES, RATE, WaveInput, whispe
 _WINDOW = 30 * RATE  # samples of Whisper's input: 30 s
 _SEARCH = 5 * RATE  # a longer clip is cut at the quietest moment of a window's last 5 s
 _HOP = RATE // 50
+_TEMPERATURES = (0.2, 0.4, 0.6, 0.8, 1.0)  # of the attempts after the greedy one, as in OpenAI's program
 
 
 def load_recogniser(
@@ -98,6 +100,10 @@ class CtcRecogniser:
         arguments = {k: v.to(self.device, self.dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
         return self.model(**arguments).logits[0]
 
+    def hear(self, waves: Sequence[np.ndarray]) -> list[Heard]:
+        """Clips (T_i,) at 16 kHz -> transcripts."""
+        return [Heard(text) for text in self(waves)]
+
     def __call__(self, waves: Sequence[np.ndarray]) -> list[str]:
         """Clips (T_i,) at 16 kHz -> transcripts."""
         scores = [self._scores([w])[0] for w in waves] if self.one_by_one else self._scores(waves)
@@ -124,11 +130,42 @@ def _check_joins_repeats(tokenizer: Any, folder: Path) -> None:
             return
 
 
-class WhisperRecogniser:
-    """Greedy decoding of Whisper, window by window, with the language and task fixed.
+@dataclass(frozen=True)
+class Heard:
+    """What a recogniser makes of a clip: the words, and for Whisper how it came to them.
 
-    The forced start tokens come from the tokenizer and the suppressed ones from ``generation_config.json`` as it is on
-    disk: what `generate()` makes of that file differs between transformers versions.
+    ``no_speech``: its test found no speech. ``temperature``: 0 for the first, greedy, attempt; more where that one was
+    too improbable or repeated itself. ``log_probability``: mean over the tokens of the accepted attempt.
+    """
+
+    text: str
+    no_speech: bool = False
+    temperature: float = 0.0
+    log_probability: float | None = None
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """What ``generate`` decided about a window of 30 s at one temperature."""
+
+    row: int
+    temperature: float
+    log_probability: float
+    try_again: bool
+    no_speech: bool
+
+
+class WhisperRecogniser:
+    """Whisper through ``generate`` of transformers, with its tests for speech, probability and repetition.
+
+    A clip is transcribed greedily. Where the mean log-probability of the tokens is below -1, or they compress too well
+    (a repetition), it is sampled again at temperatures 0.2 to 1.0, with a fixed seed and alone, so that a clip's
+    transcript does not depend on its batch. Where the probability of no speech is above 0.6 as well, there is no
+    transcript. A clip of more than 30 s is read window by window, each beginning at the last time stamp of the one
+    before; a model without time stamps gets it cut at quiet moments.
+
+    Raises:
+        UserError: the folder is incomplete, or its tokenizer lacks the language.
     """
 
     kind = "whisper"
@@ -143,12 +180,15 @@ class WhisperRecogniser:
         self.spectrogram = whisper_spectrogram(folder)
         self.model: Any = load_model(WhisperForConditionalGeneration, folder, dtype, self.device, ("proj_out",))
         settings = _json(folder / "generation_config.json") or read_model_config(folder)
-        self.start = self._start_tokens(settings, language)
-        self.eos = self._token("<|endoftext|>")
-        self.suppress = [t for t in settings.get("suppress_tokens") or [] if t >= 0]
-        self.suppress_first = [t for t in settings.get("begin_suppress_tokens") or [] if t >= 0]
-        room = self.model.config.max_target_positions - len(self.start)
-        self.max_new_tokens = min(max_new_tokens, room)
+        self.generation = self._generation_config(settings, language)
+        # Four start tokens stand before the answer.
+        self.generation.max_new_tokens = min(max_new_tokens, self.model.config.max_target_positions - 4)
+        self.model.generation_config = self.generation
+        self.model.config.forced_decoder_ids = None  # old folders name the start tokens here too
+        # One time stamp for each 20 ms of 30 s stands at the vocabulary's end.
+        self.has_time_stamps = self.model.config.vocab_size - self.generation.no_timestamps_token_id > 1500
+        self._attempts: list[_Attempt] = []
+        self._watch()
 
     def _token(self, text: str) -> int:
         token = self.tokenizer.convert_tokens_to_ids(text)
@@ -156,51 +196,123 @@ class WhisperRecogniser:
             raise UserError(f"{self.folder}: the tokenizer does not know {text}; is this Whisper's own tokenizer?")
         return int(token)
 
-    def _start_tokens(self, settings: dict, language: str) -> list[int]:
-        vocabulary = self.model.config.vocab_size
-        multilingual = settings.get("is_multilingual", vocabulary >= 51865)
-        start = [self._token("<|startoftranscript|>")]
-        if multilingual:
-            start += [self._token(f"<|{language}|>"), self._token("<|transcribe|>")]
+    def _generation_config(self, settings: dict[str, Any], language: str) -> Any:
+        """Settings of ``generate``, from plain values: transformers 5 drops some of those that a folder has."""
+        from transformers import GenerationConfig
+
+        more: dict[str, Any] = {}
+        is_multilingual = settings.get("is_multilingual", self.model.config.vocab_size >= 51865)
+        if is_multilingual:
+            more = {"language": f"<|{language}|>", "task": "transcribe"}
+            more["lang_to_id"] = {more["language"]: self._token(more["language"])}
+            more["task_to_id"] = {"transcribe": self._token("<|transcribe|>")}
         elif language != "en":
             raise UserError(f"{self.folder}: an English-only Whisper; --language {language} needs a multilingual one")
-        return [*start, self._token("<|notimestamps|>")]
+        end = self._token("<|endoftext|>")
+        suppressed = {
+            name: [t for t in settings.get(name) or [] if t >= 0] or None
+            for name in ("suppress_tokens", "begin_suppress_tokens")
+        }
+        return GenerationConfig(
+            decoder_start_token_id=self._token("<|startoftranscript|>"),
+            bos_token_id=end,
+            eos_token_id=end,
+            pad_token_id=end,
+            no_timestamps_token_id=self._token("<|notimestamps|>"),
+            max_initial_timestamp_index=50,
+            is_multilingual=is_multilingual,
+            **suppressed,
+            **more,
+        )
 
-    @torch.no_grad()
+    def _watch(self) -> None:
+        """Note what ``generate`` decides about each window: it returns the tokens alone."""
+        decide = self.model._need_fallback
+
+        def watched(tokens, outputs, row, processors, config, vocabulary, temperature):
+            try_again, no_speech = decide(tokens, outputs, row, processors, config, vocabulary, temperature)
+            average = self.model._retrieve_avg_logprobs(outputs[row]["scores"], tokens, temperature)
+            self._attempts.append(_Attempt(row, temperature, float(average), bool(try_again), bool(no_speech)))
+            return try_again, no_speech
+
+        self.model._need_fallback = watched
+
     def __call__(self, waves: Sequence[np.ndarray]) -> list[str]:
         """Clips (T_i,) at 16 kHz -> transcripts."""
-        pieces = [(i, piece) for i, wave in enumerate(waves) for piece in windows(np.asarray(wave, np.float32))]
-        texts: list[list[str]] = [[] for _ in waves]
-        for start in range(0, len(pieces), len(waves)):  # a long clip gives several windows; the batch stays as large
-            part = pieces[start : start + len(waves)]
-            for (i, _), text in zip(part, self._decode([p for _, p in part]), strict=True):
-                texts[i].append(text)
-        return [" ".join(" ".join(t).split()) for t in texts]
+        return [heard.text for heard in self.hear(waves)]
 
-    def _decode(self, pieces: list[np.ndarray]) -> list[str]:
+    def hear(self, waves: Sequence[np.ndarray]) -> list[Heard]:
+        """Clips (T_i,) at 16 kHz -> transcripts, and how they came about."""
+        waves = [np.asarray(w, np.float32) for w in waves]
+        long = {i: self._hear_long(w) for i, w in enumerate(waves) if len(w) > _WINDOW}
+        short = iter(self._hear_windows([w for w in waves if len(w) <= _WINDOW]))
+        return [long[i] if i in long else next(short) for i in range(len(waves))]
+
+    def _hear_windows(self, pieces: list[np.ndarray]) -> list[Heard]:
+        """Clips of at most 30 s, padded to 30 s: greedily together, then those that need it alone."""
+        if not pieces:
+            return []
         features = self.spectrogram(pieces, sampling_rate=RATE, return_tensors="pt").input_features
-        encoded = self.model.get_encoder()(features.to(self.device, self.dtype))
-        tokens = torch.tensor([self.start] * len(pieces), device=self.device)
-        done = torch.zeros(len(pieces), dtype=torch.bool, device=self.device)
-        cache, given, produced = new_encoder_decoder_cache(), tokens, []
-        for step in range(self.max_new_tokens):
-            output = call_with_cache(self.model, cache, encoder_outputs=encoded, decoder_input_ids=given)
-            logits = output.logits[:, -1].float()
-            banned = self.suppress + (self.suppress_first if step == 0 else [])
-            if banned:
-                logits[:, banned] = -torch.inf
-            best = torch.where(done, self.eos, logits.argmax(-1))
-            done |= best == self.eos
-            produced.append(best)
-            if bool(done.all()):
-                break
-            given = best[:, None]
-        rows = torch.stack(produced, dim=1).tolist()
-        return [self._text(row[: row.index(self.eos)] if self.eos in row else row) for row in rows]
+        texts, attempts = self._generate(features, 0.0)
+        found = {a.row: (text, a) for a, text in zip(attempts, texts, strict=True)}
+        for row, (_, first) in list(found.items()):
+            if first.try_again:
+                (text,), attempts = self._generate(features[row : row + 1], _TEMPERATURES)
+                found[row] = text, attempts[-1]
+        return [_heard(*found[row]) for row in range(len(pieces))]
+
+    def _hear_long(self, wave: np.ndarray) -> Heard:
+        if not self.has_time_stamps:
+            parts = self._hear_windows(windows(wave))
+        else:
+            features = self.spectrogram(
+                [wave], sampling_rate=RATE, return_tensors="pt", truncation=False, padding="longest"
+            ).input_features
+            (text,), attempts = self._generate(features, (0.0, *_TEMPERATURES), return_timestamps=True)
+            last = [a for a, b in zip(attempts, [*attempts[1:], None], strict=True) if not (b and b.temperature > 0)]
+            parts = [_heard(text if i == 0 else "", a) for i, a in enumerate(last)]
+        spoken = [p for p in parts if not p.no_speech]
+        text = " ".join(" ".join(p.text for p in parts).split())
+        scores = [p.log_probability for p in spoken if p.log_probability is not None]
+        return Heard(
+            text,
+            not spoken,
+            max((p.temperature for p in parts), default=0.0),
+            float(np.mean(scores)) if scores else None,
+        )
+
+    @torch.no_grad()
+    def _generate(
+        self, features: torch.Tensor, temperature: float | tuple[float, ...], **more: Any
+    ) -> tuple[list[str], list[_Attempt]]:
+        """Spectrograms (B, mel, frames) -> a text for each row, and what was decided, in time order."""
+        self._attempts = []
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), quiet_transformers():
+            torch.manual_seed(0)
+            tokens = self.model.generate(
+                features.to(self.device, self.dtype),
+                generation_config=copy.deepcopy(self.generation),
+                temperature=temperature,
+                compression_ratio_threshold=1.35,
+                logprob_threshold=-1.0,
+                no_speech_threshold=0.6,
+                condition_on_prev_tokens=False,
+                **more,
+            )
+        return [self._text(row) for row in tokens.long().tolist()], self._attempts
 
     def _text(self, ids: list[int]) -> str:
+        special = set(self.tokenizer.all_special_ids)
+        first = self.generation.no_timestamps_token_id  # time stamps stand behind it
+        ids = [i for i in ids if i not in special and (i < first or not self.has_time_stamps)]
         loop = find_loop(ids)  # Whisper may repeat a pattern without end on noise; it is kept once
-        return self.tokenizer.decode(ids[:loop], skip_special_tokens=True).strip()
+        return " ".join(self.tokenizer.decode(ids[:loop], skip_special_tokens=True).split())
+
+
+def _heard(text: str, accepted: _Attempt) -> Heard:
+    none = accepted.no_speech
+    return Heard("" if none else text, none, accepted.temperature, round(accepted.log_probability, 3))
 
 
 def windows(wave: np.ndarray) -> list[np.ndarray]:

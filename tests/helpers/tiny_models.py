@@ -98,10 +98,11 @@ def gemma(folder: Path, seed: int = 0) -> Path:
 def whisper(folder: Path, seed: int = 0) -> Path:
     from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
-    special = ["<unk>", "<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|de|>", "<|transcribe|>"]
-    special += ["<|translate|>", "<|notimestamps|>"]
-    tokenizer = _word_tokenizer(special, WORDS, eos_token="<|endoftext|>")
-    tokenizer.add_special_tokens({"additional_special_tokens": special[2:]})
+    # As in the real one, special tokens stand behind the words, and nospeech before notimestamps.
+    special = ["<|startoftranscript|>", "<|en|>", "<|de|>", "<|transcribe|>", "<|translate|>"]
+    special += ["<|nospeech|>", "<|notimestamps|>"]
+    tokenizer = _word_tokenizer(["<unk>", "<|endoftext|>"], WORDS + special, eos_token="<|endoftext|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
     torch.manual_seed(seed)
     config = WhisperConfig(
         vocab_size=len(tokenizer),
@@ -114,7 +115,7 @@ def whisper(folder: Path, seed: int = 0) -> Path:
         encoder_ffn_dim=32,
         decoder_ffn_dim=32,
         max_target_positions=32,
-        decoder_start_token_id=2,
+        decoder_start_token_id=2 + len(WORDS),
         eos_token_id=1,
         bos_token_id=1,
         pad_token_id=1,
@@ -125,7 +126,11 @@ def whisper(folder: Path, seed: int = 0) -> Path:
     WhisperForConditionalGeneration(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     WhisperFeatureExtractor(feature_size=80).save_pretrained(folder)
-    generation = {"is_multilingual": True, "suppress_tokens": [0, 6], "begin_suppress_tokens": [1]}
+    generation = {
+        "is_multilingual": True,
+        "suppress_tokens": [0, *range(2 + len(WORDS), len(tokenizer))],
+        "begin_suppress_tokens": [1],
+    }
     (folder / "generation_config.json").write_text(json.dumps(generation))
     return folder
 

@@ -261,7 +261,7 @@ def test_every_command_goes_on_when_the_gpu_s_memory_is_too_small(work, tmp_path
 
     target, method, command, arguments = {
         "audio": (SpeechEncoder, "__call__", extract_audio, ["--model", str(work / "encoder"), "--layer", "1"]),
-        "recognize": (CtcRecogniser, "__call__", recognize, ["--model", str(work / "ctc")]),
+        "recognize": (CtcRecogniser, "hear", recognize, ["--model", str(work / "ctc")]),
         "simulate": (SpeechLLM, "transcribe", simulate_text, simulation(work, tmp_path)[8:]),
         "text": (SpeechLLM, "encode", extract_text, simulation(work, tmp_path)[8:-2]),
         "video": (VisionExtractor, "_vectors", extract_video, ["--fps", "5"]),

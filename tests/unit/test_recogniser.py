@@ -8,7 +8,7 @@ import torch
 from helpers import tiny_models
 
 from sdumc.errors import UserError
-from sdumc.pretrained.recogniser import RATE, load_recogniser, windows
+from sdumc.pretrained.recogniser import RATE, Heard, load_recogniser, windows
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,31 +41,99 @@ def test_ctc(tmp_path, waves, norm):
     assert together[0].replace("<unk>", "") == " ".join(text.replace("<unk>", "").split())
 
 
-def test_whisper_equals_generate(tmp_path, waves):
+def greedy(recogniser, wave, limit=10):
+    """Transcript, mean log-probability and probability of no speech, by hand and without a cache."""
+    names = ["<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]
+    tokens = [recogniser.tokenizer.convert_tokens_to_ids(n) for n in names]
+    none = recogniser.tokenizer.convert_tokens_to_ids("<|nospeech|>")
+    features = recogniser.spectrogram([wave], sampling_rate=RATE, return_tensors="pt").input_features
+    made, scores = [], []
+    with torch.no_grad():
+        start = recogniser.model(features, decoder_input_ids=torch.tensor([tokens])).logits[0, 0]
+        for step in range(limit):
+            logits = recogniser.model(features, decoder_input_ids=torch.tensor([tokens])).logits[0, -1]
+            logits[[0, *range(17, len(logits))] + ([1] if step == 0 else [])] = -torch.inf
+            best = int(logits.argmax())
+            scores.append(float(logits.log_softmax(-1)[best]))
+            if best == 1:
+                break
+            tokens.append(best)
+            made.append(best)
+    return recogniser.tokenizer.decode(made), float(np.mean(scores)), float(start.softmax(-1)[none])
+
+
+def test_whisper_is_that_of_transformers(tmp_path, waves):
     folder = tiny_models.whisper(tmp_path / "whisper")
     recogniser = load_recogniser(str(folder), max_new_tokens=10)
     assert recogniser.kind == "whisper"
-    names = recogniser.tokenizer.convert_ids_to_tokens(recogniser.start)
-    assert names == ["<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]
-    together = recogniser(waves)
-    assert together == [recogniser([w])[0] for w in waves]
-    assert any(together)
-    features = recogniser.spectrogram(waves[:1], sampling_rate=RATE, return_tensors="pt").input_features
-    tokens, made = list(recogniser.start), []
-    for step in range(10):  # greedy by hand, without a cache
-        with torch.no_grad():
-            logits = recogniser.model(features, decoder_input_ids=torch.tensor([tokens])).logits[0, -1]
-        logits[[0, 6] + ([1] if step == 0 else [])] = -torch.inf
-        best = int(logits.argmax())
-        if best == recogniser.eos:
-            break
-        tokens.append(best)
-        made.append(best)
-    assert together[0] == recogniser._text(made)
+    assert not recogniser.has_time_stamps
+    together = recogniser.hear(waves)
+    assert together == [recogniser.hear([w])[0] for w in waves]
+    assert recogniser(waves) == [h.text for h in together]
+    sure = 0
+    for wave, heard in zip(waves, together, strict=True):
+        text, score, none = greedy(recogniser, wave)
+        if heard.temperature == 0:
+            sure += 1
+            assert heard.no_speech == (score < -1 and none > 0.6)
+            assert heard.text == ("" if heard.no_speech else text)
+            assert abs(heard.log_probability - score) < 2e-3
+    assert sure
     german = load_recogniser(str(folder), language="de")
-    assert german.start[1] == german.tokenizer.convert_tokens_to_ids("<|de|>")
+    assert german.generation.lang_to_id == {"<|de|>": german.tokenizer.convert_tokens_to_ids("<|de|>")}
     with pytest.raises(UserError, match=r"<\|xx\|>"):
         load_recogniser(str(folder), language="xx")
+
+
+def biased(recogniser, token, by):
+    """A hook that makes one token more probable."""
+    index = recogniser.tokenizer.convert_tokens_to_ids(token)
+
+    def add(_module, _inputs, logits):
+        logits[..., index] += by
+        return logits
+
+    return recogniser.model.proj_out.register_forward_hook(add)
+
+
+def test_whispers_decisions(tmp_path, waves):
+    recogniser = load_recogniser(str(tiny_models.whisper(tmp_path / "whisper")), max_new_tokens=10)
+    handle = recogniser.model.proj_out.register_forward_hook(lambda _m, _i, logits: logits * 0.01)
+    unsure = recogniser.hear(waves)  # all words are as probable: -log of their number, at every temperature
+    assert [h.temperature for h in unsure] == [1.0] * 3
+    assert all(h.log_probability < -2 and not h.no_speech for h in unsure)
+    assert unsure == [recogniser.hear([w])[0] for w in reversed(waves)][::-1]  # sampled with a fixed seed
+    with biased(recogniser, "<|nospeech|>", 20):
+        silent = recogniser.hear(waves)
+    assert [(h.text, h.no_speech, h.temperature) for h in silent] == [("", True, 0.0)] * 3
+    handle.remove()
+    with biased(recogniser, "film", 100):
+        (looped,) = recogniser.hear(waves[:1])
+    assert looped.log_probability > -0.01
+    assert set(looped.text.split()) == {"film"}
+
+
+def test_a_long_clip_without_time_stamps(tmp_path):
+    recogniser = load_recogniser(str(tiny_models.whisper(tmp_path / "whisper")), max_new_tokens=10)
+    wave = tiny_models.wave(33)
+    (heard,) = recogniser.hear([wave])
+    parts = recogniser.hear(windows(wave))
+    assert len(parts) == 2
+    assert heard.text == " ".join(p.text for p in parts if p.text)
+    assert heard.temperature == max(p.temperature for p in parts)
+
+
+def test_transcripts_note_how_they_came_about():
+    from sdumc.extraction.transcripts import _transcript
+
+    assert _transcript(Heard("the film")).notes == {"hyp": "the film", "status": "ok"}
+    assert _transcript(Heard("", no_speech=True, log_probability=-1.5)).notes == {
+        "hyp": "",
+        "status": "no-speech",
+        "log_probability": "-1.500",
+    }
+    sampled = _transcript(Heard("film", temperature=0.4, log_probability=-0.8)).notes
+    assert (sampled["fallback"], sampled["temperature"], sampled["status"]) == ("temperature", "0.4", "ok")
 
 
 def test_long_clips_are_cut_where_it_is_quiet():
