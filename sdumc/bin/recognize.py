@@ -12,7 +12,8 @@ from sdumc.extraction.options import add_job_options
 def get_parser() -> Parser:
     parser = Parser(
         "Transcribe a shard of a data directory with a CTC model (greedy) or Whisper (with its tests for speech and "
-        "repetition), chosen by the folder's config.json;\n`sdumc.bin.finish_dump --name asr_hyp` then writes DATA_DIR/text_asr."
+        "repetition), chosen by the folder's config.json;\n`sdumc.bin.finish_dump "
+        "--name asr_hyp` then writes DATA_DIR/text_asr."
     )
     add_job_options(parser, ASR_SHARDS, matrices=False)
     group = parser.add_argument_group("model")
