@@ -97,7 +97,7 @@ check_shell() {
   mapfile -d '' files < <(shell_files)
   # A source archive has no git.
   ((${#files[@]})) || mapfile -d '' files < \
-    <(find .ci egs utils tests tools -name venv -prune -o \( -name '*.sh' -o -name '*.bats' -o -name '*.bash' \) -print0)
+    <(find .ci egs utils tests tools -name 'venv*' -prune -o \( -name '*.sh' -o -name '*.bats' -o -name '*.bash' \) -print0)
   local file kept=()
   for file in "${files[@]}"; do
     if [[ -f ${file} && ! -L ${file} && ${file} != */utils/*/* ]]; then kept+=("${file}"); fi

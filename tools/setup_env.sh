@@ -191,9 +191,10 @@ torch_version() { "${py}" -c 'from importlib.metadata import version; print(vers
 if [[ ${torch} == cuda && $(torch_version) == *+cpu ]]; then
   die "${prefix} has the CPU build of torch; ${py} -m pip uninstall torch, then call this script again"
 fi
-# In tools/venv the pins must hold; an environment of the user's own keeps what setup.py allows.
+# In tools/venv the pins must hold; an environment of the user's own keeps what setup.py allows. After an interruption
+# pip looks at every package.
 nothing_missing() {
-  [[ ${versions} == pinned ]] && check --extras "${extras}" --quiet &&
+  [[ ${versions} == pinned && ! -f ${prefix}/.sdumc-installing ]] && check --extras "${extras}" --quiet &&
     [[ ${prefix} != "${venv}" || -z $(check --differences) ]]
 }
 if nothing_missing; then

@@ -108,6 +108,11 @@ environment() {
   [[ ${status} == 0 && ${output} == *"installing into ${PWD}/bare/tools/venv "* ]]
   grep -qx 'tqdm==4.60.0' bare/tools/venv/sdumc-constraints.txt
   grep -q -- "install --no-build-isolation -e ${PWD}/bare\[mini\] -c ${PWD}/bare/tools/venv/sdumc-constraints.txt" calls
+  # After an interruption pip is asked again, although no requirement of setup.py is missing.
+  cp "${REPO}/tools/pins.txt" bare/tools/
+  touch bare/tools/venv/.sdumc-installing
+  run env -u VIRTUAL_ENV -u CONDA_PREFIX bare/tools/setup_env.sh
+  [[ ${status} == 0 && ${output} == *interrupted*installing* && ! -e bare/tools/venv/.sdumc-installing ]]
   stamp=$(cat bare/tools/venv/.sdumc-env)
 
   rm calls
