@@ -131,11 +131,7 @@ def train(settings: Namespace, stop: StopSignal) -> int:
         board.close()
         if finished:
             average_best(exp_dir, state.best_epochs)
-            value, epoch = state.ranking[0]
-            log.info("done: epoch %d is best on valid (mean MAE %.4f) -> %s", epoch, value, exp_dir / VALID_BEST)
-            median = median_mae(train_set.labels.values(), valid_set.labels.values())
-            for doubt in doubts(epoch, state.epoch - 1, value, median):
-                log.warning(doubt)
+            report_choice(state, exp_dir, median_mae(train_set.labels.values(), valid_set.labels.values()))
         else:
             log.info("stopped by a signal at step %d; run the same command again to go on", state.step)
     leave(ranks)
@@ -297,6 +293,14 @@ def report_epoch(record: dict[str, Any], board: SummaryWriter, epochs: int, best
     best = "  best" if epoch == best_epoch else ""
     loss = record["train"]["loss"]
     log.info("epoch %3d/%d  loss %.4f  valid MAE: %s%s  (%.1f s)", epoch, epochs, loss, maes, best, seconds)
+
+
+def report_choice(state: TrainingState, exp_dir: Path, median: float) -> None:
+    """Log which epoch was chosen, and what speaks against the run; ``median`` is the MAE of the train set's median."""
+    value, epoch = state.ranking[0]
+    log.info("done: epoch %d is best on valid (mean MAE %.4f) -> %s", epoch, value, exp_dir / VALID_BEST)
+    for doubt in doubts(epoch, state.epoch - 1, value, median):
+        log.warning(doubt)
 
 
 def numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
