@@ -108,6 +108,8 @@ class SpeechLLM:
         self._set_prompt(prompt, template)
         self.model = load_model(AutoModelForCausalLM, self.folder, dtype, self.device)
         self.base = self.model.base_model
+        if self.base is self.model:  # Llama 4, and Gemma 3 of transformers 4, name a part that is not there
+            self.base = getattr(self.model, "model", self.model)
         self.dim: int = self.model.get_input_embeddings().weight.shape[1]
         self.num_layers = len(decoder_layers(self.base, str(self.folder)))
         for layer in self.layers:

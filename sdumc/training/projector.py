@@ -220,13 +220,14 @@ def answer_loss(llm: SpeechLLM, contexts: Sequence[Tensor], answers: Sequence[Se
     embeds = torch.stack([nn.functional.pad(r, (0, 0, longest - len(r), 0)) for r in rows])
     lengths = torch.tensor([len(r) for r in rows], device=embeds.device)
     mask = torch.arange(longest, device=embeds.device)[None] >= longest - lengths[:, None]
+    # Some models of transformers 4 give all logits all the same.
     logits = llm.model(
         inputs_embeds=embeds,
         attention_mask=mask.long(),
         position_ids=prompt_positions(mask),
         use_cache=False,
         logits_to_keep=most + 1,
-    ).logits[:, :-1]
+    ).logits[:, -most - 1 : -1]
     targets = torch.full((len(rows), most), -100, dtype=torch.long)
     for row, answer in zip(targets, answers, strict=True):
         row[most - len(answer) :] = torch.tensor(list(answer))

@@ -98,7 +98,7 @@ REFUSED = {
             **{**EXPERTS, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1},
             **{"layer_types": ["mamba", "attention"], "shared_intermediate_size": 48},
         },
-        "linear_attention",
+        "linear_attention|mamba",
     ),
     "mamba": ("Mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}, "position ids"),
     "gemma3n": (
@@ -114,7 +114,7 @@ REFUSED = {
     "llama4": (
         "Llama4Text",
         {**EXPERTS, **HEADS, "num_experts_per_tok": 1, "intermediate_size_mlp": 48, "attention_chunk_size": 6},
-        "not supported",
+        "chunked_attention",
     ),
     "t5": ("T5", {}, "AutoModelForCausalLM"),
 }
@@ -222,7 +222,7 @@ def test_low_precision_is_not_refused(kind, dtype, tmp_path):
 
 
 ROPE = {"max_position_embeddings": 64, "original_max_position_embeddings": 20}
-LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 10000.0}
+LONG = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}  # also known to transformers 4
 
 
 @pytest.mark.parametrize(
