@@ -19,6 +19,7 @@ import yaml
 from sdumc import __version__
 from sdumc.errors import EXIT_USAGE, EXIT_USER_ERROR, UserError
 from sdumc.files import disk_full, settings_chain
+from sdumc.processes import exit_process
 
 log = logging.getLogger("sdumc")
 
@@ -153,6 +154,4 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
-    sys.stderr.flush()
-    sys.stdout.flush()
-    sys.exit(code or 0)
+    exit_process(code or 0)

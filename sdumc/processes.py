@@ -1,11 +1,14 @@
-"""Signals that ask a process to stop, and ending a process together with its parent."""
+"""Signals that ask a process to stop, and how a process ends: with its exit code, or together with its parent."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import signal
+import sys
+from typing import NoReturn
 
 _PR_SET_PDEATHSIG = 1
 
@@ -23,6 +26,25 @@ def die_with(parent: int | None = None) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent is not None and os.getppid() != parent:
         os._exit(128 + signal.SIGKILL)
+
+
+_teardown = True
+
+
+def skip_teardown() -> None:
+    """Have :func:`exit_process` end this process at once, without the destructors of libraries."""
+    global _teardown
+    _teardown = False
+
+
+def exit_process(code: int) -> NoReturn:
+    """End this process with an exit code; what was printed and logged is written first."""
+    logging.shutdown()
+    sys.stderr.flush()
+    sys.stdout.flush()
+    if not _teardown:
+        os._exit(code)
+    sys.exit(code)
 
 
 class StopSignal:

@@ -153,7 +153,7 @@ def write_predictions(ids: Sequence[str], predictions: np.ndarray, labels: np.nd
 
 def mean_predictions(found: Sequence[Decoded]) -> np.ndarray:
     """The mean (N,) of what several models predict for the same utterances."""
-    return np.mean([d.prediction for d in found], axis=0, dtype=np.float64)
+    return np.stack([d.prediction for d in found]).mean(axis=0, dtype=np.float64)
 
 
 def _label(y: float) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sdumc.device import pick_device
 from sdumc.errors import UserError
+from sdumc.processes import skip_teardown
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,17 @@ def join(device: str = "auto") -> Ranks:
 
 
 def leave(ranks: Ranks) -> None:
-    """Leave the group together: if a rank exits while another still communicates, that one fails."""
+    """Leave the group together: if a rank exits while another still communicates, that one fails.
+
+    Everything is on disk by now. gloo's threads abort now and then when they are torn down ("terminate called without
+    an active exception"), which would make a finished run a failed one; so its ranks end without tearing down.
+    """
     if ranks.size > 1 and dist.is_initialized():
         dist.barrier()
-        dist.destroy_process_group()
+        if dist.get_backend() == "gloo":
+            skip_teardown()
+        else:
+            dist.destroy_process_group()
 
 
 def gather_rows(x: Tensor, total: int, ranks: Ranks) -> Tensor:

@@ -286,7 +286,7 @@ def test_what_is_in_a_packed_folder(exp, packed, tmp_path):
     pack.main(["--exp-dir", str(exp), "--output", str(target)])
     card = (target / "README.md").read_text()
     score = json.loads((exp / "decode_all/missing/score.json").read_text())
-    assert f"| all | missing | audio, simulated text, video | 6 | {score['mae']:.3f} |" in card
+    assert f"| all | missing | audio, simulated text, video | 6 | {score['mae']:.3f} [" in card
     assert card.startswith("---\n") and "library_name: sdumc" in card
     said = (target / "config.yaml").read_text() + (target / "extractors.yaml").read_text() + card
     assert str(exp.parents[1]) not in said and "exp/projector" not in said and "dump/all" not in said
@@ -388,8 +388,10 @@ def test_error_streams_have_our_own_lines_only(exp, tmp_path, monkeypatch):
         "INFO 1 steps an epoch on 1 x cpu",
         "INFO epoch   1/1  loss #  valid MAE: full #  missing #  best  (# s)",
         f"INFO done: epoch 1 is best on valid (mean MAE #) -> {tmp_path}/exp/model.valid-best.safetensors",
+        "WARNING the best epoch is the last one (1): still improving; train longer",
         f"INFO full: 6 utterances (audio, real text, video) -> {tmp_path}/out",
         f"INFO {tmp_path}/tiny.tar: # MB; score with: sdumc.bin.predict --exp-dir {tmp_path}/tiny.tar",
     ]
+    lines = [line for line in lines if "beat predicting the median" not in line]  # as the rounding of one epoch falls
     for line, form in zip(lines, expected, strict=True):
         assert re.fullmatch(re.escape(form).replace(r"\#", r"\d+(\.\d+)?"), line), (line, form)
