@@ -11,11 +11,11 @@ __version__ = "0.1.0"
 __all__ = ["Scorer", "__version__"]
 
 # How OpenMP's threads wait for each other, unless the user says. By default they spin for milliseconds, which makes
-# training up to 40 times slower beside one other busy process; see docs/benchmarks.md. Here they sleep soon: after a
-# thousand looks (GNU's runtime, some 10 to 50 microseconds, longer than most gaps in a step) or at once (others).
+# training up to 40 times slower beside one other busy process; see docs/benchmarks.md. Here they sleep soon: after
+# 5000 looks (GNU's runtime, some 50 to 250 microseconds) or at once (others).
 # The runtime reads these variables when it is loaded, with torch. So they are set here, where every command, every
 # process of a launcher and `from sdumc import Scorer` come by before that.
-WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "5000"}
 WAITING_NAMES = (*WAITING, "KMP_BLOCKTIME")
 if not any(name in os.environ for name in WAITING_NAMES):
     os.environ.update(WAITING)
