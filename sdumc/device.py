@@ -1,15 +1,22 @@
-"""Where models run: ``--device`` of every command, and which GPU a rank gets."""
+"""Where models run: ``--device`` of every command, which GPU a rank gets, and batches that do not fit into it."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sdumc.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+
+
+log = logging.getLogger("sdumc")
+T = TypeVar("T")
+R = TypeVar("R")
 
 _NAME = re.compile(r"auto|cpu|cuda(:\d+)?")
 _CHOICES = "auto, cpu, cuda or cuda:N"
@@ -68,3 +75,35 @@ def _device_name(text: str) -> str:
     if not _NAME.fullmatch(text):
         raise argparse.ArgumentTypeError(f"expected {_CHOICES}, not {text}")
     return text
+
+
+def halve_when_out_of_memory(
+    items: Sequence[T], compute: Callable[[Sequence[T]], list[R]], describe: Callable[[T], str] | None = None
+) -> list[R]:
+    """``compute(items)``; when memory runs out on the GPU, the two halves one after another, and so on.
+
+    Args:
+        describe: what to call an item in the error; by default, items are ids of utterances.
+
+    Raises:
+        UserError: memory does not suffice for a single item.
+    """
+    import torch
+
+    try:
+        return compute(items)
+    except torch.cuda.OutOfMemoryError as e:
+        message = str(e).splitlines()[0]
+    # Outside the handler: the exception would keep the failed pass's tensors alive.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if len(items) <= 1:
+        item = describe(items[0]) if describe else f"utterance {items[0]!r}"
+        raise UserError(
+            f"{item} alone does not fit into the GPU's memory ({message}); use --dtype bf16, a larger GPU, or "
+            "--device cpu"
+        )
+    half = (len(items) + 1) // 2
+    log.warning("out of GPU memory with %d utterances; going on with batches of %d", len(items), half)
+    halves = items[:half], items[half:]
+    return [result for part in halves for result in halve_when_out_of_memory(part, compute, describe)]

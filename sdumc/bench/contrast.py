@@ -6,7 +6,7 @@ import torch
 
 from sdumc.bench.measure import goal, interleaved, median, ratio, spread, table
 from sdumc.bench.plain import plain_rank_n_contrast
-from sdumc.losses.contrast import rank_n_contrast
+from sdumc.losses.objective import rank_n_contrast
 
 BATCHES = (32, 64, 96, 128, 256, 512, 1024)
 # The definition at batch 1024 would need a minute and 17 GB a call.

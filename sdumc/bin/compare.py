@@ -13,8 +13,8 @@ from pathlib import Path
 
 from sdumc.cli import Parser, run
 from sdumc.conditions import CONDITIONS
-from sdumc.reporting.comparison import compare
-from sdumc.reporting.markdown import markdown_table
+from sdumc.reporting.results import markdown_table
+from sdumc.reporting.scores import compare
 from sdumc.scoring.metrics import LOWER_IS_BETTER, MEASURES
 
 

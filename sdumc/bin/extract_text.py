@@ -37,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from pathlib import Path
 
     from sdumc.data.tables import read_table
-    from sdumc.extraction.batches import make_batches
     from sdumc.extraction.job import data_hash, load_job, load_llm, load_reader, open_shard, sound_batches
+    from sdumc.extraction.loop import make_batches
     from sdumc.extraction.text import TextEncoder, extract_text
 
     data, utterances = load_job(args)

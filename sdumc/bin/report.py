@@ -39,13 +39,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     setup_logging(args.verbose)
     from sdumc.files import write_text
-    from sdumc.reporting.board import write_board
     from sdumc.reporting.drawing import write_figures
-    from sdumc.reporting.figures import set_figures, training_figures
+    from sdumc.reporting.figures import set_figures, training_figures, write_board
     from sdumc.reporting.page import page_html
     from sdumc.reporting.results import results_markdown
-    from sdumc.reporting.runs import collect_runs, used_set
-    from sdumc.reporting.sets import collect_set
+    from sdumc.reporting.sets import collect_runs, collect_set, used_set
     from sdumc.reporting.summary import summarise
 
     output_dir, data_root, dump_root = Path(args.output_dir), Path(args.data_root), Path(args.dump_root)

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         die_with(os.getppid())
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, and is then deterministic
     if settings.dry_run:
-        from sdumc.training.dry_run import dry_run
+        from sdumc.training.run import dry_run
 
         dry_run(settings)
         return 0

@@ -95,8 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sdumc.pretrained.llm import SpeechLLM
     from sdumc.pretrained.prompts import prompt_text
     from sdumc.pretrained.speech_encoder import SpeechEncoder
+    from sdumc.training.data import TranscribedSpeech
     from sdumc.training.projector import ProjectorSettings, train_projector
-    from sdumc.training.transcribed import TranscribedSpeech
 
     settings = ProjectorSettings(**{f.name: getattr(args, f.name) for f in fields(ProjectorSettings)})
     dirs = {"train": args.train_data_dir, "valid": args.valid_data_dir}

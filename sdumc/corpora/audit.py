@@ -12,8 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdumc.data.dropped import append_dropped
-from sdumc.data.tables import read_table, write_table
+from sdumc.data.tables import append_dropped, read_table, write_table
 from sdumc.errors import UserError
 from sdumc.files import write_text
 from sdumc.pretrained.quality import normalise

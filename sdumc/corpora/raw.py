@@ -1,15 +1,214 @@
-"""The raw distributions of CMU-MOSEI and CMU-MOSI: videos, transcripts, labels and official folds."""
+"""The raw distributions of CMU-MOSEI and CMU-MOSI: videos, transcripts, labels and official folds.
+
+Media are whole videos that clips are cut from, or a file a clip. MOSEI: ``Videos/Full/Combined/<video>.mp4``,
+``Videos/Segmented/Combined/<video>_<clip>.mp4`` and ``Audio/Full/WAV_16000/<video>.wav``. MOSI:
+``Video/{Full,Segmented}`` and ``Audio/WAV_16000/{Full,Segmented}``. A fold file says which videos are for training,
+validation and test.
+"""
 
 from __future__ import annotations
 
+import ast
 import logging
+import math
+import os
 from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from sdumc.corpora.folds import read_folds
 from sdumc.corpora.labels import Labels, find_labels, match_times, read_labels
-from sdumc.corpora.media_files import MediaFiles, find_media, locate, raw_root
-from sdumc.corpora.sets import Corpus, Fold, utterance_id
-from sdumc.corpora.transcripts import Transcripts, give_times, read_transcripts
+from sdumc.corpora.sets import FOLDS, ClipMedia, Corpus, Fold, utterance_id
+from sdumc.corpora.transcripts import Clip, Transcripts, give_times, read_transcripts
+from sdumc.errors import UserError
+
+_SDK_NAMES = {"standard_train_fold": "train", "standard_valid_fold": "valid", "standard_test_fold": "test"}
+
+
+def read_folds(path: str | Path) -> dict[str, list[str]]:
+    """Video ids by fold.
+
+    Args:
+        path: a folder with ``train.txt``, ``valid.txt``, ``test.txt`` of one video id a line; or the CMU SDK's
+            ``cmu_mosei_std_folds.py`` (or ``cmu_mosi_...``), whose three lists are read as literals: nothing is run.
+
+    Raises:
+        UserError: a file is missing, a list is no list of strings, an id is there twice or in two folds.
+    """
+    path = Path(path)
+    if path.is_dir():
+        scripts = sorted(path.glob("*std_folds.py"))
+        if not (path / "train.txt").exists() and len(scripts) == 1:
+            return read_folds(scripts[0])
+        folds = {name: _read_list(path / f"{name}.txt") for name in FOLDS}
+    elif path.suffix == ".py":
+        folds = _read_sdk(path)
+    else:
+        raise UserError(f"{path}: give a folder with train.txt, valid.txt and test.txt, or the SDK's std_folds.py")
+    owner: dict[str, str] = {}
+    for name in FOLDS:
+        if not folds[name]:
+            raise UserError(f"{path}: fold {name} is empty")
+        for video in folds[name]:
+            if video in owner:
+                raise UserError(
+                    f"{path}: video {video!r} is in {owner[video]} and in {name}"
+                    + (" (twice)" if owner[video] == name else "; the folds must be disjoint")
+                )
+            owner[video] = name
+    return folds
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text") from None
+
+
+def _read_list(path: Path) -> list[str]:
+    videos = []
+    for number, line in enumerate(_read(path).splitlines(), start=1):
+        fields = line.split()
+        if len(fields) > 1:
+            raise UserError(f"{path}:{number}: expected one video id, found {line.strip()!r}")
+        videos += fields
+    return videos
+
+
+def _read_sdk(path: Path) -> dict[str, list[str]]:
+    try:
+        tree = ast.parse(_read(path), str(path))
+    except (SyntaxError, ValueError, RecursionError) as e:
+        raise UserError(f"{path}: not a Python file that can be parsed ({e})") from None
+    found: dict[str, list[str]] = {}
+    for node in tree.body:
+        if not isinstance(node, ast.Assign):
+            continue
+        for target in node.targets:
+            if isinstance(target, ast.Name) and target.id in _SDK_NAMES:
+                try:
+                    value = ast.literal_eval(node.value)
+                except (ValueError, TypeError, SyntaxError):
+                    value = None
+                if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
+                    raise UserError(f"{path}:{node.lineno}: {target.id} is not a plain list of strings")
+                found[_SDK_NAMES[target.id]] = list(value)
+    if missing := [k for k, v in _SDK_NAMES.items() if v not in found]:
+        raise UserError(f"{path}: has no {', '.join(missing)}; expected the CMU SDK's file of standard folds")
+    return found
+
+
+_VIDEO_KINDS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".flv", ".mpg", ".mpeg", ".m4v")
+_SOUND_KINDS = (".wav", ".flac", ".mp3", ".m4a", ".ogg")
+
+
+def raw_root(corpus_dir: str | Path) -> Path:
+    """The folder that holds Videos, Transcript and so on: ``corpus_dir`` or its subfolder ``Raw``.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    path = Path(corpus_dir)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; give the folder of the raw distribution (--corpus-dir)")
+    return path / "Raw" if (path / "Raw").is_dir() else path
+
+
+@dataclass
+class MediaFiles:
+    """Media files by name without extension; ``segmented`` files are one a clip, named ``video_clip``.
+
+    ``used`` are the names that :meth:`find` has returned.
+    """
+
+    segmented: bool
+    video: dict[str, Path] = field(default_factory=dict)
+    audio: dict[str, Path] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+
+    @property
+    def how(self) -> str:
+        """How clips are taken from the files, for the summary."""
+        return "a file a clip" if self.segmented else "clips are cut from whole videos"
+
+    @property
+    def unused(self) -> list[str]:
+        """Names of the files that no utterance has asked for, sorted."""
+        return sorted((self.video.keys() | self.audio.keys()) - self.used)
+
+    def find(self, video: str, clip: str) -> tuple[str, Path | None, Path | None]:
+        """(file's name, its sound, its pictures) of a clip."""
+        for stem in (f"{video}_{clip}", f"{video}-{clip}", f"{video}$_${clip}") if self.segmented else (video,):
+            pictures = self.video.get(stem)
+            sound = self.audio.get(stem) or pictures
+            if sound:
+                self.used.add(stem)
+                return stem, sound, pictures
+        return (f"{video}_{clip}" if self.segmented else video), None, None
+
+
+def find_media(root: Path, kind: str = "auto") -> MediaFiles:
+    """Index the media files below ``root``.
+
+    Args:
+        root: see :func:`raw_root`.
+        kind: ``full`` (clips are cut from whole videos by their times), ``segmented`` (a file a clip), or ``auto``:
+            full where there are any, since the cutting is then exact.
+
+    Raises:
+        UserError: there are none.
+    """
+    for name in ("full", "segmented") if kind == "auto" else (kind,):
+        part = name.capitalize()
+        folders = [f"Videos/{part}/Combined", f"Videos/{part}", f"Video/{part}"]
+        video = _first_files([root / folder for folder in folders], _VIDEO_KINDS)
+        folders = [f"Audio/{part}/WAV_16000", f"Audio/WAV_16000/{part}", f"Audio/{part}/Combined", f"Audio/{part}"]
+        audio = _first_files([root / folder for folder in folders], _SOUND_KINDS)
+        if video or audio:
+            return MediaFiles(name == "segmented", video, audio)
+    raise UserError(
+        f"{root}: no media files in Videos/Full/Combined, Videos/Segmented/Combined or Audio/Full/WAV_16000; complete "
+        "the corpus or correct --corpus-dir"
+    )
+
+
+def _first_files(folders: list[Path], kinds: tuple[str, ...]) -> dict[str, Path]:
+    """The files of the first folder that has any of these kinds, by name without extension."""
+    for folder in folders:
+        if folder.is_dir():
+            names = sorted(e.name for e in os.scandir(folder) if not e.name.startswith("."))
+            if found := {Path(n).stem: folder / n for n in names if Path(n).suffix.lower() in kinds}:
+                return found
+    return {}
+
+
+def locate(clip: Clip | None, video: str, name: str, media: MediaFiles) -> ClipMedia | str:
+    """The media of a clip, or the reason why there are none. A start before the beginning becomes the beginning.
+
+    Args:
+        clip: the clip's line in the transcripts, if there is one; its times are needed to cut it.
+        video: the clip's video.
+        name: the clip's id.
+        media: the files.
+    """
+    stem, sound, pictures = media.find(video, name)
+    if sound is None:
+        return f"no media file ({stem})"
+    if media.video and pictures is None:
+        return f"sound, but no video file ({stem})"
+    if media.segmented:
+        return ClipMedia(stem, sound, pictures)
+    if clip is None:
+        return "no transcript line with its start and end"
+    if math.isnan(clip.end):
+        return f"neither transcript nor labels say when it starts and ends ({clip.where})"
+    start = max(clip.start, 0.0)
+    if not clip.end > start:
+        return f"ends before it starts ({clip.where})"
+    return ClipMedia(stem, sound, pictures, start, clip.end)
+
 
 log = logging.getLogger("sdumc")
 
@@ -19,7 +218,7 @@ def read_raw(corpus_dir: str, folds: str, labels: str | None = None, media: str 
 
     Args:
         corpus_dir: the folder that holds Raw/, or Raw itself.
-        folds: see :func:`sdumc.corpora.folds.read_folds`.
+        folds: see :func:`sdumc.corpora.raw.read_folds`.
         labels: file or folder of the labels; by default what :func:`find_labels` finds.
         media: ``auto``, ``full`` or ``segmented``, see :func:`find_media`.
 

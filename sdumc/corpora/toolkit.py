@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from sdumc.corpora.labels import find_labels, read_labels
-from sdumc.corpora.media_files import MediaFiles, find_media, locate, raw_root
+from sdumc.corpora.raw import MediaFiles, find_media, locate, raw_root
 from sdumc.corpora.sets import FOLDS, Corpus, FeatureWriter, Fold, split_name
 from sdumc.corpora.transcripts import Transcripts, give_times, read_transcripts
 from sdumc.data.pickles import restricted_load

@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sdumc.data.dropped import Row, read_dropped, write_dropped
 from sdumc.data.kaldi_dir import (
     MEDIA_TABLES,
     REQUIRED,
@@ -18,7 +17,7 @@ from sdumc.data.kaldi_dir import (
     read_tables,
     utterances_by_speaker,
 )
-from sdumc.data.tables import LABEL_RANGE, Problem, Table, write_table
+from sdumc.data.tables import LABEL_RANGE, Problem, Row, Table, read_dropped, write_dropped, write_table
 from sdumc.errors import UserError
 
 FIX_STAGE = "fix_data_dir"  # the stage column of dropped.tsv for what fix_kaldi_dir left out

@@ -28,9 +28,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sdumc.data.spans import MediaSpan
 from sdumc.data.tables import (
     LABEL_RANGE,
+    MediaSpan,
     Problem,
     Table,
     fail_on,

@@ -19,7 +19,7 @@ from typing import Any
 import av
 import numpy as np
 
-from sdumc.data.spans import MediaSpan
+from sdumc.data.tables import MediaSpan
 from sdumc.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -1,7 +1,9 @@
 """Tables of a data directory: one ``id value`` per line, sorted bytewise (``LC_ALL=C sort``), UTF-8.
 
 :func:`read_table` takes a valid table or raises. :func:`scan_table` reads what can be read of any table and returns
-everything wrong with it as :class:`Problem` values, for validation to print and for fixing to act on.
+everything wrong with it as :class:`Problem` values, for validation to print and for fixing to act on. Also here:
+:class:`MediaSpan`, the part of a file that a row means, and ``dropped.tsv``, which lists the utterances that a stage
+left out, with its name and the reason.
 """
 
 from __future__ import annotations
@@ -9,12 +11,66 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdumc.errors import UserError
 from sdumc.files import write_text
+
+
+@dataclass(frozen=True)
+class MediaSpan:
+    """A part of a media file: ``start`` to ``end`` in seconds, to the file's end when ``end`` is None.
+
+    ``utterance`` only makes error messages better.
+    """
+
+    path: str
+    start: float = 0.0
+    end: float | None = None
+    utterance: str | None = field(default=None, compare=False)
+
+    def __str__(self) -> str:
+        return self.path if self.utterance is None else f"{self.path}: utterance {self.utterance!r}"
+
+
+Row = tuple[str, str, str]  # utterance id, stage, reason
+
+
+def read_dropped(path: str | os.PathLike) -> list[Row]:
+    """The (id, stage, reason) lines of a ``dropped.tsv``; none when there is no such file.
+
+    Raises:
+        UserError: a line has another number of columns.
+    """
+    if not Path(path).exists():
+        return []
+    rows = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), start=1):
+        if line:
+            fields = line.split("\t")
+            if len(fields) != 3:
+                raise UserError(f"{path}:{number}: expected id, stage and reason separated by tabs")
+            rows.append((fields[0], fields[1], fields[2]))
+    return rows
+
+
+def write_dropped(path: str | os.PathLike, rows: Iterable[Row]) -> None:
+    """Write lines ``id<TAB>stage<TAB>reason``, sorted, atomically; white space in a reason becomes one space."""
+    clean = sorted((utt, stage, " ".join(reason.split())) for utt, stage, reason in rows)
+    write_text(path, "".join("\t".join(row) + "\n" for row in clean))
+
+
+def append_dropped(path: str | os.PathLike, rows: Iterable[Row]) -> None:
+    """Add rows to a ``dropped.tsv``.
+
+    A row of the same id and stage is replaced, so that a stage that runs again does not list an utterance twice.
+    """
+    merged = {(utt, stage): reason for utt, stage, reason in read_dropped(path)}
+    merged.update({(utt, stage): reason for utt, stage, reason in rows})
+    write_dropped(path, [(utt, stage, reason) for (utt, stage), reason in merged.items()])
+
 
 LABEL_RANGE = (-3.0, 3.0)
 _SHOWN = 10  # problems listed in one error message

@@ -1,4 +1,8 @@
-"""Audio features: one hidden layer of a speech encoder, frame by frame."""
+"""What is computed from sound alone: features of a speech encoder, and ASR transcripts.
+
+Transcripts become ``data/<set>/text_asr``: the words of the condition ``asr``. They also replace the LLM's failures in
+simulated text.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sdumc.conditions import NO_SPEECH
 from sdumc.data.kaldi_dir import KaldiDir
 from sdumc.data.shards import ShardWriter
+from sdumc.extraction.finishing import BAD_MEDIA
 from sdumc.extraction.loop import Output, extract_shard, read_wave
+from sdumc.prediction.activity import is_silent
+from sdumc.pretrained.quality import judge
+from sdumc.pretrained.recogniser import CtcRecogniser, Heard, WhisperRecogniser
 from sdumc.pretrained.speech_encoder import SpeechEncoder
 
 
@@ -21,3 +30,35 @@ def extract_audio(
         return [Output(x.float().cpu().numpy()) for x in encoder([wave for _, wave in items])]
 
     extract_shard(batches, writer, lambda utt: read_wave(data, utt), compute, bad_media)
+
+
+def extract_transcripts(
+    data: KaldiDir,
+    batches: Sequence[list[str]],
+    recogniser: CtcRecogniser | WhisperRecogniser,
+    writer: ShardWriter,
+    bad_media: str = "stop",
+) -> None:
+    """Note the transcripts of the utterances in ``batches``: :func:`sdumc.extraction.loop.extract_shard`."""
+
+    def compute(items: Sequence[tuple[str, np.ndarray]]) -> list[Output]:
+        mute = [is_silent(wave) for _, wave in items]
+        waves = [wave for (_, wave), silent in zip(items, mute, strict=True) if not silent]
+        heard = iter(recogniser.hear(waves) if waves else [])
+        return [_transcript(Heard("", no_speech=True) if silent else next(heard)) for silent in mute]
+
+    def unheard(reason: str) -> Output:
+        return Output(notes={"hyp": "", "status": "empty", "fallback": "absent", BAD_MEDIA: reason})
+
+    extract_shard(batches, writer, lambda utt: read_wave(data, utt), compute, bad_media, unheard)
+
+
+def _transcript(heard: Heard) -> Output:
+    """Notes of a transcript; those of Whisper also say how sure it was, and whether its first attempt was given up."""
+    status = NO_SPEECH if heard.no_speech else judge(heard.text, heard.text.split())[0]
+    notes = {"hyp": heard.text, "status": status if status in ("empty", NO_SPEECH) else "ok"}
+    if heard.log_probability is not None:
+        notes["log_probability"] = f"{heard.log_probability:.3f}"
+    if heard.temperature > 0:
+        notes |= {"fallback": "temperature", "temperature": f"{heard.temperature:g}"}
+    return Output(notes=notes)

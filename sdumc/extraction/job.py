@@ -13,13 +13,12 @@ from sdumc.data.kaldi_dir import KaldiDir, load_kaldi_dir, shard
 from sdumc.data.shards import ShardWriter
 from sdumc.device import pick_device
 from sdumc.errors import UserError
-from sdumc.extraction.batches import durations, make_batches
+from sdumc.extraction.loop import durations, make_batches
 from sdumc.pretrained.folders import DTYPES, fingerprint
 from sdumc.pretrained.llm import SpeechLLM
-from sdumc.pretrained.projector import projector_file
 from sdumc.pretrained.prompts import prompt_text
 from sdumc.pretrained.speech_encoder import SpeechEncoder
-from sdumc.pretrained.speech_reader import SpeechReader, check_projector_prompt
+from sdumc.pretrained.speech_reader import SpeechReader, check_projector_prompt, projector_file
 from sdumc.versions import installed_versions
 
 

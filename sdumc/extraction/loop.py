@@ -1,7 +1,7 @@
 """The one loop over a shard: read ahead, compute in batches, write, commit, report.
 
-What is read and what is computed differs: :mod:`.audio`, :mod:`.text`, :mod:`.video`, :mod:`.simulation`,
-:mod:`.transcripts`.
+Batches have utterances of similar length, longest first, and are the same at every run. What is read and what is
+computed differs: :mod:`.audio`, :mod:`.text`, :mod:`.video`, :mod:`.simulation`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,45 @@ from typing import Any, TypeVar
 import numpy as np
 
 from sdumc.data.kaldi_dir import KaldiDir
-from sdumc.data.media import read_audio
+from sdumc.data.media import probe, read_audio
 from sdumc.data.shards import ShardWriter
+from sdumc.device import halve_when_out_of_memory
 from sdumc.errors import UserError
 from sdumc.extraction.finishing import BAD_MEDIA
-from sdumc.pretrained.memory import halve_when_out_of_memory
+
+
+def durations(data: KaldiDir, utterances: Sequence[str]) -> dict[str, float]:
+    """Seconds of each utterance, from the tables if they say, else from the media's headers (0 if unreadable)."""
+    result = {}
+    for utt in utterances:
+        if utt in data.utt2dur:
+            result[utt] = data.utt2dur[utt]
+        elif data.segments:
+            result[utt] = data.segments[utt].end - data.segments[utt].start
+        else:
+            try:
+                result[utt] = probe(data.wav[utt]).duration
+            except UserError:
+                result[utt] = 0.0  # reading it raises the precise error
+    return result
+
+
+def make_batches(seconds: dict[str, float], batch_size: int, batch_seconds: float) -> list[list[str]]:
+    """Utterances of similar length together, longest first, so that lack of memory shows at once.
+
+    The batches depend on the arguments alone; a job that is resumed therefore repeats the very same ones. One has at
+    most ``batch_size`` utterances and, padded to its longest, ``batch_seconds`` (a longer utterance is alone).
+    """
+    batches: list[list[str]] = []
+    longest = 0.0
+    for utt in sorted(seconds, key=lambda u: (-seconds[u], u)):
+        if batches and len(batches[-1]) < batch_size and longest * (len(batches[-1]) + 1) <= batch_seconds:
+            batches[-1].append(utt)
+        else:
+            batches.append([utt])
+            longest = seconds[utt]
+    return batches
+
 
 log = logging.getLogger("sdumc")
 R = TypeVar("R")

@@ -11,7 +11,7 @@ import numpy as np
 from sdumc.data.kaldi_dir import KaldiDir
 from sdumc.data.media import read_frames
 from sdumc.data.shards import ShardWriter
-from sdumc.data.spans import MediaSpan
+from sdumc.data.tables import MediaSpan
 from sdumc.errors import UserError
 from sdumc.extraction.faces import FaceDetector, crop, track_face
 from sdumc.extraction.loop import Output, absent_for_bad_media, extract_shard, reason_if_allowed

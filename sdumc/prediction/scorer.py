@@ -15,17 +15,16 @@ import numpy as np
 import torch
 
 from sdumc.conditions import CONDITIONS, MODALITIES, modality
-from sdumc.data.dataset import Utterance, collate
+from sdumc.data.loader import Utterance, collate
 from sdumc.data.media import MediaInfo, probe, read_audio
-from sdumc.data.spans import MediaSpan
+from sdumc.data.tables import MediaSpan
 from sdumc.device import pick_device
 from sdumc.errors import UserError
-from sdumc.extraction.batches import make_batches
+from sdumc.extraction.loop import make_batches
 from sdumc.model.network import SDUMC
 from sdumc.prediction.activity import RATE, cut_speech, even_pieces, is_silent
-from sdumc.prediction.extractors import Extractors
+from sdumc.prediction.extractors import Extractors, load_record
 from sdumc.prediction.package import open_experiment
-from sdumc.prediction.record import load_record
 from sdumc.prediction.subtitles import Cue, sentences
 from sdumc.scoring.decoding import run_batch
 from sdumc.training.experiment import load_model

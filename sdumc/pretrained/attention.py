@@ -65,7 +65,7 @@ EVERYTHING = Attention({FULL: None})
 
 
 def possible_attentions(config: Any, name: str) -> list[Attention]:
-    """What a model may do, as its config reads, the likeliest first; :mod:`sdumc.pretrained.llm_trial` decides.
+    """What a model may do, as its config reads, the likeliest first; :mod:`sdumc.pretrained.trial` decides.
 
     Raises:
         UserError: some layers are of a kind that cannot be driven with a mask by positions.

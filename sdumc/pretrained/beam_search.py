@@ -5,18 +5,72 @@ the beams of an utterance are K query positions of one row: each step appends K 
 says which of the columns are a beam's own ancestors. Columns that no running beam descends from are dropped now and
 then, and an utterance leaves the batch as soon as its winner is certain. Scores, length penalty and stopping rule are
 those of transformers' ``generate(num_beams=K, do_sample=False, early_stopping=False)``, and so are the tokens.
+
+Also here: the cache itself, which grows without copying, and the name under which transformers takes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdumc.pretrained.attention import EVERYTHING, Attention
-from sdumc.pretrained.cache import call_with_cache
+
+ROOM = 32  # columns that a growing cache makes at once
+
+
+@functools.lru_cache(maxsize=32)
+def _cache_argument(forward: Callable[..., Any]) -> str:
+    """``cache`` since transformers 5.24, which will drop ``past_key_values`` in 5.40; 4.57 knows only the latter."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+
+def call_with_cache(model: nn.Module, cache: Any, **inputs: Any) -> Any:
+    """``model(**inputs)`` that reads and extends ``cache`` in place, whatever this transformers calls the argument."""
+    return model(**{_cache_argument(type(model).forward): cache}, use_cache=True, **inputs)
+
+
+@functools.cache
+def _growing_cache_class() -> Callable[[], Any]:
+    from transformers.cache_utils import Cache, DynamicLayer
+
+    class GrowingLayer(DynamicLayer):
+        room: tuple[Tensor, Tensor] | None = None
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+            if not self.is_initialized:
+                self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+                self.keys, self.values = key_states, value_states
+                return key_states, value_states
+            assert self.keys is not None and self.values is not None
+            old, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+            # Where rows or columns were taken out, keys and values are no longer a part of the room.
+            room = self.room
+            if room is None or self.keys.data_ptr() != room[0].data_ptr() or end > room[0].shape[2]:
+                self.room = room = self._widened(self.keys, end), self._widened(self.values, end)
+            room[0][:, :, old:end], room[1][:, :, old:end] = key_states, value_states
+            self.keys, self.values = room[0][:, :, :end], room[1][:, :, :end]
+            return self.keys, self.values
+
+        @staticmethod
+        def _widened(x: Tensor, end: int) -> Tensor:
+            wide = x.new_empty(*x.shape[:2], end + ROOM, x.shape[3])
+            wide[:, :, : x.shape[2]] = x
+            return wide
+
+    return functools.partial(Cache, layer_class_to_replicate=GrowingLayer)
+
+
+def new_cache() -> Any:
+    """An empty cache of a decoder, with room to grow; ``DynamicCache`` copies all that it holds at each step."""
+    return _growing_cache_class()()
+
 
 _IMPOSSIBLE = -1e9
 _PRUNE_AT = 32  # unused cache columns that are tolerated before they are dropped
@@ -188,7 +242,7 @@ def beam_search(
 
     Args:
         model: a causal LM of transformers.
-        cache: its cache (of :func:`sdumc.pretrained.cache.new_cache`) after the prompt, (B, ...) rows; it is used up.
+        cache: its cache (of :func:`new_cache`) after the prompt, (B, ...) rows; it is used up.
         prompt_mask: (B, P) bool, False on left padding.
         logits: (B, V) for the first new token.
         eos_ids: tokens that end a hypothesis.

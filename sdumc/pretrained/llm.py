@@ -18,12 +18,11 @@ from torch import Tensor
 
 from sdumc.errors import UserError
 from sdumc.pretrained.attention import Attention, longest_context
-from sdumc.pretrained.beam_search import Winner, beam_search, prompt_positions
-from sdumc.pretrained.cache import call_with_cache, new_cache
+from sdumc.pretrained.beam_search import Winner, beam_search, call_with_cache, new_cache, prompt_positions
 from sdumc.pretrained.folders import load_model, load_tokenizer, model_folder
-from sdumc.pretrained.llm_trial import find_attention
 from sdumc.pretrained.prompts import BOS, PROMPTS, RELEASED, around_sound, resolve_template
 from sdumc.pretrained.states import StateTap, decoder_layers, embedding_scale, layer_index
+from sdumc.pretrained.trial import find_attention
 
 log = logging.getLogger("sdumc")
 
@@ -87,7 +86,7 @@ class SpeechLLM:
 
     Raises:
         UserError: incomplete folder, unusable tokenizer, no EOS token, no such layer, a template without the prompt, or
-            an LLM that fails the trial (:mod:`sdumc.pretrained.llm_trial`).
+            an LLM that fails the trial (:mod:`sdumc.pretrained.trial`).
     """
 
     def __init__(

@@ -14,9 +14,9 @@ import torch
 from sdumc.errors import UserError
 from sdumc.files import read_json
 from sdumc.pretrained.folders import load_model, load_tokenizer, model_folder, quiet_transformers, read_model_config
-from sdumc.pretrained.media_trial import attempt, try_clips
 from sdumc.pretrained.quality import find_loop
 from sdumc.pretrained.speech_encoder import MIN_SAMPLES, RATE, WaveInput, whisper_spectrogram
+from sdumc.pretrained.trial import attempt, try_clips
 
 _WINDOW = 30 * RATE  # samples of Whisper's input: 30 s
 _SEARCH = 5 * RATE  # a longer clip is cut at the quietest moment of a window's last 5 s

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from sdumc.errors import UserError
 from sdumc.pretrained.folders import first_line, load_model, model_folder, read_model_config
-from sdumc.pretrained.media_trial import try_clips
 from sdumc.pretrained.states import decoder_layers, layer_index
+from sdumc.pretrained.trial import try_clips
 
 log = logging.getLogger("sdumc")
 

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdumc.device import halve_when_out_of_memory
 from sdumc.errors import UserError
 from sdumc.files import read_json
 from sdumc.pretrained.folders import first_line, load_model, model_folder, read_model_config
-from sdumc.pretrained.media_trial import attempt, same, trial_pictures
-from sdumc.pretrained.memory import halve_when_out_of_memory
+from sdumc.pretrained.trial import attempt, same, trial_pictures
 
 # Parameters that stand before the patches, as vectors of their own; the first is the class token.
 _CLASS_TOKENS = ("embeddings.cls_token", "embeddings.class_embedding")

@@ -9,9 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from sdumc.reporting.drawing import LINES, MARKERS, Figure, Panel, Theme, legend_below, offsets
-from sdumc.reporting.runs import Run
 from sdumc.reporting.scores import spread
-from sdumc.reporting.sets import TestSet
+from sdumc.reporting.sets import Run, TestSet
 from sdumc.scoring.metrics import format_measure
 
 MAX_SPEAKERS = 30

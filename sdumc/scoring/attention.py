@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from sdumc.conditions import CONDITIONS, modality
-from sdumc.data.dataset import UtteranceDataset, collate
 from sdumc.data.dump import Dump
+from sdumc.data.loader import UtteranceDataset, collate
 from sdumc.model.network import SDUMC
 from sdumc.scoring.attention_file import DRAWN, drawn_at_random
 from sdumc.scoring.decoding import Decoded, inputs_for, run_batch

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 from sdumc.conditions import CONDITIONS, MODALITIES, modality
-from sdumc.data.dataset import Batch, UtteranceDataset
 from sdumc.data.dump import Dump, load_dump
-from sdumc.data.loader import BatchLoader
+from sdumc.data.loader import Batch, BatchLoader, UtteranceDataset
 from sdumc.data.sampler import GlobalBatchSampler
 from sdumc.errors import UserError
 from sdumc.files import atomic_write
@@ -88,7 +87,7 @@ def decode(
         share: (r, n): only the r-th of n disjoint parts, so that n ranks together score the whole set.
 
     Raises:
-        UserError: see :func:`inputs_for` and :class:`sdumc.data.dataset.UtteranceDataset`.
+        UserError: see :func:`inputs_for` and :class:`sdumc.data.loader.UtteranceDataset`.
     """
     inputs, flow = inputs_for(condition, dump, model.available), CONDITIONS[condition].flow
     dataset = UtteranceDataset(dump, sorted(inputs.values()))

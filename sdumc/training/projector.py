@@ -20,20 +20,19 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from sdumc.device import halve_when_out_of_memory
 from sdumc.errors import UserError
 from sdumc.extraction.loop import read_ahead
 from sdumc.files import write_text
 from sdumc.pretrained.beam_search import prompt_positions
 from sdumc.pretrained.llm import SpeechLLM
-from sdumc.pretrained.memory import halve_when_out_of_memory
-from sdumc.pretrained.projector import FILE_NAME, Projector, project, save_projector
 from sdumc.pretrained.quality import word_error_rate
 from sdumc.pretrained.speech_encoder import SpeechEncoder
+from sdumc.pretrained.speech_reader import FILE_NAME, Projector, project, save_projector
 from sdumc.processes import StopSignal
-from sdumc.training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
+from sdumc.training.checkpoint import CHECKPOINT, SavedState, load_checkpoint, save_checkpoint
+from sdumc.training.data import TranscribedSpeech, epoch_batches, spread
 from sdumc.training.experiment import log_to
-from sdumc.training.state import SavedState
-from sdumc.training.transcribed import TranscribedSpeech, epoch_batches, spread
 from sdumc.versions import installed_versions
 
 log = logging.getLogger("sdumc")

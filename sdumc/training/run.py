@@ -16,35 +16,38 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from sdumc.cli import setup_logging
-from sdumc.conditions import COMPLETE, MISSING, VALID_CONDITIONS
-from sdumc.data.dataset import Batch, UtteranceDataset
+from sdumc.conditions import COMPLETE, MISSING, MODALITIES, VALID_CONDITIONS
 from sdumc.data.dump import Dump
-from sdumc.data.loader import BatchLoader
+from sdumc.data.loader import Batch, BatchLoader, UtteranceDataset
 from sdumc.data.sampler import GlobalBatchSampler
 from sdumc.errors import EXIT_REQUEUE, UserError
 from sdumc.files import json_ready, settings_hash, write_text
 from sdumc.losses.objective import sdumc_objective
 from sdumc.model.network import SDUMC, empty_loss_inputs
 from sdumc.processes import StopSignal
-from sdumc.scoring.choice import doubts, median_mae
+from sdumc.scoring.decoding import decode
+from sdumc.scoring.metrics import doubts, median_mae, score
 from sdumc.training.checkpoint import (
     CHECKPOINT,
     VALID_BEST,
+    TrainingState,
     average_best,
     epoch_file,
+    get_rng,
     keep_best,
     load_checkpoint,
     save_checkpoint,
     save_weights,
+    set_rng,
 )
 from sdumc.training.data import drop_modalities, load_sets, set_normalisation, with_dimensions
 from sdumc.training.distributed import Ranks, barrier, gather_objects, gather_rows, join, leave, sum_gradients
-from sdumc.training.evaluation import evaluate
 from sdumc.training.experiment import lock_folder, log_to, write_extractors
 from sdumc.training.settings import (
     FREE_TO_CHANGE,
@@ -54,7 +57,6 @@ from sdumc.training.settings import (
     objective_weights,
     write_config,
 )
-from sdumc.training.state import TrainingState, get_rng, set_rng
 
 log = logging.getLogger("sdumc")
 
@@ -259,6 +261,19 @@ def update(loss: Tensor, model: SDUMC, optimiser: torch.optim.Optimizer, clip: f
 # -------------------------------------------------------------------------------------------------------------- records
 
 
+def evaluate(model: SDUMC, dump: Dump, conditions: Sequence[str], ranks: Ranks) -> dict[str, dict[str, float]]:
+    """Every measure by condition, the same on every rank."""
+    scores = {}
+    for condition in conditions:
+        part = decode(model, dump, condition, ranks.device, (ranks.rank, ranks.size))
+        mine = list(zip(part.ids, part.prediction, part.label, strict=True))
+        rows = [row for rank in gather_objects(mine, ranks) for row in rank]
+        rows.sort(key=lambda row: row[0])
+        values = score(np.array([p for _, p, _ in rows]), np.array([y for _, _, y in rows]))
+        scores[condition] = {k: float(v) for k, v in values.items() if isinstance(v, (int, float))}
+    return scores
+
+
 def open_records(
     exp_dir: Path, settings: Namespace, train_set: Dump, state: TrainingState, resumed: bool
 ) -> SummaryWriter:
@@ -310,3 +325,21 @@ def numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from numbers(value, f"{prefix}{name}/")
         elif isinstance(value, (int, float)) and math.isfinite(value):
             yield f"{prefix}{name}", value
+
+
+_DIM, _BATCH, _FRAMES = 8, 4, 3  # where the settings leave a dimension to the dump; and the size of the batch of noise
+
+
+def dry_run(settings: Namespace) -> None:
+    """Build the model, run one step on noise, print the number of parameters and the terms of the objective."""
+    dims = {m: getattr(settings, f"{m}_dim") or _DIM for m in MODALITIES}
+    model = SDUMC(model_config(Namespace(**{**vars(settings), **{f"{m}_dim": dim for m, dim in dims.items()}})))
+    dims["text_sim"] = dims["text"]
+    features = {name: torch.randn(_BATCH, _FRAMES, dim) for name, dim in dims.items()}
+    lengths = {name: torch.full((_BATCH,), _FRAMES) for name in dims}
+    flows = (COMPLETE, MISSING) if settings.flows == "both" else (COMPLETE,)
+    outputs = {flow: out.loss_inputs() for flow, out in model(features, lengths, flows).items()}
+    labels, has_text = torch.linspace(-1, 2, _BATCH), torch.ones(_BATCH, dtype=torch.bool)
+    terms = sdumc_objective(outputs[COMPLETE], outputs.get(MISSING), labels, has_text, objective_weights(settings))
+    terms["loss"].backward()
+    print(f"settings are sound: {sum(p.numel() for p in model.parameters())} parameters, terms {', '.join(terms)}")

@@ -14,8 +14,8 @@ from zlib import crc32
 
 import numpy as np
 
+from mini.clips import write_clip
 from mini.face import draw_face, draw_looks
-from sdumc.data.clip_writer import write_clip
 
 RATE, FPS, SIZE = 16000, 8, 96
 _FACES = (1, 6, 9, 11, 12, 14, 16)  # looks in which the detector finds the face

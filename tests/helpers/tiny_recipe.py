@@ -19,7 +19,7 @@ SMALL += ["--warmup-epochs", "0", "--dropout", "0", "--attention-dropout", "0", 
 def clip(path: Path, seconds: float, seed: int) -> Path:
     """A little video: a moving gradient, and noise that changes its pitch."""
     from helpers import tiny_models
-    from sdumc.data.clip_writer import write_clip
+    from mini.clips import write_clip
 
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:48, 0:64]
@@ -50,7 +50,7 @@ def make_recipe(root: Path) -> Path:
         score,
         simulate_text,
     )
-    from sdumc.pretrained.projector import Projector, save_projector
+    from sdumc.pretrained.speech_reader import Projector, save_projector
 
     assert Path.cwd() == root
     tiny_models.wavlm(Path("models/encoder"))

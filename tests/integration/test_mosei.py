@@ -17,7 +17,7 @@ from helpers.plain_network import released_weights
 from sdumc.corpora.audit import leave_out
 from sdumc.data.dump import load_dump
 from sdumc.data.tables import read_table
-from sdumc.pretrained.projector import Projector
+from sdumc.pretrained.speech_reader import Projector
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = {

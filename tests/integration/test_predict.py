@@ -21,8 +21,7 @@ from sdumc.bin import pack, predict
 from sdumc.data.ark import load_matrix
 from sdumc.data.dump import load_dump
 from sdumc.data.media import read_audio
-from sdumc.data.spans import MediaSpan
-from sdumc.data.tables import read_table
+from sdumc.data.tables import MediaSpan, read_table
 from sdumc.errors import UserError
 from sdumc.extraction.simulation import simulate
 from sdumc.prediction.scorer import overall_score

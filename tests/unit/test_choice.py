@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sdumc.scoring.choice import doubts, median_mae
+from sdumc.scoring.metrics import doubts, median_mae
 
 
 def test_median_mae():

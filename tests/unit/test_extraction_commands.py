@@ -18,11 +18,10 @@ from sdumc.data.dump import load_dump
 from sdumc.data.shards import ShardWriter
 from sdumc.errors import UserError
 from sdumc.extraction import loop
-from sdumc.extraction.batches import make_batches
+from sdumc.extraction.loop import make_batches
 from sdumc.extraction.simulation import Search, simulate
-from sdumc.pretrained import memory
-from sdumc.pretrained.projector import Projector, save_projector
-from sdumc.pretrained.speech_reader import SpeechReader
+from sdumc.pretrained import device
+from sdumc.pretrained.speech_reader import Projector, SpeechReader, save_projector
 from sdumc.versions import installed_versions
 
 
@@ -240,7 +239,7 @@ def test_out_of_memory_halves_the_batch(caplog):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return [i * 2 for i in items]
 
-    assert memory.halve_when_out_of_memory(list(range(10)), work_) == [2 * i for i in range(10)]
+    assert device.halve_when_out_of_memory(list(range(10)), work_) == [2 * i for i in range(10)]
     assert sizes == [10, 5, 3, 2, 5, 3, 2]
     assert "batches of 5" in caplog.text
 
@@ -248,7 +247,7 @@ def test_out_of_memory_halves_the_batch(caplog):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     with pytest.raises(UserError, match=r"^utterance 'u1' alone does not fit"):
-        memory.halve_when_out_of_memory(["u1"], never)
+        device.halve_when_out_of_memory(["u1"], never)
 
 
 @pytest.mark.parametrize("name", ["audio", "recognize", "simulate", "text", "video"])

@@ -11,9 +11,8 @@ import soundfile
 
 from sdumc.corpora.importing import import_corpus
 from sdumc.corpora.sets import ClipMedia, Corpus, Fold
-from sdumc.data.dropped import read_dropped
 from sdumc.data.kaldi_dir import load_kaldi_dir, validate_kaldi_dir
-from sdumc.data.tables import read_table
+from sdumc.data.tables import read_dropped, read_table
 from sdumc.errors import UserError
 
 SCALE = (1.0, 5.0)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import soundfile
 
-from sdumc.data.dropped import append_dropped, read_dropped
 from sdumc.data.fixing import FIX_STAGE, fix_kaldi_dir
 from sdumc.data.kaldi_dir import (
     MediaSpan,
@@ -24,7 +23,7 @@ from sdumc.data.kaldi_dir import (
     shard,
     validate_kaldi_dir,
 )
-from sdumc.data.tables import read_table, write_table
+from sdumc.data.tables import append_dropped, read_dropped, read_table, write_table
 from sdumc.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,7 +15,7 @@ import transformers
 from helpers import tiny_models
 
 from sdumc.errors import UserError
-from sdumc.pretrained import llm_trial
+from sdumc.pretrained import trial
 from sdumc.pretrained.attention import EVERYTHING
 from sdumc.pretrained.llm import SpeechLLM
 from sdumc.training.projector import answer_loss
@@ -210,7 +210,7 @@ def test_the_windows_of_these_tests_matter(tmp_path, monkeypatch):
     assert (
         max(float((a - b).abs().max()) for a, b in zip(right, llm.encode(contexts, [[5, 6, 7]] * 8), strict=True)) > 0.1
     )
-    monkeypatch.setattr(llm_trial, "possible_attentions", lambda *_: [EVERYTHING])
+    monkeypatch.setattr(trial, "possible_attentions", lambda *_: [EVERYTHING])
     with pytest.raises(UserError, match="failed a trial"):
         SpeechLLM(folder)
 

@@ -7,8 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdumc.losses.contrast import LABEL_TOLERANCE, rank_n_contrast
-from sdumc.losses.objective import mean_squared_error, root_mean_squared_error, sdumc_objective
+from sdumc.losses.objective import (
+    LABEL_TOLERANCE,
+    mean_squared_error,
+    rank_n_contrast,
+    root_mean_squared_error,
+    sdumc_objective,
+)
 from sdumc.losses.weights import ObjectiveWeights
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from sdumc.data.clip_writer import write_clip
+from mini.clips import write_clip
 from sdumc.data.media import check_media_file, probe, read_audio, read_frames, resample
-from sdumc.data.spans import MediaSpan
+from sdumc.data.tables import MediaSpan
 from sdumc.errors import UserError
 
 RATE = 16000

@@ -14,16 +14,16 @@ import pytest
 from helpers import mosei_miniature as mini
 
 from sdumc.bin import import_authors, import_toolkit, prepare_mosei
-from sdumc.corpora import authors, labels, media_files, toolkit, transcripts
-from sdumc.corpora.csd import read_csd
-from sdumc.corpora.folds import read_folds
+from sdumc.corpora import authors, labels, raw, toolkit, transcripts
+from sdumc.corpora.importing import summary
+from sdumc.corpora.labels import read_csd
+from sdumc.corpora.raw import read_folds
 from sdumc.corpora.sets import Corpus, Fold, check_disjoint, split_name, utterance_id
-from sdumc.corpora.summary import summary
 from sdumc.data.ark import load_matrix
-from sdumc.data.dropped import read_dropped
 from sdumc.data.dump import load_dump
 from sdumc.data.kaldi_dir import load_kaldi_dir, validate_kaldi_dir
 from sdumc.data.media import read_audio, read_frames
+from sdumc.data.tables import read_dropped
 from sdumc.errors import UserError
 
 
@@ -310,8 +310,8 @@ def test_labels_without_media_and_the_reverse(own, tmp_path):
 
 def test_not_a_raw_distribution(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
-        media_files.raw_root(tmp_path / "none")
-    for call in (transcripts.read_transcripts, labels.find_labels, media_files.find_media):
+        raw.raw_root(tmp_path / "none")
+    for call in (transcripts.read_transcripts, labels.find_labels, raw.find_media):
         with pytest.raises(UserError):
             call(tmp_path)
 

@@ -11,7 +11,7 @@ import pytest
 from helpers import mosei_miniature as mini
 
 from sdumc.bin import prepare_mosei
-from sdumc.corpora import labels, media_files, transcripts
+from sdumc.corpora import labels, raw, transcripts
 from sdumc.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,8 +89,8 @@ def test_transcripts_without_times(tmp_path):
     found = transcripts.read_transcripts(tmp_path)
     assert found.clips["v"]["1"].text == "WELL A_DELIM_B" and list(found.clips["v"]) == ["1"]
     assert set(found.refused["v"]) == {"line2", "2"}
-    media = media_files.MediaFiles(False, {"v": Path("v.mp4")}, {})
-    reason = media_files.locate(found.clips["v"]["1"], "v", "1", media)
+    media = raw.MediaFiles(False, {"v": Path("v.mp4")}, {})
+    reason = raw.locate(found.clips["v"]["1"], "v", "1", media)
     assert isinstance(reason, str) and "starts and ends" in reason
 
 

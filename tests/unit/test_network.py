@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdumc.conditions import COMPLETE, MISSING
-from sdumc.model import attention
+from sdumc.model import layers
 from sdumc.model.config import ModelConfig
 from sdumc.model.network import SDUMC
 from sdumc.model.released import import_released
@@ -205,13 +205,13 @@ def attention_inputs(seed=0, size=5, frames=7, dim=8, queries=3, dtype=torch.flo
 
 @pytest.mark.parametrize("block", [1, 100, 2**20])
 def test_blocked_attention_is_the_plain_one_forward_and_backward(block, monkeypatch):
-    monkeypatch.setattr(attention, "_BLOCK", block)
+    monkeypatch.setattr(layers, "_BLOCK", block)
     h, mask, q, key = attention_inputs()
     target = torch.randn(5, 3, 8, dtype=torch.float64)
     results = []
     for compiling in (True, False):  # what runs while compiling is the plain way
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda c=compiling: c)
-        values, weights = attention.attend(h, mask, q, key, 0.3, 0.0)
+        values, weights = layers.attend(h, mask, q, key, 0.3, 0.0)
         grads = torch.autograd.grad((values * target).sum(), [h, q, key.weight, key.bias])
         results.append([values, weights, *grads])
     for plain, blocked in zip(*results, strict=True):
@@ -223,7 +223,7 @@ def test_gradient_of_blocked_attention_under_dropout(monkeypatch):
 
     def values(h, q, weight, bias):
         torch.manual_seed(1)  # the same frames dropped at every call
-        return attention._BlockedAttention.apply(h, mask, q, weight, bias, 0.3, 128)[0]
+        return layers._BlockedAttention.apply(h, mask, q, weight, bias, 0.3, 128)[0]
 
     inputs = (h, q, key.weight.detach().requires_grad_(), key.bias.detach().requires_grad_())
     assert torch.autograd.gradcheck(values, inputs)
@@ -232,8 +232,8 @@ def test_gradient_of_blocked_attention_under_dropout(monkeypatch):
 @pytest.mark.parametrize("rate", [0.0, 0.3, 0.5, 1.0])
 def test_blocked_dropout_keeps_the_mean_and_the_rate(rate):
     h = torch.ones(40, 30, 50)
-    noise = attention._random_bytes(h.shape)
-    dropped, factor = attention._drop(h, noise, round(256 * rate), slice(0, 40))
+    noise = layers._random_bytes(h.shape)
+    dropped, factor = layers._drop(h, noise, round(256 * rate), slice(0, 40))
     assert dropped.eq(0).float().mean().item() == pytest.approx(rate, abs=0.01)
     if rate < 1:
         assert dropped.mean().item() == pytest.approx(1, abs=0.02)

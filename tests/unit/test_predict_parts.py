@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from sdumc.errors import UserError
-from sdumc.prediction import activity, inputs, package, record, subtitles, voices
+from sdumc.prediction import activity, extractors, inputs, package, subtitles
 from sdumc.prediction.output import table
 from sdumc.prediction.scorer import ScoredFile, ScoredUtterance, overall_score
 from sdumc.prediction.subtitles import Cue
@@ -129,29 +129,29 @@ def test_music_and_noise_are_no_speech(kind, gain):
 def test_the_detector_works_in_blocks_of_a_long_recording(monkeypatch):
     rng = np.random.default_rng(0)
     wave = (rng.standard_normal(16000 * 4) * np.abs(np.sin(np.arange(64000) / 4000))).astype(np.float32) * 0.1
-    detector = voices.SpeechDetector()
+    detector = activity.SpeechDetector()
     whole = detector(wave)
     assert whole.shape == (len(wave) // 512,) and (whole >= 0).all() and (whole <= 1).all()
     np.testing.assert_array_equal(whole, detector(wave))
-    monkeypatch.setattr(voices, "_BLOCK", 7)
+    monkeypatch.setattr(activity, "_BLOCK", 7)
     np.testing.assert_allclose(detector(wave), whole, atol=1e-5)
     np.testing.assert_allclose(detector(wave * 0.1, gain=10.0), whole, atol=1e-3)
 
 
 def test_threads_and_random_numbers_stay_as_they_are():
     before, state = torch.get_num_threads(), torch.get_rng_state()
-    voices.SpeechDetector()(np.zeros(16000, np.float32))
+    activity.SpeechDetector()(np.zeros(16000, np.float32))
     assert torch.get_num_threads() == before and torch.equal(torch.get_rng_state(), state)
 
 
 def test_without_the_weights_of_the_detector(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install 'silero-vad"):
-        voices.SpeechDetector()
+        activity.SpeechDetector()
     other = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: other)
     with pytest.raises(UserError, match="not the weights"):
-        voices.SpeechDetector()
+        activity.SpeechDetector()
 
 
 def test_speech_goes_on_below_the_probability_at_which_it_begins():
@@ -490,7 +490,7 @@ def settings(**more):
 
 def write_record(folder: Path, content: dict) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / record.RECORD).write_text(yaml.safe_dump(content))
+    (folder / extractors.RECORD).write_text(yaml.safe_dump(content))
     return folder
 
 
@@ -504,34 +504,36 @@ def fake_model(folder: Path, content: bytes = b"weights") -> Path:
 def test_models_are_found_where_they_were_or_where_they_are_said_to_be(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     model = fake_model(tmp_path / "models/encoder")
-    known = record.fingerprint(model, "audio")
+    known = extractors.fingerprint(model, "audio")
     exp = write_record(tmp_path / "exp/one", settings(model_hash=known))
-    (use,) = record.load_record(exp).models()
-    assert record.find_model(use, exp) == model
+    (use,) = extractors.load_record(exp).models()
+    assert extractors.find_model(use, exp) == model
     other = fake_model(tmp_path / "exp/models/encoder", b"others")
-    assert record.find_model(use, exp) == model  # not the nearer one with other weights
+    assert extractors.find_model(use, exp) == model  # not the nearer one with other weights
     moved = (tmp_path / "elsewhere").resolve()
     moved.mkdir()
     model.rename(moved / "encoder")
-    assert record.find_model(use, exp, moved) == moved / "encoder"
+    assert extractors.find_model(use, exp, moved) == moved / "encoder"
     with pytest.raises(UserError, match="not the audio model that the features were made with"):
-        record.find_model(use, exp)
+        extractors.find_model(use, exp)
     (other / "config.json").unlink()
     (other / "model.safetensors").unlink()
     other.rmdir()
     with pytest.raises(UserError, match="--model-dir"):
-        record.find_model(use, exp)
+        extractors.find_model(use, exp)
 
 
 def test_features_from_elsewhere_are_no_recipe(tmp_path):
     for content in ({}, {"audio": {"imported": True, "model": "x"}}, {"audio": {"extractor": "noise"}}):
         with pytest.raises(UserError, match="came from elsewhere"):
-            record.load_record(write_record(tmp_path / "exp", content))
-    found = record.load_record(write_record(tmp_path / "exp", {**settings(), "video": {"model": "x", "dtype": "fp32"}}))
+            extractors.load_record(write_record(tmp_path / "exp", content))
+    found = extractors.load_record(
+        write_record(tmp_path / "exp", {**settings(), "video": {"model": "x", "dtype": "fp32"}})
+    )
     assert set(found.features) == {"audio"}
     assert "pooling" in found.left_out["video"]
     with pytest.raises(UserError, match="no such file"):
-        record.load_record(tmp_path)
+        extractors.load_record(tmp_path)
 
 
 def test_faces_found_by_the_former_detector_are_refused(tmp_path):

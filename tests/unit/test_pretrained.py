@@ -12,13 +12,12 @@ from helpers import tiny_models
 
 from sdumc.errors import UserError
 from sdumc.pretrained import states
-from sdumc.pretrained.cache import call_with_cache
+from sdumc.pretrained.beam_search import call_with_cache
 from sdumc.pretrained.folders import load_tokenizer, model_folder, weight_files, whole_weights
 from sdumc.pretrained.llm import SpeechLLM
-from sdumc.pretrained.projector import Projector, load_projector, project, save_projector
 from sdumc.pretrained.recogniser import load_recogniser
 from sdumc.pretrained.speech_encoder import SpeechEncoder, normalise
-from sdumc.pretrained.speech_reader import SpeechReader
+from sdumc.pretrained.speech_reader import Projector, SpeechReader, load_projector, project, save_projector
 
 
 @pytest.fixture(scope="module", autouse=True)

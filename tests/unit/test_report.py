@@ -252,8 +252,7 @@ def test_attention_is_drawn_beside_the_utterance(made):
 
 def test_axes_of_attention(made, monkeypatch):
     from sdumc.reporting import attention
-    from sdumc.reporting.runs import collect_runs
-    from sdumc.reporting.sets import collect_set
+    from sdumc.reporting.sets import collect_runs, collect_set
 
     monkeypatch.chdir(made)
     runs = collect_runs(["exp/train_seed1"])
@@ -274,7 +273,7 @@ def test_axes_of_attention(made, monkeypatch):
 def test_tokens_of_the_language_model(tmp_path):
     from helpers.tiny_models import llama
 
-    from sdumc.reporting.tokens import Tokeniser
+    from sdumc.reporting.attention import Tokeniser
 
     llama(tmp_path / "models/llm")
     label = Tokeniser("models/llm", tmp_path)
@@ -570,7 +569,7 @@ def browse(tmp_path):
 @pytest.fixture(scope="module")
 def filmed(made):
     """The same with clips to play."""
-    from sdumc.data.clip_writer import write_clip
+    from mini.clips import write_clip
 
     for line in (made / "data/test/wav.scp").read_text().splitlines():
         clip = made / line.split()[1]

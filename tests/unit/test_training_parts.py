@@ -14,17 +14,19 @@ from sdumc.model.config import ModelConfig
 from sdumc.model.network import SDUMC, empty_loss_inputs
 from sdumc.training.checkpoint import (
     VALID_BEST,
+    TrainingState,
     average_best,
     epoch_file,
+    get_rng,
     keep_best,
     load_checkpoint,
     load_weights,
     save_checkpoint,
     save_weights,
+    set_rng,
 )
 from sdumc.training.data import load_sets, with_dimensions
 from sdumc.training.settings import get_parser
-from sdumc.training.state import TrainingState, get_rng, set_rng
 
 
 def small_model(**settings) -> SDUMC:

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from mini import face, plan, speech
+from mini.clips import write_clip
 from mini.plan import Clip, Settings
-from sdumc.data.clip_writer import write_clip
 from sdumc.errors import UserError
 from sdumc.files import read_json, write_json, write_text
 from sdumc.processes import die_with
