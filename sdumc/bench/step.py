@@ -35,7 +35,7 @@ class Step:
         model = PlainSDUMC(RELEASED) if variant == "plain" else SDUMC(RELEASED)
         self.model = model.to(self.device).train()
         self.network = torch.compile(self.model) if compiled else self.model
-        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=1e-4, weight_decay=1e-5)
+        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=1e-4, weight_decay=1e-5, fused=True)
 
     def loss(self) -> torch.Tensor:
         if self.variant == "plain":

@@ -38,7 +38,7 @@ class SentenceStep:
         self.x = {"text": torch.randn(len(mine), int(mine.max()), TEXT_DIM, generator=generator)}
         self.labels = (torch.randint(-9, 10, (len(mine),), generator=generator) / 3).float()
         self.model = SDUMC(ModelConfig(audio_dim=0, text_dim=TEXT_DIM, video_dim=0)).train()
-        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=1e-4, weight_decay=1e-5)
+        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=1e-4, weight_decay=1e-5, fused=True)
 
     def __call__(self) -> None:
         self.optimiser.zero_grad(set_to_none=True)

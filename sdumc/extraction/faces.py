@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-WEIGHTS = Path(__file__).with_suffix(".safetensors")
+WEIGHTS = Path(__file__).with_name("yunet.safetensors")
 STRIDES = (8, 16, 32)  # pixels between the cells of the three output maps
 _SAME = 0.3  # overlap (intersection over union) from which the less certain of two boxes is left out
 

@@ -80,7 +80,7 @@ def train(settings: Namespace, stop: StopSignal) -> int:
     if settings.normalise_features:
         set_normalisation(model, train_set)
     network: Any = torch.compile(model, dynamic=True) if settings.compile else model
-    optimiser = torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    optimiser = torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
     weights = objective_weights(settings)
     torch.manual_seed(settings.seed + 1000 * (ranks.rank + 1))  # dropout differs between ranks
     sampler, loader = open_batches(train_set, settings, ranks)

@@ -12,6 +12,7 @@ import yaml
 from helpers import tiny_models
 from test_features import make_clip, video_data_dir
 
+from sdumc import device
 from sdumc.bin import extract_audio, extract_text, extract_video, finish_dump, recognize, simulate_text
 from sdumc.data.ark import load_matrix
 from sdumc.data.dump import load_dump
@@ -20,7 +21,6 @@ from sdumc.errors import UserError
 from sdumc.extraction import loop
 from sdumc.extraction.loop import make_batches
 from sdumc.extraction.simulation import Search, simulate
-from sdumc.pretrained import device
 from sdumc.pretrained.speech_reader import Projector, SpeechReader, save_projector
 from sdumc.versions import installed_versions
 

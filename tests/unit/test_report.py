@@ -273,7 +273,7 @@ def test_axes_of_attention(made, monkeypatch):
 def test_tokens_of_the_language_model(tmp_path):
     from helpers.tiny_models import llama
 
-    from sdumc.reporting.attention import Tokeniser
+    from sdumc.reporting.sets import Tokeniser
 
     llama(tmp_path / "models/llm")
     label = Tokeniser("models/llm", tmp_path)
