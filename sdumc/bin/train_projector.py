@@ -96,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sdumc.pretrained.prompts import prompt_text
     from sdumc.pretrained.speech_encoder import SpeechEncoder
     from sdumc.training.data import TranscribedSpeech
-    from sdumc.training.projector import ProjectorSettings, train_projector
+    from sdumc.training.experiment import hold_folder
+    from sdumc.training.projector import ProjectorSettings, partial_folder, train_projector
 
     settings = ProjectorSettings(**{f.name: getattr(args, f.name) for f in fields(ProjectorSettings)})
     dirs = {"train": args.train_data_dir, "valid": args.valid_data_dir}
@@ -110,7 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         texts = {u: t.lower() if args.text_case == "lower" else t for u, t in data.text.items()}
         speech[name] = TranscribedSpeech(data, texts, encoder, settings.cache_mb * 2**20 // len(sets))
     train, valid, output = speech["train"], speech.get("valid"), Path(args.output)
-    result = train_projector(llm, encoder, train, valid, settings, output, described, stop)
+    with hold_folder(partial_folder(output)):
+        result = train_projector(llm, encoder, train, valid, settings, output, described, stop)
     if result is None:
         return EXIT_REQUEUE
     if result.get("valid_wer") is not None:

@@ -6,6 +6,8 @@ import fcntl
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -20,6 +22,25 @@ from sdumc.training.settings import load_config, model_config
 log = logging.getLogger("sdumc")
 
 
+LOCK = ".lock"
+
+
+@contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """:func:`lock_folder` for the time of a block; the folder is made if it is not there."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = lock_folder(folder)
+        # A training that was waited for may have given the folder its final name, and taken the lock along.
+        if (folder / LOCK).exists() and os.path.samestat(os.stat(folder / LOCK), os.fstat(descriptor)):
+            break
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def lock_folder(exp_dir: Path, patience: float = 60.0) -> int:
     """Hold ``exp_dir`` for this process until it ends, however that happens.
 
@@ -31,7 +52,7 @@ def lock_folder(exp_dir: Path, patience: float = 60.0) -> int:
     Raises:
         UserError: another training still works there after ``patience`` seconds.
     """
-    descriptor = os.open(exp_dir / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(exp_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     deadline, told = time.monotonic() + patience, False
     while True:
         try:

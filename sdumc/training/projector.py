@@ -32,7 +32,7 @@ from sdumc.pretrained.speech_reader import FILE_NAME, Projector, project, save_p
 from sdumc.processes import StopSignal
 from sdumc.training.checkpoint import CHECKPOINT, SavedState, load_checkpoint, save_checkpoint
 from sdumc.training.data import TranscribedSpeech, epoch_batches, spread
-from sdumc.training.experiment import log_to
+from sdumc.training.experiment import LOCK, log_to
 from sdumc.versions import installed_versions
 
 log = logging.getLogger("sdumc")
@@ -122,7 +122,7 @@ def train_projector(
             checkpoint was made with other settings.
     """
     # --- set up -------------------------------------------------------------------------------------------------------
-    partial = output.with_name(output.name + ".partial")
+    partial = partial_folder(output)
     partial.mkdir(parents=True, exist_ok=True)
     log_to(partial / "train.log")
     torch.manual_seed(settings.seed)
@@ -176,6 +176,11 @@ def train_projector(
     write_text(partial / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     publish(partial, output)
     return result
+
+
+def partial_folder(output: Path) -> Path:
+    """Where the work happens until ``output`` is whole."""
+    return output.with_name(output.name + ".partial")
 
 
 def remaining_batches(utterances: Sequence[str], settings: ProjectorSettings, start: int) -> Iterator[list[str]]:
@@ -364,8 +369,9 @@ class Shown:
 
 
 def publish(partial: Path, output: Path) -> None:
-    """Give a finished folder its final name, without the checkpoint, in place of what an earlier run left there."""
+    """Give a finished folder its final name, without checkpoint and lock, in place of an earlier one."""
     (partial / CHECKPOINT).unlink()
+    (partial / LOCK).unlink(missing_ok=True)
     old = output.with_name(output.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if output.exists():

@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 
 from sdumc.bin import simulate_text, train_projector
 from sdumc.errors import EXIT_REQUEUE, UserError
+from sdumc.training import experiment
 from sdumc.training import projector as training
+from sdumc.training.experiment import hold_folder
 from sdumc.versions import installed_versions
 
 FILES = {"projector.safetensors", "config.yaml", "train.log"}
@@ -153,6 +155,29 @@ def test_changed_settings_are_refused_by_name(work, tmp_path, monkeypatch):
         train(work, tmp_path / "p", "--steps", "4", "--batch-size", "3")
     (work / "moved").symlink_to(work / "encoder")  # the same encoder elsewhere
     assert train(work, tmp_path / "p", "--steps", "2", "--encoder", str(work / "moved")) == 0
+
+
+def test_two_trainings_of_one_projector(work, tmp_path, monkeypatch):
+    monkeypatch.setattr("sdumc.training.experiment.lock_folder.__defaults__", (0.1,))
+    refused = pytest.raises(UserError, match=r"projector\.partial: another training works in this folder")
+    with hold_folder(training.partial_folder(tmp_path / "projector")), refused:
+        train(work, tmp_path / "projector")
+    assert train(work, tmp_path / "projector") == 0
+
+
+def test_a_folder_that_got_its_final_name_while_it_was_waited_for(tmp_path, monkeypatch):
+    """The lock that is got at last is in the finished folder; the one that waited makes a folder of its own."""
+    real, folder = experiment.lock_folder, tmp_path / "new"
+
+    def lock_late(path):
+        descriptor = real(path)
+        if not (tmp_path / "finished").exists():
+            path.rename(tmp_path / "finished")
+        return descriptor
+
+    monkeypatch.setattr(experiment, "lock_folder", lock_late)
+    with hold_folder(folder):
+        assert (folder / experiment.LOCK).exists()
 
 
 def test_in_parts(work, tmp_path, monkeypatch, caplog):
