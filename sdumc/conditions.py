@@ -14,6 +14,7 @@ from sdumc.errors import EXIT_USAGE, UserError
 
 USAGE = """usage:
   python3 -m sdumc.conditions check "NAME ..."              exit code 2 for an unknown name, with a list of the known
+  python3 -m sdumc.conditions check-protocols "NAME ..."    the same for protocols
   python3 -m sdumc.conditions possible DUMP_DIR "NAME ..."  the conditions that the dump's features allow, one a line"""
 
 MODALITIES = ("audio", "text", "video")
@@ -105,6 +106,27 @@ MAIN_CONDITIONS = ("full", "missing", "asr", "none")  # what recipes decode, and
 VALID_CONDITIONS = {COMPLETE: "full", MISSING: "missing"}
 
 
+@dataclass(frozen=True)
+class Protocol:
+    """How the field measures a model on incomplete data; see ``docs/metrics.md`` for sources."""
+
+    name: str
+    given: str  # what the model is given, in words
+    rates: tuple[float, ...] = ()  # of loss; empty where nothing is drawn
+
+
+PATTERNS = ("full", "audio+text", "audio+video", "text+video", "audio", "text", "video")  # real text, or none
+PROTOCOLS = {
+    p.name: p
+    for p in (
+        Protocol("patterns", "every non-empty set of modalities, the same for all utterances"),
+        Protocol("frames", "each frame of each modality erased with chance r", tuple(k / 10 for k in range(10))),
+        Protocol("modalities", "each modality of an utterance lost with chance r", tuple(k / 10 for k in range(10))),
+    )
+}
+PROTOCOL_CONDITIONS = ("full", "missing")  # what frames and modalities are taken from, as far as a set has them
+
+
 def known_conditions(names: Iterable[str]) -> list[Condition]:
     """The conditions of these names.
 
@@ -116,6 +138,19 @@ def known_conditions(names: Iterable[str]) -> list[Condition]:
         if name not in CONDITIONS:
             raise UserError(f"there is no condition {name!r}; the conditions are: {', '.join(CONDITIONS)}")
     return [CONDITIONS[name] for name in names]
+
+
+def known_protocols(names: Iterable[str]) -> list[Protocol]:
+    """The protocols of these names.
+
+    Raises:
+        UserError: a name is unknown; the known ones are listed.
+    """
+    names = list(names)
+    for name in names:
+        if name not in PROTOCOLS:
+            raise UserError(f"there is no protocol {name!r}; the protocols are: {', '.join(PROTOCOLS)}")
+    return [PROTOCOLS[name] for name in names]
 
 
 def by_condition(name: str) -> tuple[int, str]:
@@ -139,6 +174,8 @@ def main(arguments: list[str]) -> int:
         match arguments:
             case ["check", *words]:
                 known_conditions(" ".join(words).split())
+            case ["check-protocols", *words]:
+                known_protocols(" ".join(words).split())
             case ["possible", dump_dir, *words]:
                 for name in possible_conditions(Path(dump_dir), " ".join(words).split()):
                     print(name)

@@ -44,6 +44,7 @@ train_config=conf/train.yaml            #: training
 exp_tag=         #: name of the experiment; empty: name of the training's settings file
 seeds=1          #: seeds to train, with spaces; each is an experiment of its own
 conditions="full missing asr none"  #: conditions to decode, with spaces
+protocols=       #: also score incomplete data by: patterns frames modalities
 results=RESULTS.md                  #: where the report's tables go
 . utils/parse_options.sh
 
@@ -90,6 +91,7 @@ check_options() {
 check_conditions() {
   local problem
   problem=$(python3 -m sdumc.conditions check "${conditions}" 2>&1) || die "--conditions: ${problem#error: }"
+  problem=$(python3 -m sdumc.conditions check-protocols "${protocols}" 2>&1) || die "--protocols: ${problem#error: }"
 }
 
 # Sets `ngpu` where it is auto, `device`, and `gpu_option`, the runners' option for jobs that use one GPU.
@@ -368,7 +370,10 @@ possible_conditions() { python3 -m sdumc.conditions possible "${dumpdir}/$1" "${
 decode_all_seeds() {
   local seed set
   for seed in ${seeds}; do
-    for set in ${test_sets}; do decode_set "$(exp_of "${seed}")" "${set}"; done
+    for set in ${test_sets}; do
+      decode_set "$(exp_of "${seed}")" "${set}"
+      if [[ -n ${protocols// /} ]]; then decode_protocols "$(exp_of "${seed}")" "${set}"; fi
+    done
   done
 }
 
@@ -400,6 +405,18 @@ decode_set() { # EXP SET: decodes under all conditions in one process, then scor
     "${scores[@]}"
 }
 
+decode_protocols() { # EXP SET: all protocols in one process; the report scores them
+  local exp=$1 set=$2 protocol outputs=() output=$1/decode_$2/protocols
+  for protocol in ${protocols}; do outputs+=("${output}/${protocol}/protocol.yaml"); done
+  step "protocols ${output}" \
+    --inputs "${exp}"/{config.yaml,model.valid-best.safetensors} "${dumpdir}/${set}/utt2label" \
+    --optional-inputs "${dumpdir}/${set}"/{audio,text,text_sim,text_asr,video}.{scp,frames,absent} \
+    --outputs "${outputs[@]}" --ignore device \
+    -- ${decode_cmd} "${gpu_option[@]}" "${exp}/decode_${set}/log/protocols.log" -- \
+    python3 -m sdumc.bin.decode --exp-dir "${exp}" --data-dir "${dumpdir}/${set}" --protocol ${protocols} \
+    --output-dir "${output}" --device "${device}"
+}
+
 write_report() {
   local seed set exp exps=() inputs=() optional=() report=${expdir}/${exp_tag}
   for seed in ${seeds}; do
@@ -407,7 +424,8 @@ write_report() {
     exps+=("${exp}")
     for set in ${test_sets}; do
       inputs+=("${exp}/decode_${set}/*/predictions.tsv")
-      optional+=("${exp}/decode_${set}"/*/{score.json,internals.npz,attention.npz})
+      optional+=("${exp}/decode_${set}"/*/{score.json,internals.npz,attention.npz}
+        "${exp}/decode_${set}"/protocols/*/protocol.yaml)
     done
     optional+=("${exp}/metrics.jsonl")
   done

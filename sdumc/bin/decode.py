@@ -1,13 +1,14 @@
-"""Predict sentiment with a trained model, or the mean of several, under one or more conditions."""
+"""Predict sentiment with a trained model, or the mean of several, under one or more conditions or protocols."""
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdumc.cli import Parser, at_least, log, run, setup_logging
-from sdumc.conditions import CONDITIONS
+from sdumc.conditions import CONDITIONS, PROTOCOLS
 from sdumc.device import add_device_option, pick_device
 from sdumc.errors import UserError
 
@@ -20,7 +21,8 @@ def get_parser() -> Parser:
     """Options of decoding."""
     width = max(map(len, CONDITIONS))
     conditions = [f"  {c.name:{width}}  {c.given}" for c in CONDITIONS.values()]
-    parser = Parser("\n".join([__doc__ or "", "", "conditions:", *conditions]))
+    protocols = [f"  {p.name:{width}}  {p.given}" for p in PROTOCOLS.values()]
+    parser = Parser("\n".join([__doc__ or "", "", "conditions:", *conditions, "", "protocols:", *protocols]))
     g = parser.add_argument_group("input and output")
     g.add_argument(
         "--exp-dir",
@@ -30,7 +32,17 @@ def get_parser() -> Parser:
         help="folder that training wrote; of several, such as those of all seeds, the predictions are averaged",
     )
     g.add_argument("--data-dir", required=True, metavar="DIR", help="dump folder to score")
-    g.add_argument("--condition", required=True, nargs="+", choices=CONDITIONS, metavar="NAME", help="see above")
+    g.add_argument("--condition", default=[], nargs="+", choices=CONDITIONS, metavar="NAME", help="see above")
+    g.add_argument(
+        "--protocol",
+        default=[],
+        nargs="+",
+        choices=PROTOCOLS,
+        metavar="NAME",
+        help="see above; then only this is decoded. Frames and modalities are taken from what --condition gives, full "
+        "and missing by default. Writes DIR/<protocol>/protocol.yaml, .../<condition>[/<rate>]/predictions.tsv",
+    )
+    g.add_argument("--mask-seed", type=at_least(0, int), default=1, help="of what is lost; stored in masks.npz")
     g.add_argument(
         "--output-dir",
         required=True,
@@ -53,11 +65,17 @@ def get_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     setup_logging(args.verbose)
+    if not (args.condition or args.protocol):
+        raise UserError("give --condition, or --protocol; --help lists both")
+    from sdumc.data.dump import load_dump
     from sdumc.scoring.decoding import load_for
     from sdumc.training.experiment import load_model
 
     device = pick_device(args.device)
     models = {exp: load_model(Path(exp), args.checkpoint).to(device) for exp in args.exp_dir}
+    if args.protocol:
+        decode_protocols(models, load_dump(args.data_dir), args)
+        return
     dump = load_for(Path(args.data_dir), args.condition)
     for condition in args.condition:
         warn_of_absent(dump, condition)
@@ -85,6 +103,33 @@ def warn_of_absent(dump: Dump, condition: str) -> None:
         )
 
 
+def decode_protocols(models: Mapping[str, SDUMC], dump: Dump, args: Namespace) -> None:
+    """Write what the models, by exp folder, predict under each protocol.
+
+    Raises:
+        UserError: the models read different modalities.
+    """
+    from sdumc.scoring.protocols import decode_protocol, protocol_conditions
+
+    reads = {exp: ", ".join(model.available) for exp, model in models.items()}
+    check_alike(reads, "--protocol")
+    several = list(models.values())
+    for protocol in args.protocol:
+        conditions = protocol_conditions(protocol, dump, several[0].available, args.condition)
+        for condition in conditions:
+            warn_of_absent(dump, condition)
+        folder = Path(args.output_dir) / protocol
+        decode_protocol(several, dump, protocol, conditions, folder, args.mask_seed, args.batch_size, args.num_workers)
+        log.info("%s: %d utterances, from %s -> %s", protocol, len(dump.utterances), ", ".join(conditions), folder)
+
+
+def check_alike(reads: Mapping[str, str], what: str) -> None:
+    """Refuse models that read different features, given in words by exp folder."""
+    if len(set(reads.values())) > 1:
+        words = "; ".join(f"{exp} reads {names}" for exp, names in reads.items())
+        raise UserError(f"{what}: {words}; only models of the same features can be averaged")
+
+
 def decode_condition(
     models: Mapping[str, SDUMC], dump: Dump, condition: str, folder: Path, batch_size: int, num_workers: int
 ) -> int:
@@ -98,9 +143,7 @@ def decode_condition(
     from sdumc.scoring.decoding import decode, inputs_for, mean_predictions, write_decoded, write_predictions
 
     reads = {exp: ", ".join(sorted(inputs_for(condition, dump, m.available).values())) for exp, m in models.items()}
-    if len(set(reads.values())) > 1:
-        words = "; ".join(f"{exp} reads {names}" for exp, names in reads.items())
-        raise UserError(f"condition {condition}: {words}; only models of the same features can be averaged")
+    check_alike(reads, f"condition {condition}")
     found = []
     for model in models.values():
         device = next(model.parameters()).device

@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from sdumc.reporting.drawing import write_figures
     from sdumc.reporting.figures import set_figures, training_figures, write_board
     from sdumc.reporting.page import page_html
+    from sdumc.reporting.protocols import protocol_figures
     from sdumc.reporting.results import results_markdown
     from sdumc.reporting.sets import collect_runs, collect_set, used_set
     from sdumc.reporting.summary import summarise
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     summary = summarise(title, runs, sets, train_set, valid_set, data_root, dump_root)
 
     training = training_figures(runs, valid_set)
-    by_set = {s.name: set_figures(s, runs) for s in sets}
+    by_set = {s.name: set_figures(s, runs) + protocol_figures(s.name, summary.protocols[s.name]) for s in sets}
     everything = [*training, *(f for figures in by_set.values() for f in figures)]
     images = write_figures(everything, output_dir / "images")
     for path in images:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from sdumc.reporting.protocols import ProtocolTable
 from sdumc.reporting.scores import SetSummary
 from sdumc.reporting.summary import Summary
 from sdumc.scoring.metrics import MEASURES
@@ -40,6 +41,7 @@ def results_markdown(summary: Summary) -> str:
     ]
     for part in summary.sets:
         parts += _set_part(summary, part)
+        parts += _protocols_part(summary.protocols.get(part.test_set.name, []), part.test_set.name)
     if summary.quality:
         parts += ["## Text quality", _table(summary.quality)]
     parts += ["## Data", _table(summary.data)]
@@ -86,6 +88,14 @@ def _set_part(summary: Summary, part: SetSummary) -> list[str]:
         chosen = ", ".join(f"{name} {value:.3g}" for name, value in part.penalties.items())
         lines.append(f"* Ridge penalties, by the condition with the same modalities: {chosen}.")
     return [*out, "\n".join(lines)]
+
+
+def _protocols_part(tables: list[ProtocolTable], name: str) -> list[str]:
+    parts = [f"## Protocols on {name}"] if tables else []
+    for t in tables:
+        rows = [[row.title, *(row.text(m) for m in MEASURES)] for row in t.rows]
+        parts += [f"### {t.title}", markdown_table([t.first_column, *MEASURES.values()], rows)]
+    return parts
 
 
 def _table(rows: list[dict[str, str]]) -> str:

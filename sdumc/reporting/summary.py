@@ -21,6 +21,7 @@ from sdumc.data.tables import read_dropped, read_table
 from sdumc.errors import UserError
 from sdumc.files import read_json
 from sdumc.reporting.baselines import fit_ridges
+from sdumc.reporting.protocols import ProtocolTable, protocol_tables
 from sdumc.reporting.scores import SetSummary, summarise_set
 from sdumc.reporting.sets import Run, TestSet
 from sdumc.scoring.metrics import doubts, median_mae
@@ -155,6 +156,7 @@ class Summary:
     own_settings: dict[str, list[str]]  # what differs between them
     versions: dict[str, str]
     notes: list[str] = field(default_factory=list)  # what the report lacks, and how to have it
+    protocols: dict[str, list[ProtocolTable]] = field(default_factory=dict)  # by set
 
     @property
     def seeds(self) -> str:
@@ -213,6 +215,7 @@ def summarise(
         own_settings=own,
         versions=versions(),
         notes=notes,
+        protocols={s.name: protocol_tables(runs, s) for s in test_sets},
     )
 
 

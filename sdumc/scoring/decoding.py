@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +71,18 @@ def run_batch(model: SDUMC, batch: Batch, inputs: dict[str, str], flow: str, **o
     return model(features, lengths, flows=(flow,), **options)[flow]
 
 
+def batches_of(
+    dump: Dump, features: Iterable[str], batch_size: int, num_workers: int, share: tuple[int, int] = (0, 1)
+) -> Iterator[Batch]:
+    """The utterances of a set in order of falling length, or of the share (r, n) of it, each once; no empty batches."""
+    dataset = UtteranceDataset(dump, sorted(features))
+    rank, ranks = share
+    sampler = GlobalBatchSampler(
+        dataset.frames, batch_size * ranks, _BATCH_FRAMES * ranks, shuffle=False, world_size=ranks, rank=rank
+    )
+    return filter(len, BatchLoader(dataset, sampler, num_workers))
+
+
 @torch.inference_mode()
 def decode(
     model: SDUMC,
@@ -90,18 +102,11 @@ def decode(
         UserError: see :func:`inputs_for` and :class:`sdumc.data.loader.UtteranceDataset`.
     """
     inputs, flow = inputs_for(condition, dump, model.available), CONDITIONS[condition].flow
-    dataset = UtteranceDataset(dump, sorted(inputs.values()))
-    rank, ranks = share
-    sampler = GlobalBatchSampler(
-        dataset.frames, batch_size * ranks, _BATCH_FRAMES * ranks, shuffle=False, world_size=ranks, rank=rank
-    )
     was_training = model.training
     model.eval()
     ids: list[str] = []
     parts: dict[str, list[torch.Tensor]] = {}
-    for batch in BatchLoader(dataset, sampler, num_workers):
-        if not len(batch):
-            continue
+    for batch in batches_of(dump, inputs.values(), batch_size, num_workers, share):
         output = run_batch(model, batch.to(device), inputs, flow)
         ids += batch.ids
         for name, value in (

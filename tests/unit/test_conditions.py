@@ -102,3 +102,14 @@ def test_the_stage_script_uses_these_names():
     assert tuple(default.split()) == c.MAIN_CONDITIONS
     lists = re.findall(r"\{(audio,[a-z_,]+)\}", script)
     assert len(lists) >= 2 and all(set(names.split(",")) == set(c.FEATURES) for names in lists)
+
+
+def test_protocols_are_checked_for_the_stage_script(capsys):
+    assert c.main(["check-protocols", "patterns frames modalities"]) == 0
+    assert c.main(["check-protocols", ""]) == 0
+    assert c.main(["check-protocols", "frame"]) == 2
+    assert "there is no protocol 'frame'; the protocols are: patterns, frames, modalities" in capsys.readouterr().err
+    # The seven patterns are the seven sets of modalities.
+    assert {frozenset(c.CONDITIONS[p].features) for p in c.PATTERNS} == {
+        frozenset(x.features) for x in c.CONDITIONS.values() if set(x.features) <= set(c.MODALITIES)
+    }
