@@ -58,7 +58,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["sdumc", "sdumc.*"]),
-    package_data={"sdumc.reporting": ["page.html"], "sdumc.extraction": ["yunet.safetensors", "yunet.LICENSE"]},
+    package_data={
+        "sdumc.reporting": ["page.html", "parts.html"],
+        "sdumc.prediction": ["clip.html"],
+        "sdumc.extraction": ["yunet.safetensors", "yunet.LICENSE"],
+    },
     entry_points={"console_scripts": ["sdumc=sdumc.__main__:main"]},
     install_requires=CORE,
     extras_require=EXTRAS,

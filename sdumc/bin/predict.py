@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sdumc.cli import Parser, run, setup_logging
 from sdumc.device import add_device_option
 from sdumc.errors import EXIT_USER_ERROR, UserError
+
+if TYPE_CHECKING:
+    from sdumc.prediction.clip_page import PageWriter
 
 log = logging.getLogger("sdumc")
 
@@ -59,6 +64,12 @@ def get_parser() -> Parser:
         "--subtitles", choices=("srt", "vtt"), help="also write subtitles with score and words, CLIP.sdumc.srt or .vtt"
     )
     group.add_argument("--output-dir", metavar="DIR", help="folder for the subtitles; default: that of the file")
+    group.add_argument(
+        "--html",
+        metavar="FILE|DIR",
+        help="also write a page with player, course of sentiment, transcript and attention: FILE.html for all files, "
+        "or a folder, with a page for each",
+    )
     group = parser.add_argument_group("computing")
     add_device_option(group)
     group.add_argument(
@@ -84,8 +95,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     results: list[dict] = []
     for path, reason in failures:
         _report_failure(path, reason, results)
+    pages = None
+    if args.html:
+        from sdumc.prediction.clip_page import PageWriter
+
+        pages = PageWriter(args.html)
     if files:
-        _score(args, files, texts, results)
+        _score(args, files, texts, results, pages)
+    if pages is not None:
+        pages.close([(r["file"], r["error"]) for r in results if "error" in r])
     if args.json:
         from sdumc.files import json_ready
 
@@ -94,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_USER_ERROR if any("error" in r for r in results) else 0
 
 
-def _score(args, files: Sequence[Path], texts: dict, results: list[dict]) -> None:
+def _score(args: Namespace, files: Sequence[Path], texts: dict, results: list[dict], pages: PageWriter | None) -> None:
     from tqdm import tqdm
 
     from sdumc.prediction.output import table, write_subtitles
@@ -138,6 +156,8 @@ def _score(args, files: Sequence[Path], texts: dict, results: list[dict]) -> Non
                 results.append(scored.as_dict())
                 if args.subtitles:
                     write_subtitles(scored, args.subtitles, Path(args.output_dir) if args.output_dir else None)
+                if pages is not None:
+                    pages.add(scored)
             except UserError as e:
                 bar.clear()
                 if results and results[-1].get("file") == str(path):

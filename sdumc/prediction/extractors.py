@@ -7,6 +7,7 @@ its weights are the same.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -292,6 +293,19 @@ class Extractors:
         llm = reader.llm if reader is not None else self._llm(s)
         encoder = TextEncoder(llm, s["context"], s["first_state"] == "keep", reader)
         return [x.float().cpu() for x in encoder(texts, waves)]
+
+    def tokens(self, feature: str, text: str, frames: int) -> list[tuple[int, int]]:
+        """First character and end in ``text`` of what each of the ``frames`` states of a text stands for: tokens, or
+        else words. (0, 0) is the state before the first token. Empty if neither is as many."""
+        tokenizer = self._llm(self.record.features[feature]).tokenizer
+        places = [m.span() for m in re.finditer(r"\S+", text)]
+        if tokenizer.is_fast:
+            found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            if len(found) + 1 == frames:
+                found = [(0, 0), *found]
+            if len(found) == frames:
+                places = [(int(a), int(b)) for a, b in found]
+        return places if len(places) == frames else []
 
     # ---- pictures
 

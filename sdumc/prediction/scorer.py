@@ -7,7 +7,7 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,9 @@ class ScoredUtterance:
     ``modalities`` are those of audio, text and video that the utterance has. ``text`` is "simulated", "real" or None,
     and ``transcript`` is the simulated or given text. ``status`` is the result of simulation, one of
     :data:`sdumc.conditions.TEXT_STATUSES`.
+
+    ``attention`` has, by modality, the attention of the seven queries over the frames (7, T); ``tokens`` the places in
+    ``transcript`` of the T tokens of text, empty where they are not known.
     """
 
     start: float
@@ -52,6 +55,8 @@ class ScoredUtterance:
     modalities: tuple[str, ...]
     text: str | None
     status: str | None = None
+    attention: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    tokens: list[tuple[int, int]] = field(default_factory=list, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,12 @@ class ScoredFile:
     notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
+        """Plain values for JSON, without attention and tokens."""
+        utterances = [replace(u, attention={}, tokens=[]) for u in self.utterances]
+        values = asdict(replace(self, utterances=utterances))
+        for u in values["utterances"]:
+            del u["attention"], u["tokens"]
+        return values
 
 
 def overall_score(utterances: Sequence[ScoredUtterance]) -> float:
@@ -92,6 +101,7 @@ class _Part:
     features: dict[str, torch.Tensor | None] = field(default_factory=dict)
     transcript: str = ""
     status: str | None = None
+    attention: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class Scorer:
@@ -325,12 +335,18 @@ class Scorer:
             )
             try:
                 with torch.inference_mode():
-                    output = run_batch(self.model, batch.to(self.device), names, condition.flow)
+                    attends = self.model.config.fusion == "umca"
+                    output = run_batch(self.model, batch.to(self.device), names, condition.flow, with_attention=attends)
             except ValueError as e:  # the network found a wrong dimension
                 raise UserError(
                     f"{self.extractors.record.folder}: model and extractors do not belong together: {e}"
                 ) from None
             scores = {id(p): float(s) for p, s in zip(usable, output.prediction, strict=True)}
+            for row, p in enumerate(usable if attends else ()):
+                for feature in names.values():
+                    if (x := p.features.get(feature)) is not None:
+                        m = modality(feature)
+                        p.attention[m] = output.attention[m][row, :, : len(x)].float().cpu().numpy()
         return [self._scored(p, scores[id(p)]) if id(p) in scores else None for p in parts]
 
     def _scored(self, part: _Part, score: float) -> ScoredUtterance:
@@ -339,9 +355,12 @@ class Scorer:
         text = "real" if "text" in part.features else "simulated" if "text_sim" in part.features else None
         kinds = {modality(f) for f, x in part.features.items() if x is not None}
         present = tuple(m for m in MODALITIES if m in kinds)
-        return ScoredUtterance(
-            round(part.start, 3), round(part.end, 3), score, part.transcript, present, text, part.status
-        )
+        tokens = []
+        if text and "text" in part.attention:
+            feature = "text" if text == "real" else "text_sim"
+            tokens = self.extractors.tokens(feature, part.transcript, part.attention["text"].shape[1])
+        places = round(part.start, 3), round(part.end, 3)
+        return ScoredUtterance(*places, score, part.transcript, present, text, part.status, part.attention, tokens)
 
 
 def _probe(path: str) -> MediaInfo:

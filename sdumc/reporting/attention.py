@@ -65,13 +65,14 @@ def modality_scales(test_set: TestSet) -> dict[str, Scale]:
         # Only of the run that is shown: the attention of another run can be much sharper.
         for utt in set().union(*condition.attention):
             for modality, a in attention_of(condition, utt)[1].items():
-                values.setdefault(modality, []).append((a * a.shape[1]).ravel())
-    scales = {}
-    for modality in MODALITIES:
-        if modality in values:
-            low, high = np.percentile(np.concatenate(values[modality]), [1, 99])
-            scales[modality] = Scale(float(min(low, 1)), float(max(high, 1)))
-    return scales
+                values.setdefault(modality, []).append(a)
+    return {m: scale_of(values[m]) for m in MODALITIES if m in values}
+
+
+def scale_of(maps: Sequence[np.ndarray]) -> Scale:
+    """One scale for several maps (7, T), but for a hundredth of their cells at each end; even attention is in it."""
+    low, high = np.percentile(np.concatenate([(a * a.shape[1]).ravel() for a in maps]), [1, 99])
+    return Scale(float(min(low, 1)), float(max(high, 1)))
 
 
 def attention_of(condition: ConditionResults, utterance: str) -> tuple[int, dict[str, np.ndarray]]:
@@ -93,19 +94,24 @@ def heat_maps(
             continue
         a = found[modality]
         axis = make_axis(test_set, condition.text if modality == "text" else modality, utterance, a.shape[1])
-        out = io.BytesIO()
-        Image.fromarray(_COLOURS(scales[modality](a * a.shape[1]), bytes=True)).save(out, "png")
-        peak = int(a[0].argmax())
-        place = f"{100 * (peak + 0.5) / a.shape[1]:.0f}% of the way through"
-        where = f"at {axis.tokens[peak]!r}" if axis.tokens else place
-        maps.append(
-            HeatMap(
-                axis,
-                "data:image/png;base64," + base64.b64encode(out.getvalue()).decode(),
-                f"attention of seven queries over {axis.title} of {utterance}; the fused query looks most {where}",
-            )
-        )
+        maps.append(heat_map(a, scales[modality], axis, utterance))
     return maps
+
+
+def heat_map(a: np.ndarray, scale: Scale, axis: Axis, utterance: str) -> HeatMap:
+    """The map of attention (7, T)."""
+    peak = int(a[0].argmax())
+    place = f"{100 * (peak + 0.5) / a.shape[1]:.0f}% of the way through"
+    where = f"at {axis.tokens[peak]!r}" if axis.tokens else place
+    alt = f"attention of seven queries over {axis.title} of {utterance}; the fused query looks most {where}"
+    return HeatMap(axis, picture_of(a, scale), alt)
+
+
+def picture_of(a: np.ndarray, scale: Scale) -> str:
+    """Attention (Q, T) as the data URI of a PNG, a pixel a cell."""
+    out = io.BytesIO()
+    Image.fromarray(_COLOURS(scale(a * a.shape[1]), bytes=True)).save(out, "png")
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
 
 
 def make_axis(test_set: TestSet, feature: str, utterance: str, frames: int) -> Axis:
@@ -113,10 +119,20 @@ def make_axis(test_set: TestSet, feature: str, utterance: str, frames: int) -> A
     if feature in TEXTS:
         words = test_set.texts.get(feature, {}).get(utterance, "")
         tokens = test_set.tokenisers[feature](words, frames) if feature in test_set.tokenisers else words.split()
-        ticks = [(100 * (i + 0.5) / frames, str(i + 1)) for i in range(0, frames, max(1, -(-frames // 6)))]
-        unit = "1 token" if frames == 1 else f"{frames} tokens"
-        return Axis(TEXTS[feature], unit, ticks, tokens if len(tokens) == frames else [])
-    if rate := test_set.frame_rates.get(feature):
+        return words_axis(TEXTS[feature], tokens, frames)
+    return time_axis(feature, frames, test_set.frame_rates.get(feature))
+
+
+def words_axis(title: str, tokens: list[str], frames: int) -> Axis:
+    """An axis of ``frames`` tokens; positions where the ``tokens`` are not as many."""
+    ticks = [(100 * (i + 0.5) / frames, str(i + 1)) for i in range(0, frames, max(1, -(-frames // 6)))]
+    unit = "1 token" if frames == 1 else f"{frames} tokens"
+    return Axis(title, unit, ticks, tokens if len(tokens) == frames else [])
+
+
+def time_axis(feature: str, frames: int, rate: float | None) -> Axis:
+    """An axis in seconds, or in frames where there is no rate (Hz)."""
+    if rate:
         seconds = frames / rate
         ticks = [(100 * t / seconds, f"{t:g} s") for t in _steps(seconds).round(3)]
         return Axis(feature, f"{frames} frames, {seconds:.1f} s", ticks, [])

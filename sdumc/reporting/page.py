@@ -137,24 +137,23 @@ class Picture:
     height: int
 
 
-def page_html(summary: Summary, training: Sequence[Figure], by_set: dict[str, list[Figure]]) -> str:
-    """The page as text: inline style, figures as data URIs, no script."""
+def templates(*folders: Path) -> Environment:
+    """Templates of ``folders`` and of this one; with what ``parts.html`` needs for the shared look of all pages."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader([*folders, Path(__file__).parent]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals.update(
-        measures=MEASURES,
-        themes=(LIGHT, DARK),
-        classes=(*MAIN_CONDITIONS, "other"),
-        scale=scale,
-        css_class=css_class,
-        short_queries=SHORT_QUERIES,
-        max_tokens=MAX_TOKENS,
-    )
+    environment.globals.update(themes=(LIGHT, DARK), short_queries=SHORT_QUERIES, max_tokens=MAX_TOKENS)
+    return environment
+
+
+def page_html(summary: Summary, training: Sequence[Figure], by_set: dict[str, list[Figure]]) -> str:
+    """The page as text: inline style, figures as data URIs, no script."""
+    environment = templates()
+    environment.globals.update(measures=MEASURES, classes=(*MAIN_CONDITIONS, "other"), scale=scale, css_class=css_class)
     sections = []
     for part in summary.sets:
         test_set = part.test_set

@@ -163,6 +163,19 @@ def test_a_long_file_is_cut(scorer, tmp_path, monkeypatch):
     assert "no speech" in scored.notes[0]
 
 
+def test_a_page_for_all_files(capsys, exp, clips, tmp_path):
+    """With attention over each modality and the tokens; a file that fails is named on it."""
+    names = [clips["spk0-000"], clips["spk1-001"], tmp_path / "none.mp4"]
+    code, out, _ = run(capsys, "--exp-dir", exp, *names, "--html", tmp_path / "pages.html")
+    page = (tmp_path / "pages.html").read_text()
+    assert code == 1 and "spk1-001.mp4" in out
+    assert page.count("<video") == 2 and "none.mp4 could not be scored" in page
+    assert [page.count(f"over {what} of utterance 1") for what in ("audio", "simulated text", "video")] == [2, 2, 2]
+    assert "--w: " in page  # the tokens of the words are known
+    code, _, _ = run(capsys, "--exp-dir", exp, clips["spk0-000"], "--text", "so good", "--html", tmp_path / "pages")
+    assert code == 0 and "attention of seven queries over real text" in (tmp_path / "pages/spk0-000.html").read_text()
+
+
 def test_subtitles_give_words_and_times(scorer, capsys, exp, tmp_path):
     clip(tmp_path / "film.mp4", 3.0, 4)
     (tmp_path / "film.srt").write_text(
