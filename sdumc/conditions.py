@@ -124,6 +124,7 @@ PROTOCOLS = {
         Protocol("modalities", "each modality of an utterance lost with chance r", tuple(k / 10 for k in range(10))),
     )
 }
+PROTOCOL_RECORD = "protocol.yaml"  # written last into decode_<set>/protocols/<protocol>/
 PROTOCOL_CONDITIONS = ("full", "missing")  # what frames and modalities are taken from, as far as a set has them
 
 

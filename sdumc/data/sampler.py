@@ -14,10 +14,11 @@ _JITTER = 0.1
 class GlobalBatchSampler:
     """Gives each rank its share of each global batch, as utterance indices.
 
-    Global batches depend only on the lengths, the sizes, the seed and the epoch. Each utterance is in exactly one of
-    them. All epochs have the same number of batches. Rank r of W takes every W-th utterance of a batch, starting with
-    the r-th, so every rank makes the same number of steps. When a batch has fewer utterances than there are ranks,
-    **the last ranks get an empty list** and take part in that step without data.
+    Global batches depend only on the lengths, the sizes, the seed and the epoch. An epoch goes over the set once, or
+    several times if the set is small (``passes``); each utterance is in exactly one batch of a pass. All epochs have
+    the same number of batches. Rank r of W takes every W-th utterance of a batch, starting with the r-th, so every rank
+    makes the same number of steps. When a batch has fewer utterances than there are ranks, **the last ranks get an
+    empty list** and take part in that step without data.
 
     Args:
         frames: frames of each utterance (summed over its features).
@@ -29,8 +30,10 @@ class GlobalBatchSampler:
             order of falling length.
         world_size: number of ranks.
         rank: this rank.
+        min_batches: an epoch has as many passes as it takes to have so many batches.
 
     Attributes:
+        passes: how often an epoch goes over the set.
         start_batch: the first batch of the next iteration, to continue in the middle of an epoch. Set it before
             iterating; it applies to one iteration and is then 0 again.
 
@@ -47,6 +50,7 @@ class GlobalBatchSampler:
         shuffle: bool = True,
         world_size: int = 1,
         rank: int = 0,
+        min_batches: int = 1,
     ):
         if batch_size < 1 or (batch_frames is not None and batch_frames < 1):
             raise ValueError(f"batch_size {batch_size} and batch_frames {batch_frames} must be at least 1")
@@ -57,6 +61,7 @@ class GlobalBatchSampler:
         self.epoch = 0
         self.start_batch = 0
         self._cuts = _cut(self._longest_at_each_place(), batch_size, batch_frames)
+        self.passes = max(1, -(-min_batches // max(1, len(self._cuts) - 1)))
         self._batches: list[list[int]] | None = None
 
     def _longest_at_each_place(self) -> np.ndarray:
@@ -79,18 +84,20 @@ class GlobalBatchSampler:
 
     def _global_batches(self) -> list[list[int]]:
         if self._batches is None:
-            keys = self.frames.astype(np.float64)
-            rng = np.random.default_rng([self.seed, self.epoch])
-            ties = np.arange(len(keys))
-            if self.shuffle:
-                keys = keys * rng.uniform(1 - _JITTER, 1 + _JITTER, len(keys))
-                ties = rng.permutation(len(keys))
-            order = np.lexsort((ties, -keys))
-            batches = [order[a:b].tolist() for a, b in zip(self._cuts, self._cuts[1:], strict=False)]
-            if self.shuffle:
-                batches = [batches[i] for i in rng.permutation(len(batches))]
-            self._batches = batches
+            self._batches = [batch for k in range(self.passes) for batch in self._pass(k)]
         return self._batches
+
+    def _pass(self, number: int) -> list[list[int]]:
+        """The batches of one pass of this epoch over the set."""
+        keys = self.frames.astype(np.float64)
+        rng = np.random.default_rng([self.seed, self.epoch, number] if number else [self.seed, self.epoch])
+        ties = np.arange(len(keys))
+        if self.shuffle:
+            keys = keys * rng.uniform(1 - _JITTER, 1 + _JITTER, len(keys))
+            ties = rng.permutation(len(keys))
+        order = np.lexsort((ties, -keys))
+        batches = [order[a:b].tolist() for a, b in zip(self._cuts, self._cuts[1:], strict=False)]
+        return [batches[i] for i in rng.permutation(len(batches))] if self.shuffle else batches
 
     def global_batch(self, i: int) -> list[int]:
         """Utterance indices of the i-th global batch of this epoch, over all ranks."""
@@ -98,7 +105,7 @@ class GlobalBatchSampler:
 
     def __len__(self) -> int:
         """Number of global batches in a whole epoch."""
-        return len(self._cuts) - 1
+        return (len(self._cuts) - 1) * self.passes
 
     def __iter__(self) -> Iterator[list[int]]:
         start, self.start_batch = self.start_batch, 0

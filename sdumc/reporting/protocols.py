@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 
-from sdumc.conditions import CONDITIONS, PROTOCOLS
+from sdumc.conditions import CONDITIONS, PROTOCOL_RECORD, PROTOCOLS
 from sdumc.errors import UserError
+from sdumc.files import read_yaml
 from sdumc.reporting.drawing import LINES, MARKERS, Figure, Panel, Theme, legend_below
 from sdumc.reporting.scores import Row
 from sdumc.reporting.sets import Run, TestSet
 from sdumc.scoring.intervals import UNDEFINED, Bootstrap, clusters_of
 from sdumc.scoring.metrics import MEASURES, read_predictions, score
-from sdumc.scoring.protocols import FOLDER, read_record
 
 _CURVES = ("mae", "f1_non0")  # what figures show
 
@@ -51,7 +53,7 @@ def protocol_tables(runs: Sequence[Run], test_set: TestSet) -> list[ProtocolTabl
     rounding = next(iter(test_set.conditions.values())).scores[0]["rounding"]
     bootstrap = None
     for protocol, meant in PROTOCOLS.items():
-        folders = [run.path / f"decode_{test_set.name}" / FOLDER / protocol for run in runs]
+        folders = [run.path / f"decode_{test_set.name}" / "protocols" / protocol for run in runs]
         records = [read_record(folder) for folder in folders]
         record = records[0]
         if any(other != record for other in records):
@@ -80,7 +82,18 @@ def protocol_tables(runs: Sequence[Run], test_set: TestSet) -> list[ProtocolTabl
     return tables
 
 
-def _predictions(folder, test_set: TestSet) -> np.ndarray:
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """``protocol.yaml`` of a protocol's folder; None where it was not decoded, or not to the end."""
+    path = folder / PROTOCOL_RECORD
+    if not path.is_file():
+        return None
+    record = read_yaml(path)
+    if record.get("protocol") not in PROTOCOLS or not isinstance(record.get("conditions"), list):
+        raise UserError(f"{path}: not the record of a protocol; decode it again (stage 5)")
+    return record
+
+
+def _predictions(folder: Path, test_set: TestSet) -> np.ndarray:
     table = read_predictions(folder / "predictions.tsv")
     if table.ids != test_set.utterances or not np.allclose(table.labels, test_set.labels, atol=1e-6):
         raise UserError(f"{table.path}: not about the utterances and labels of {test_set.name}; decode again (stage 5)")

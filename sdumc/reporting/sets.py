@@ -36,6 +36,7 @@ class Run:
     config: dict
     history: list[dict]  # one entry an epoch, as in metrics.jsonl
     parameters: int | None  # numbers in the saved model; None where it was removed
+    chosen: list[int] = field(default_factory=list)  # epochs whose average the model is; of older runs not recorded
 
     @property
     def seed(self) -> str:
@@ -71,7 +72,8 @@ def collect_runs(exp_dirs: Sequence[str | Path]) -> list[Run]:
         for key in _RECORDED:
             if key not in config:
                 raise UserError(f"{path}/config.yaml: has no {key}; is {path} a folder that training (stage 4) wrote?")
-        run = Run(path, config, history, count_parameters(path))
+        chosen = read_yaml(path / "chosen.yaml")["epochs"] if (path / "chosen.yaml").is_file() else []
+        run = Run(path, config, history, count_parameters(path), chosen)
         for other in runs:
             if other.seed == run.seed:
                 raise UserError(

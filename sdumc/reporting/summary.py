@@ -169,8 +169,9 @@ class Summary:
         return " / ".join(counts) if counts else "unknown"
 
     @property
-    def chosen_epochs(self) -> list[int]:
-        return [run.best_epoch for run in self.runs]
+    def chosen_epochs(self) -> list[str]:
+        """By seed, such as ``12``; of an average of epochs ``9+12+14``."""
+        return ["+".join(map(str, run.chosen or [run.best_epoch])) for run in self.runs]
 
 
 def summarise(

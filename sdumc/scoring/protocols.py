@@ -18,16 +18,23 @@ import numpy as np
 import torch
 import yaml
 
-from sdumc.conditions import CONDITIONS, MODALITIES, PATTERNS, PROTOCOL_CONDITIONS, PROTOCOLS, modality
+from sdumc.conditions import (
+    CONDITIONS,
+    MODALITIES,
+    PATTERNS,
+    PROTOCOL_CONDITIONS,
+    PROTOCOL_RECORD,
+    PROTOCOLS,
+    modality,
+)
 from sdumc.data.dump import Dump
 from sdumc.data.loader import Batch
 from sdumc.errors import UserError
-from sdumc.files import atomic_write, read_yaml, write_text
+from sdumc.files import atomic_write, write_text
 from sdumc.model.network import SDUMC
 from sdumc.scoring.decoding import batches_of, inputs_for, run_batch, write_predictions
 
-FOLDER = "protocols"  # of a decoded set, with a folder for each protocol
-RECORD, MASKS = "protocol.yaml", "masks.npz"
+MASKS = "masks.npz"
 _SCALE = 2**16  # numbers are drawn as 16 bits: u = draw / _SCALE
 
 
@@ -156,7 +163,7 @@ def decode_protocol(
     ``<condition>/predictions.tsv`` for patterns; ``<condition>/<rate>/predictions.tsv`` and ``masks.npz`` for the
     protocols that draw. Each utterance is read once for all rates.
     """
-    (folder / RECORD).unlink(missing_ok=True)  # until all is written again
+    (folder / PROTOCOL_RECORD).unlink(missing_ok=True)  # until all is written again
     masks = Masks(protocol, mask_seed)
     rates = PROTOCOLS[protocol].rates
     for condition in conditions:
@@ -169,7 +176,7 @@ def decode_protocol(
         masks.write(folder / MASKS)
         record |= {"mask_seed": mask_seed, "rates": list(rates)}
         record["lost"] = {c: [round(masks.share(c, r), 4) for r in rates] for c in conditions}
-    write_text(folder / RECORD, yaml.safe_dump(record, sort_keys=False))
+    write_text(folder / PROTOCOL_RECORD, yaml.safe_dump(record, sort_keys=False))
 
 
 def _decode(
@@ -212,14 +219,3 @@ def blanks(model: SDUMC) -> dict[str, torch.Tensor]:
         mean: torch.Tensor = model.frame_projection[m].mean  # type: ignore[assignment]
         found[m] = mean.cpu() if m == "text" else torch.zeros_like(mean, device="cpu")
     return found
-
-
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """``protocol.yaml`` of a protocol's folder; None where it was not decoded, or not to the end."""
-    path = folder / RECORD
-    if not path.is_file():
-        return None
-    record = read_yaml(path)
-    if record.get("protocol") not in PROTOCOLS or not isinstance(record.get("conditions"), list):
-        raise UserError(f"{path}: not the record of a protocol; decode it again (stage 5)")
-    return record

@@ -15,11 +15,12 @@ from typing import Any
 
 import safetensors.torch
 import torch
+import yaml
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sdumc.errors import UserError
-from sdumc.files import atomic_write
+from sdumc.files import atomic_write, write_text
 
 
 @dataclass
@@ -101,6 +102,7 @@ def set_rng(states: list[Tensor], device: torch.device) -> None:
 CHECKPOINT = "checkpoint.pt"
 VALID_BEST = "model.valid-best.safetensors"
 AVERAGED = "model.averaged.safetensors"
+CHOSEN = "chosen.yaml"  # the epochs whose mean VALID_BEST is, at the end of a run
 PACKED = "model.safetensors"  # the only weights of a packed model
 
 
@@ -231,3 +233,21 @@ def average_best(exp_dir: Path, epochs: Sequence[int]) -> None:
         for name, value in states[0].items()
     }
     save_weights(exp_dir / AVERAGED, mean)
+
+
+def choose(exp_dir: Path, ranking: Sequence[tuple[float, int]], averaged: float) -> tuple[float, list[int]]:
+    """Make VALID_BEST the average of the best epochs if its MAE on valid, ``averaged``, is lower than that of each.
+
+    Args:
+        ranking: MAE on valid and number of the best epochs, best first.
+
+    Returns:
+        The MAE of what was chosen, and its epochs; also written to CHOSEN.
+    """
+    mae, epochs = ranking[0][0], [ranking[0][1]]
+    if len(ranking) > 1 and averaged < mae:
+        mae, epochs = averaged, sorted(epoch for _, epoch in ranking)
+        with atomic_write(exp_dir / VALID_BEST, "wb") as f:
+            f.write((exp_dir / AVERAGED).read_bytes())
+    write_text(exp_dir / CHOSEN, yaml.safe_dump({"epochs": epochs, "mae": round(mae, 6)}, sort_keys=True))
+    return mae, epochs

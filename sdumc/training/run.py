@@ -34,14 +34,17 @@ from sdumc.processes import StopSignal
 from sdumc.scoring.decoding import decode
 from sdumc.scoring.metrics import doubts, median_mae, score
 from sdumc.training.checkpoint import (
+    AVERAGED,
     CHECKPOINT,
     VALID_BEST,
     TrainingState,
     average_best,
+    choose,
     epoch_file,
     get_rng,
     keep_best,
     load_checkpoint,
+    load_into,
     save_checkpoint,
     save_weights,
     set_rng,
@@ -92,7 +95,8 @@ def train(settings: Namespace, stop: StopSignal) -> int:
     if not resumed:
         size, counts = sum(p.numel() for p in model.parameters()), [len(s.utterances) for s in (train_set, valid_set)]
         log.info("%d parameters; %d train and %d valid utterances", size, *counts)
-        log.info("%d steps an epoch on %d x %s", len(sampler), ranks.size, ranks.device)
+        passes = f" ({sampler.passes} passes over the train set)" if sampler.passes > 1 else ""
+        log.info("%d steps an epoch%s on %d x %s", len(sampler), passes, ranks.size, ranks.device)
     board = open_records(exp_dir, settings, train_set, state, resumed) if ranks.is_main else None
 
     # --- train --------------------------------------------------------------------------------------------------------
@@ -118,7 +122,8 @@ def train(settings: Namespace, stop: StopSignal) -> int:
 
         if not stopped:
             scores = evaluate(model, valid_set, [VALID_CONDITIONS[flow] for flow in flows], ranks)
-            record = epoch_record(state, scores, learning_rate(settings, state.epoch), len(train_set.utterances))
+            seen = len(train_set.utterances) * sampler.passes
+            record = epoch_record(state, scores, learning_rate(settings, state.epoch), seen)
             state.finish_epoch(record, settings.average_best)
             if board is not None:
                 if record["epoch"] in state.best_epochs:
@@ -131,11 +136,10 @@ def train(settings: Namespace, stop: StopSignal) -> int:
     finished = state.epoch > settings.epochs
     if board is not None:
         board.close()
-        if finished:
-            average_best(exp_dir, state.best_epochs)
-            report_choice(state, exp_dir, median_mae(train_set.labels.values(), valid_set.labels.values()))
-        else:
-            log.info("stopped by a signal at step %d; run the same command again to go on", state.step)
+    if finished:
+        finish(state, model, exp_dir, train_set, valid_set, flows, ranks)
+    else:
+        log.info("stopped by a signal at step %d; run the same command again to go on", state.step)
     leave(ranks)
     return 0 if finished else EXIT_REQUEUE
 
@@ -164,6 +168,7 @@ def open_batches(train_set: Dump, settings: Namespace, ranks: Ranks) -> tuple[Gl
         settings.seed,
         world_size=ranks.size,
         rank=ranks.rank,
+        min_batches=settings.min_epoch_steps,
     )
     return sampler, BatchLoader(dataset, sampler, settings.num_workers, pin_memory=ranks.device.type == "cuda")
 
@@ -287,15 +292,23 @@ def open_records(
 def epoch_record(
     state: TrainingState, scores: dict[str, dict[str, float]], lr: float, utterances: int
 ) -> dict[str, Any]:
-    """A finished epoch's line of metrics.jsonl. ``choice`` is the mean MAE on valid; the best epoch has the lowest."""
+    """A finished epoch's line of metrics.jsonl; it saw so many ``utterances``, in all passes over the train set.
+
+    ``choice`` is the mean MAE on valid; the best epoch has the lowest.
+    """
     return {
         "epoch": state.epoch,
         "step": state.step,
         "lr": lr,
         "train": {name: value / utterances for name, value in state.sums.items()},
         "valid": scores,
-        "choice": sum(s["mae"] for s in scores.values()) / len(scores),
+        "choice": mean_mae(scores),
     }
+
+
+def mean_mae(scores: Mapping[str, Mapping[str, float]]) -> float:
+    """The mean MAE over the conditions on valid, by which epochs are chosen."""
+    return sum(s["mae"] for s in scores.values()) / len(scores)
 
 
 def report_epoch(record: dict[str, Any], board: SummaryWriter, epochs: int, best_epoch: int, seconds: float) -> None:
@@ -310,11 +323,30 @@ def report_epoch(record: dict[str, Any], board: SummaryWriter, epochs: int, best
     log.info("epoch %3d/%d  loss %.4f  valid MAE: %s%s  (%.1f s)", epoch, epochs, loss, maes, best, seconds)
 
 
-def report_choice(state: TrainingState, exp_dir: Path, median: float) -> None:
-    """Log which epoch was chosen, and what speaks against the run; ``median`` is the MAE of the train set's median."""
-    value, epoch = state.ranking[0]
-    log.info("done: epoch %d is best on valid (mean MAE %.4f) -> %s", epoch, value, exp_dir / VALID_BEST)
-    for doubt in doubts(epoch, state.epoch - 1, value, median):
+def finish(
+    state: TrainingState,
+    model: SDUMC,
+    exp_dir: Path,
+    train_set: Dump,
+    valid_set: Dump,
+    flows: Sequence[str],
+    ranks: Ranks,
+) -> None:
+    """Choose between the best epoch and the average of the best ones; log that, and what speaks against the run."""
+    if ranks.is_main:
+        average_best(exp_dir, state.best_epochs)
+    barrier(ranks)
+    load_into(model, exp_dir / AVERAGED)
+    scores = evaluate(model, valid_set, [VALID_CONDITIONS[flow] for flow in flows], ranks)
+    if not ranks.is_main:
+        return
+    mae, epochs = choose(exp_dir, state.ranking, mean_mae(scores))
+    best, epoch = state.ranking[0]
+    what = f"epoch {epoch} is"
+    if len(epochs) > 1:
+        what = f"the average of epochs {', '.join(map(str, epochs))} (epoch {epoch} alone: {best:.4f}) is"
+    log.info("done: %s best on valid (mean MAE %.4f) -> %s", what, mae, exp_dir / VALID_BEST)
+    for doubt in doubts(epoch, state.epoch - 1, best, median_mae(train_set.labels.values(), valid_set.labels.values())):
         log.warning(doubt)
 
 

@@ -112,7 +112,13 @@ def _add_objective(g: Any) -> None:
 
 
 def _add_optimisation(g: Any) -> None:
-    g.add_argument("--epochs", type=at_least(1, int), default=25, help="times that every utterance is seen")
+    g.add_argument("--epochs", type=at_least(1, int), default=25, help="epochs; after each, the model is validated")
+    g.add_argument(
+        "--min-epoch-steps",
+        type=at_least(1, int),
+        default=1,
+        help="an epoch goes over a small train set as often as it takes to have so many steps; over others once",
+    )
     g.add_argument("--lr", type=at_least(0), default=1e-4, help="Adam's step size after warm-up")
     g.add_argument("--weight-decay", type=at_least(0), default=1e-5, help="of Adam (L2)")
     g.add_argument("--clip-grad", type=at_least(0), default=1.0, help="largest norm of the gradient (0: any)")

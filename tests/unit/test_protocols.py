@@ -12,7 +12,7 @@ from helpers.dumps import make_dump
 from helpers.report_tree import make_tree
 
 from sdumc.bin.decode import main
-from sdumc.conditions import CONDITIONS, PATTERNS, PROTOCOLS
+from sdumc.conditions import CONDITIONS, PATTERNS, PROTOCOL_RECORD, PROTOCOLS
 from sdumc.data.loader import Batch
 from sdumc.errors import UserError
 from sdumc.model.config import ModelConfig
@@ -109,7 +109,7 @@ def test_masks_are_those_of_utterance_and_seed():
 def test_all_models_lose_the_same_and_it_is_stored(decoded):
     one, two = (decoded(exp, "--protocol", "frames", "modalities") for exp in ("a_seed1", "a_seed2"))
     for protocol in ("frames", "modalities"):
-        records = [yaml.safe_load((out / protocol / p.RECORD).read_text()) for out in (one, two)]
+        records = [yaml.safe_load((out / protocol / PROTOCOL_RECORD).read_text()) for out in (one, two)]
         assert records[0] == records[1] and records[0]["conditions"] == ["full", "missing"]
         assert records[0]["lost"]["full"][0] == 0 < records[0]["lost"]["full"][9]
         stored = [dict(np.load(out / protocol / p.MASKS)) for out in (one, two)]
@@ -129,7 +129,7 @@ def test_predictions_of_the_protocols(decoded, tmp_path):
     def values(folder: Path) -> np.ndarray:
         return read_predictions(folder / "predictions.tsv").predictions
 
-    assert yaml.safe_load((out / "patterns" / p.RECORD).read_text())["conditions"] == list(PATTERNS)
+    assert yaml.safe_load((out / "patterns" / PROTOCOL_RECORD).read_text())["conditions"] == list(PATTERNS)
     for pattern in PATTERNS:
         np.testing.assert_allclose(values(out / "patterns" / pattern), values(plain / pattern), atol=2e-6)
     for protocol in ("frames", "modalities"):
@@ -147,7 +147,11 @@ def test_predictions_of_the_protocols(decoded, tmp_path):
 
 def test_what_dump_and_model_allow(decoded, tmp_path):
     out = decoded("deaf", "--protocol", "patterns")
-    assert yaml.safe_load((out / "patterns" / p.RECORD).read_text())["conditions"] == ["text+video", "text", "video"]
+    assert yaml.safe_load((out / "patterns" / PROTOCOL_RECORD).read_text())["conditions"] == [
+        "text+video",
+        "text",
+        "video",
+    ]
     dump = make_dump(tmp_path / "mute", count=6, names=("audio", "video"))
     places = ["--data-dir", str(dump), "--output-dir", str(tmp_path / "m")]
     main(["--exp-dir", "a_seed1", *places, "--device", "cpu", "--protocol", "patterns", "modalities"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -161,3 +163,25 @@ def test_ranks_get_similar_loads():
 def test_wrong_arguments(bad):
     with pytest.raises(ValueError):
         GlobalBatchSampler([1, 2], **{"batch_size": 2, **bad})
+
+
+def test_an_epoch_goes_over_a_small_set_several_times():
+    make = lambda count, **more: GlobalBatchSampler(lengths(count), 32, seed=5, **more)  # noqa: E731
+    assert [make(n, min_batches=40).passes for n in (80, 300, 1281, 16000)] == [14, 4, 1, 1]
+    small, once = make(80, min_batches=40), make(80)
+    for number in (1, 2):
+        batches = epoch(small, number)
+        assert len(batches) == 42 >= 40
+        passes = [batches[i : i + 3] for i in range(0, 42, 3)]
+        assert all(sorted(i for b in one for i in b) == list(range(80)) for one in passes)
+        assert passes[0] == epoch(once, number)
+        assert all(a != b for a, b in itertools.pairwise(passes))  # each in an order of its own
+    assert epoch(small, 1) != epoch(small, 2)
+    # On two ranks the same batches, from the middle of an epoch too.
+    ranks = [make(80, min_batches=40, world_size=2, rank=r) for r in range(2)]
+    for rank in ranks:
+        rank.set_epoch(2)
+        rank.start_batch = 17
+    shares = list(zip(*ranks, strict=True))
+    assert [sorted(a + b) for a, b in shares] == [sorted(b) for b in epoch(small, 2)[17:]]
+    assert len(GlobalBatchSampler([], 32, min_batches=40)) == 0

@@ -10,12 +10,14 @@ from helpers.dumps import DIMS, make_dump
 
 from sdumc.conditions import COMPLETE, MISSING
 from sdumc.errors import UserError
+from sdumc.files import read_yaml
 from sdumc.model.config import ModelConfig
 from sdumc.model.network import SDUMC, empty_loss_inputs
 from sdumc.training.checkpoint import (
     VALID_BEST,
     TrainingState,
     average_best,
+    choose,
     epoch_file,
     get_rng,
     keep_best,
@@ -112,3 +114,20 @@ def test_dimensions_come_from_the_train_set_and_leave_the_settings_alone(tmp_pat
     assert settings == before
     with pytest.raises(UserError, match=r"--audio-dim 7, but .*audio.scp has 6"):
         with_dimensions(get_parser().parse_args([*words, "--audio-dim", "7"]), train)
+
+
+def test_the_average_is_taken_where_it_is_better_on_valid(tmp_path):
+    for epoch in (3, 5):
+        save_weights(epoch_file(tmp_path, epoch), {"x": torch.tensor(float(epoch))})
+    ranking = [(0.9, 5), (1.0, 3)]
+
+    def chosen(averaged: float, ranking: list[tuple[float, int]]) -> tuple[float, list[int], float]:
+        keep_best(tmp_path, [epoch for _, epoch in ranking])
+        average_best(tmp_path, [epoch for _, epoch in ranking])
+        mae, epochs = choose(tmp_path, ranking, averaged)
+        assert read_yaml(tmp_path / "chosen.yaml") == {"epochs": epochs, "mae": mae}
+        return mae, epochs, float(load_weights(tmp_path / "model.valid-best.safetensors")["x"])
+
+    assert chosen(0.85, ranking) == (0.85, [3, 5], 4.0)
+    assert chosen(0.9, ranking) == (0.9, [5], 5.0)  # the run goes on after the first choice: nothing of it is left
+    assert chosen(0.85, ranking[:1]) == (0.9, [5], 5.0)
