@@ -15,7 +15,8 @@ from sdumc.errors import EXIT_USAGE, UserError
 USAGE = """usage:
   python3 -m sdumc.conditions check "NAME ..."              exit code 2 for an unknown name, with a list of the known
   python3 -m sdumc.conditions check-protocols "NAME ..."    the same for protocols
-  python3 -m sdumc.conditions possible DUMP_DIR "NAME ..."  the conditions that the dump's features allow, one a line"""
+  python3 -m sdumc.conditions possible DUMP_DIR "NAME ..." [MISSING_TEXT]
+                                                            the conditions that the dump's features allow, one a line"""
 
 MODALITIES = ("audio", "text", "video")
 
@@ -43,9 +44,14 @@ FUSED_QUERIES = {
 }
 QUERIES = (*FUSED_QUERIES, *MODALITIES)
 
-# The two flows of the network, and the text that each of them reads.
+# The two flows of the network, and the input of the network that is the text of each.
 COMPLETE, MISSING = "complete", "missing"
 TEXT_OF_FLOW = {COMPLETE: "text", MISSING: "text_sim"}
+
+# What the missing flow reads for text (`train --missing-text`), and the feature that this is. The flow is trained and
+# scored with the same one; its input keeps its name.
+SIMULATED = "simulated"
+MISSING_TEXTS = {SIMULATED: "text_sim", "asr": "text_asr", "none": None}
 
 
 def modality(feature: str) -> str:
@@ -61,24 +67,25 @@ class Condition:
     features: tuple[str, ...]  # of the dump, in the order of MODALITIES
     given: str  # the features in words
     short: str  # which text it is, or what is left out, in two words
+    flow: str = MISSING  # the flow that is asked; in `asr`, ASR text is read as real text is
+
+    @property
+    def text(self) -> str | None:
+        """The text feature that the condition is about, if there is one."""
+        return next((f for f in self.features if f in TEXTS), None)
 
     @property
     def required(self) -> str | None:
-        """The feature without which the condition makes no sense: real or ASR text.
+        """The feature without which the condition makes no sense: the text of the complete flow.
 
-        Simulated text is not required: without it, ``missing`` means the same as ``none``.
+        That of the missing flow is not required: without it, ``missing`` means the same as ``none``.
         """
-        return next((f for f in self.features if f in ("text", "text_asr")), None)
-
-    @property
-    def flow(self) -> str:
-        """ASR text is encoded like real text and read as such; without either, the missing flow is asked."""
-        return COMPLETE if self.required else MISSING
+        return self.text if self.flow == COMPLETE else None
 
     @property
     def inputs(self) -> dict[str, str]:
-        """The features by the network's input names: audio, text (real or ASR), text_sim, video."""
-        return {f if f == "text_sim" else modality(f): f for f in self.features}
+        """The features by the network's input names: audio, text or (missing flow) text_sim, video."""
+        return {TEXT_OF_FLOW[self.flow] if f in TEXTS else f: f for f in self.features}
 
     def is_possible(self, features: Collection[str]) -> bool:
         """Whether a set with these features can be scored under the condition."""
@@ -89,21 +96,37 @@ class Condition:
 CONDITIONS = {
     c.name: c
     for c in (
-        Condition("full", ("audio", "text", "video"), "audio, real text, video", "real text"),
+        Condition("full", ("audio", "text", "video"), "audio, real text, video", "real text", COMPLETE),
         Condition("missing", ("audio", "text_sim", "video"), "audio, simulated text, video", "simulated text"),
-        Condition("asr", ("audio", "text_asr", "video"), "audio, ASR text, video", "ASR text"),
+        Condition("asr", ("audio", "text_asr", "video"), "audio, ASR text, video", "ASR text", COMPLETE),
         Condition("none", ("audio", "video"), "audio and video, no text", "no text"),
         Condition("audio", ("audio",), "audio only", "nothing else"),
-        Condition("text", ("text",), "real text only", "nothing else"),
+        Condition("text", ("text",), "real text only", "nothing else", COMPLETE),
         Condition("video", ("video",), "video only", "nothing else"),
-        Condition("audio+text", ("audio", "text"), "audio and real text", "no video"),
+        Condition("audio+text", ("audio", "text"), "audio and real text", "no video", COMPLETE),
         Condition("audio+video", ("audio", "video"), "audio and video: the same as none", "no text"),
-        Condition("text+video", ("text", "video"), "real text and video", "no audio"),
+        Condition("text+video", ("text", "video"), "real text and video", "no audio", COMPLETE),
     )
 }
 MAIN_CONDITIONS = ("full", "missing", "asr", "none")  # what recipes decode, and figures show
 # What training scores on the valid set after every epoch, by the flow that it trains.
 VALID_CONDITIONS = {COMPLETE: "full", MISSING: "missing"}
+
+# `missing` for a model whose missing flow has learned with other text than simulated one.
+_MISSING_WITH = {
+    "asr": Condition(
+        "missing",
+        ("audio", "text_asr", "video"),
+        "audio, ASR text in the missing flow, video",
+        "ASR text, missing flow",
+    ),
+    "none": Condition("missing", ("audio", "video"), "audio and video, no text", "no text (--missing-text none)"),
+}
+
+
+def condition_of(name: str, missing_text: str = SIMULATED) -> Condition:
+    """A condition for a model whose missing flow reads ``missing_text``, one of :data:`MISSING_TEXTS`."""
+    return _MISSING_WITH[missing_text] if name == "missing" and missing_text != SIMULATED else CONDITIONS[name]
 
 
 @dataclass(frozen=True)
@@ -159,14 +182,14 @@ def by_condition(name: str) -> tuple[int, str]:
     return (list(CONDITIONS).index(name), "") if name in CONDITIONS else (len(CONDITIONS), name)
 
 
-def possible_conditions(dump_dir: Path, names: Iterable[str]) -> list[str]:
-    """Those of the named conditions that the features of a dump folder allow.
+def possible_conditions(dump_dir: Path, names: Iterable[str], missing_text: str = SIMULATED) -> list[str]:
+    """Those of the named conditions that the features of a dump folder allow; see :func:`condition_of`.
 
     A feature that all utterances lack has an empty table, and counts as not there.
     """
     scps = {f: dump_dir / f"{f}.scp" for f in FEATURES}
     features = [f for f, scp in scps.items() if scp.is_file() and scp.stat().st_size]
-    return [c.name for c in known_conditions(names) if c.is_possible(features)]
+    return [c.name for c in known_conditions(names) if condition_of(c.name, missing_text).is_possible(features)]
 
 
 def main(arguments: list[str]) -> int:
@@ -177,8 +200,8 @@ def main(arguments: list[str]) -> int:
                 known_conditions(" ".join(words).split())
             case ["check-protocols", *words]:
                 known_protocols(" ".join(words).split())
-            case ["possible", dump_dir, *words]:
-                for name in possible_conditions(Path(dump_dir), " ".join(words).split()):
+            case ["possible", dump_dir, words, *rest] if rest in ([], *([t] for t in MISSING_TEXTS)):
+                for name in possible_conditions(Path(dump_dir), words.split(), *rest):
                     print(name)
             case _:
                 print(USAGE, file=sys.stderr)

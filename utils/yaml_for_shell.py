@@ -2,6 +2,7 @@
 """What a stage script has to know of YAML files.
 
 yaml_for_shell.py settings FILE           FILE and the files that its `base:` leads to, a line each
+yaml_for_shell.py value KEY FILE         the value of KEY in FILE or the nearest of its bases; nothing where it has none
 yaml_for_shell.py imported DUMP SET...    `SET NAME` for each feature DUMP/SET/NAME.yaml that stage 1 has imported
 """
 
@@ -26,6 +27,16 @@ def settings(path: str) -> list[str]:
     return found or [path]
 
 
+def value(key: str, path: str) -> list[str]:
+    """The value of a setting, which is written with dashes or underscores."""
+    with contextlib.suppress(UserError):
+        for _, content in settings_chain(path):
+            for name, found in content.items():
+                if str(name).replace("_", "-") == key:
+                    return [str(found)]
+    return []
+
+
 def imported(dump: str, sets: list[str]) -> list[str]:
     """`SET NAME` of every imported feature.
 
@@ -43,6 +54,8 @@ def imported(dump: str, sets: list[str]) -> list[str]:
 def main(argv: list[str]) -> int:
     if argv[:1] == ["settings"] and len(argv) == 2:
         lines = settings(argv[1])
+    elif argv[:1] == ["value"] and len(argv) == 3:
+        lines = value(argv[1], argv[2])
     elif argv[:1] == ["imported"] and len(argv) >= 3:
         try:
             lines = imported(argv[1], argv[2:])

@@ -40,8 +40,9 @@ audio_config=conf/audio.yaml            #: audio features
 text_config=conf/text.yaml              #: text features
 video_config=conf/video.yaml            #: video features
 train_config=conf/train.yaml            #: training
+missing_text=    #: what the missing flow reads: simulated, asr or none; empty: as in the training's settings file
 #: Experiment
-exp_tag=         #: name of the experiment; empty: name of the training's settings file
+exp_tag=         #: name of the experiment; empty: training's settings file [_missing_asr]
 seeds=1          #: seeds to train, with spaces; each is an experiment of its own
 conditions="full missing asr none"  #: conditions to decode, with spaces
 protocols=       #: also score incomplete data by: patterns frames modalities
@@ -74,7 +75,12 @@ check_options() {
   for seed in ${seeds}; do
     [[ ${seed} =~ ^[0-9]+$ ]] || die "--seeds are whole numbers, not '${seed}'"
   done
-  [[ -n ${exp_tag} ]] || exp_tag=$(basename "${train_config:-train}" .yaml)
+  [[ -z ${missing_text} || ${missing_text} =~ ^(simulated|asr|none)$ ]] ||
+    die "--missing-text is simulated, asr or none, not '${missing_text}'"
+  if [[ -z ${exp_tag} ]]; then
+    exp_tag=$(basename "${train_config:-train}" .yaml)
+    if [[ ${missing_text} =~ ^(asr|none)$ ]]; then exp_tag+=_missing_${missing_text}; fi
+  fi
   # These become parts of paths, patterns and lists.
   for name in train_set valid_set exp_tag; do
     [[ ${!name} =~ ^[A-Za-z0-9_.+=@,-]+$ ]] || die "--${name//_/-} '${!name}': letters, digits and _ . + = @ , - only"
@@ -92,6 +98,12 @@ check_conditions() {
   local problem
   problem=$(python3 -m sdumc.conditions check "${conditions}" 2>&1) || die "--conditions: ${problem#error: }"
   problem=$(python3 -m sdumc.conditions check-protocols "${protocols}" 2>&1) || die "--protocols: ${problem#error: }"
+  # What the missing flow reads decides what stage 2 makes.
+  reads=${missing_text}
+  if [[ -z ${reads} && -n ${train_config} ]]; then
+    reads=$(python3 utils/yaml_for_shell.py value missing-text "${train_config}")
+  fi
+  reads=${reads:-simulated}
 }
 
 # Sets `ngpu` where it is auto, `device`, and `gpu_option`, the runners' option for jobs that use one GPU.
@@ -204,20 +216,32 @@ prepare_data() {
 
 # ---- stage 2: text ---------------------------------------------------------------------------------------------------
 
+# Whether sound can stand before words: with a projector that was given, or that stage 2 trains or has trained.
+has_projector() {
+  [[ -n ${encoder} && -n ${llm} && (-n ${projector} || ${reads} == simulated || -e ${speech_projector}) ]]
+}
+
 make_text() {
+  local simulates=false
   find_imported
-  if [[ -z ${encoder} || -z ${llm} ]]; then
+  if [[ ${reads} != simulated ]]; then
+    no_feature text_sim "" "the missing flow reads other text (missing-text: ${reads})"
+  elif [[ -z ${encoder} || -z ${llm} ]]; then
     no_feature text_sim "" "needs --encoder and --llm"
-  elif [[ -z ${projector} ]]; then
-    train_projector
+  else
+    simulates=true
+    if [[ -z ${projector} ]]; then train_projector; fi
   fi
   if [[ -z ${asr_model} ]]; then
     no_feature text_asr "" "needs --asr-model"
+    if [[ ${reads} == asr && ! -f ${datadir}/${train_set}/text_asr && ! -f ${dumpdir}/${train_set}/text_asr.scp ]]; then
+      die "--missing-text asr needs --asr-model, or ${datadir}/<set>/text_asr"
+    fi
   else
     recognize_speech
   fi
   # After recognition, whose text replaces what the speech LLM refuses to transcribe.
-  if [[ -n ${encoder} && -n ${llm} ]]; then simulate_text; fi
+  if [[ ${simulates} == true ]]; then simulate_text; fi
 }
 
 train_projector() {
@@ -291,18 +315,23 @@ extract_audio() {
 }
 
 extract_text() { # NAME: text or text_asr
-  local name=$1 set text
+  local name=$1 set text models=() files=()
   use_config "${text_config}"
+  if has_projector; then
+    models=(--encoder "${encoder}" --projector "${speech_projector}") files=("${encoder}" "${speech_projector}")
+  elif [[ -z ${text_config} || $(python3 utils/yaml_for_shell.py value context "${text_config}") != none ]]; then
+    models=(--context prompt) # there is nothing that could put sound before the words
+  fi
   for set in ${all_sets}; do
     text=${datadir}/${set}/${name}
-    if [[ -z ${llm} || -z ${encoder} ]]; then
-      no_feature "${name}" "${set}" "needs --llm and --encoder"
+    if [[ -z ${llm} || (-z ${encoder} && ${reads} == simulated) ]]; then
+      no_feature "${name}" "${set}" "needs --llm and, unless the missing flow reads other text, --encoder"
     elif [[ ! -f ${text} ]]; then
       no_feature "${name}" "${set}" "there is no ${text}"
     else
-      plan_feature "${name}" "${set}" --inputs "${text}" --optional-inputs "${encoder}" "${llm}" "${speech_projector}" \
-        "${settings[@]}" --outputs "${dumpdir}/${set}/${name}.scp" -- sdumc.bin.extract_text "${config[@]}" \
-        --encoder "${encoder}" --projector "${speech_projector}" --llm "${llm}" --name "${name}" --text "${text}"
+      plan_feature "${name}" "${set}" --inputs "${text}" --optional-inputs "${llm}" "${files[@]}" "${settings[@]}" \
+        --outputs "${dumpdir}/${set}/${name}.scp" -- sdumc.bin.extract_text "${config[@]}" "${models[@]}" \
+        --llm "${llm}" --name "${name}" --text "${text}"
     fi
   done
   run_planned
@@ -334,14 +363,20 @@ extract_video() {
 exp_of() { echo "${expdir}/${exp_tag}_seed$1"; } # SEED
 
 train_all_seeds() {
-  local seed set name exp ranks=${ngpu} launcher runner inputs=() optional=()
+  local seed set name exp ranks=${ngpu} launcher runner inputs=() optional=() missing=() missing_feature
   if ((ngpu == 0)); then ranks=${nproc}; fi
   launcher=(${cuda_cmd} --num-nodes "${num_nodes}" --tasks-per-node "${ranks}")
   if ((ngpu > 0)); then launcher+=(--gpu "${ngpu}"); fi
   use_config "${train_config}"
+  if [[ -n ${missing_text} ]]; then missing=(--missing-text "${missing_text}"); fi
+  case ${reads} in
+    simulated) missing_feature=text_sim ;;
+    asr) missing_feature=text_asr ;;
+    *) missing_feature= ;;
+  esac
   for set in "${train_set}" "${valid_set}"; do
     inputs+=("${dumpdir}/${set}/utt2label")
-    for name in audio text text_sim video; do
+    for name in audio text ${missing_feature} video; do
       optional+=("${dumpdir}/${set}/${name}".{scp,frames,absent})
     done
   done
@@ -358,14 +393,14 @@ train_all_seeds() {
     step "train ${exp}" --inputs "${inputs[@]}" --optional-inputs "${optional[@]}" "${settings[@]}" \
       --outputs "${exp}"/{config.yaml,model.valid-best.safetensors,model.averaged.safetensors} \
       --stale "${exp}/checkpoint*" "${exp}/model.*" "${exp}/metrics.jsonl" --ignore device \
-      -- "${runner[@]}" -- sdumc.bin.train "${config[@]}" \
+      -- "${runner[@]}" -- sdumc.bin.train "${config[@]}" "${missing[@]}" \
       --train-dir "${dumpdir}/${train_set}" --valid-dir "${dumpdir}/${valid_set}" --exp-dir "${exp}" --seed "${seed}" \
       --device "${device}"
   done
 }
 
 # possible_conditions SET: those of --conditions that the set's features allow.
-possible_conditions() { python3 -m sdumc.conditions possible "${dumpdir}/$1" "${conditions}"; }
+possible_conditions() { python3 -m sdumc.conditions possible "${dumpdir}/$1" "${conditions}" "${reads}"; }
 
 decode_all_seeds() {
   local seed set

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdumc.cli import Parser, at_least, log, run, setup_logging
-from sdumc.conditions import CONDITIONS, PROTOCOLS
+from sdumc.conditions import CONDITIONS, MISSING_TEXTS, PROTOCOLS, SIMULATED, condition_of
 from sdumc.device import add_device_option, pick_device
 from sdumc.errors import UserError
 
@@ -21,6 +21,7 @@ def get_parser() -> Parser:
     """Options of decoding."""
     width = max(map(len, CONDITIONS))
     conditions = [f"  {c.name:{width}}  {c.given}" for c in CONDITIONS.values()]
+    conditions.append(f"  {'':{width}}  (missing: the text that the model's missing flow was trained with)")
     protocols = [f"  {p.name:{width}}  {p.given}" for p in PROTOCOLS.values()]
     parser = Parser("\n".join([__doc__ or "", "", "conditions:", *conditions, "", "protocols:", *protocols]))
     g = parser.add_argument_group("input and output")
@@ -47,8 +48,9 @@ def get_parser() -> Parser:
         "--output-dir",
         required=True,
         metavar="DIR",
-        help="gets predictions.tsv and, for the report, internals.npz and attention.npz (of the worst and some other "
-        "utterances); with several conditions, DIR/<condition>/ does; of several models, predictions.tsv only",
+        help="gets predictions.tsv, condition.yaml (what was read) and, for the report, internals.npz and "
+        "attention.npz (of the worst and some other utterances); with several conditions, DIR/<condition>/ does; of "
+        "several models, predictions.tsv and condition.yaml only",
     )
     g.add_argument(
         "--checkpoint", choices=("valid-best", "averaged"), default="valid-best", help="both were chosen on valid"
@@ -76,22 +78,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.protocol:
         decode_protocols(models, load_dump(args.data_dir), args)
         return
-    dump = load_for(Path(args.data_dir), args.condition)
+    missing_text = {model.config.missing_text for model in models.values()}
+    dump = load_for(Path(args.data_dir), args.condition, missing_text)
     for condition in args.condition:
-        warn_of_absent(dump, condition)
+        for text in missing_text:
+            warn_of_absent(dump, condition, text)
         folder = Path(args.output_dir) / (condition if len(args.condition) > 1 else "")
         count = decode_condition(models, dump, condition, folder, args.batch_size, args.num_workers)
         of = f", mean of {len(models)} models" if len(models) > 1 else ""
-        log.info("%s: %d utterances (%s%s) -> %s", condition, count, CONDITIONS[condition].given, of, folder)
+        given = " or ".join(sorted({condition_of(condition, text).given for text in missing_text}))
+        log.info("%s: %d utterances (%s%s) -> %s", condition, count, given, of, folder)
 
 
-def warn_of_absent(dump: Dump, condition: str) -> None:
-    """Log what the dump lacks for the condition."""
+def warn_of_absent(dump: Dump, condition: str, missing_text: str = SIMULATED) -> None:
+    """Log what the dump lacks for the condition and a model whose missing flow reads ``missing_text``."""
     from sdumc.scoring.decoding import inputs_for
 
-    inputs = inputs_for(condition, dump)
-    if condition == "missing" and "text_sim" not in inputs:
-        log.warning("%s has no text_sim: missing means the same as none here", dump.path)
+    inputs = inputs_for(condition, dump, missing_text=missing_text)
+    wanted = MISSING_TEXTS[missing_text]
+    if condition == "missing" and wanted and wanted not in inputs.values():
+        log.warning("%s has no %s: missing means the same as none here", dump.path, wanted)
     features = [dump.features[f].entries for f in inputs.values()]
     if empty := [utt for utt in dump.utterances if not any(utt in entries for entries in features)]:
         log.warning(
@@ -111,13 +117,14 @@ def decode_protocols(models: Mapping[str, SDUMC], dump: Dump, args: Namespace) -
     """
     from sdumc.scoring.protocols import decode_protocol, protocol_conditions
 
-    reads = {exp: ", ".join(model.available) for exp, model in models.items()}
+    reads = {exp: f"{', '.join(m.available)} (missing: {m.config.missing_text})" for exp, m in models.items()}
     check_alike(reads, "--protocol")
     several = list(models.values())
     for protocol in args.protocol:
-        conditions = protocol_conditions(protocol, dump, several[0].available, args.condition)
+        missing_text = several[0].config.missing_text
+        conditions = protocol_conditions(protocol, dump, several[0].available, args.condition, missing_text)
         for condition in conditions:
-            warn_of_absent(dump, condition)
+            warn_of_absent(dump, condition, missing_text)
         folder = Path(args.output_dir) / protocol
         decode_protocol(several, dump, protocol, conditions, folder, args.mask_seed, args.batch_size, args.num_workers)
         log.info("%s: %d utterances, from %s -> %s", protocol, len(dump.utterances), ", ".join(conditions), folder)
@@ -140,14 +147,25 @@ def decode_condition(
     """
     from sdumc.scoring.attention import attend, worth_keeping
     from sdumc.scoring.attention_file import write_attention
-    from sdumc.scoring.decoding import decode, inputs_for, mean_predictions, write_decoded, write_predictions
+    from sdumc.scoring.decoding import (
+        decode,
+        inputs_for,
+        mean_predictions,
+        write_condition,
+        write_decoded,
+        write_predictions,
+    )
 
-    reads = {exp: ", ".join(sorted(inputs_for(condition, dump, m.available).values())) for exp, m in models.items()}
+    reads = {
+        exp: ", ".join(sorted(inputs_for(condition, dump, m.available, m.config.missing_text).values()))
+        for exp, m in models.items()
+    }
     check_alike(reads, f"condition {condition}")
     found = []
     for model in models.values():
         device = next(model.parameters()).device
         found.append(decode(model, dump, condition, device, batch_size=batch_size, num_workers=num_workers))
+    write_condition(condition, model.config.missing_text, found[0].features, folder)
     if len(found) == 1:
         write_attention(attend(model, dump, condition, worth_keeping(found[0]), device), folder)
         write_decoded(found[0], folder)

@@ -23,9 +23,9 @@ log = logging.getLogger("sdumc")
 def get_parser() -> Parser:
     parser = Parser(
         "Score your own clips from -3 (very negative) to 3 (very positive). No transcript is needed: text is\n"
-        "simulated from the sound, as for the model's training. Long files are cut into utterances where nobody\n"
-        "speaks; the overall score is the mean of their scores weighted by duration. When a file fails, the others\n"
-        "are still scored, and the exit code is 1."
+        "simulated from the sound, or recognised, as for the model's training. Long files are cut into utterances\n"
+        "where nobody speaks; the overall score is the mean of their scores weighted by duration. When a file fails,\n"
+        "the others are still scored, and the exit code is 1."
     )
     group = parser.add_argument_group("model")
     group.add_argument(

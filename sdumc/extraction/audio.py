@@ -42,10 +42,7 @@ def extract_transcripts(
     """Note the transcripts of the utterances in ``batches``: :func:`sdumc.extraction.loop.extract_shard`."""
 
     def compute(items: Sequence[tuple[str, np.ndarray]]) -> list[Output]:
-        mute = [is_silent(wave) for _, wave in items]
-        waves = [wave for (_, wave), silent in zip(items, mute, strict=True) if not silent]
-        heard = iter(recogniser.hear(waves) if waves else [])
-        return [_transcript(Heard("", no_speech=True) if silent else next(heard)) for silent in mute]
+        return [_transcript(heard) for heard in hear(recogniser, [wave for _, wave in items])]
 
     def unheard(reason: str) -> Output:
         return Output(notes={"hyp": "", "status": "empty", "fallback": "absent", BAD_MEDIA: reason})
@@ -53,10 +50,23 @@ def extract_transcripts(
     extract_shard(batches, writer, lambda utt: read_wave(data, utt), compute, bad_media, unheard)
 
 
+def hear(recogniser: CtcRecogniser | WhisperRecogniser, waves: Sequence[np.ndarray]) -> list[Heard]:
+    """Clips (T_i,) at 16 kHz -> transcripts; a silent clip is not shown to the recogniser."""
+    mute = [is_silent(wave) for wave in waves]
+    loud = [wave for wave, silent in zip(waves, mute, strict=True) if not silent]
+    heard = iter(recogniser.hear(loud) if loud else [])
+    return [Heard("", no_speech=True) if silent else next(heard) for silent in mute]
+
+
+def status_of(heard: Heard) -> str:
+    """``no-speech``, ``empty`` or ``ok``."""
+    status = NO_SPEECH if heard.no_speech else judge(heard.text, heard.text.split())[0]
+    return status if status in ("empty", NO_SPEECH) else "ok"
+
+
 def _transcript(heard: Heard) -> Output:
     """Notes of a transcript; those of Whisper also say how sure it was, and whether its first attempt was given up."""
-    status = NO_SPEECH if heard.no_speech else judge(heard.text, heard.text.split())[0]
-    notes = {"hyp": heard.text, "status": status if status in ("empty", NO_SPEECH) else "ok"}
+    notes = {"hyp": heard.text, "status": status_of(heard)}
     if heard.log_probability is not None:
         notes["log_probability"] = f"{heard.log_probability:.3f}"
     if heard.temperature > 0:

@@ -30,9 +30,11 @@ def finish(data: KaldiDir, dump_dir: Path, name: str, num_jobs: int, max_drop: f
         UserError: more of them could not be read, or the shards are not whole (:func:`merge_shards`).
     """
     described, _ = _shard_made_by(dump_dir, name)  # merge_shards checks that all jobs agree
-    if name == "text_sim" and _manifest(dump_dir, ASR_SHARDS).is_file() and (data.path / "text_asr").is_file():
+    of_recogniser = name in ("text_sim", "text_asr") and (data.path / "text_asr").is_file()
+    if of_recogniser and _manifest(dump_dir, ASR_SHARDS).is_file():
         asr, versions = _shard_made_by(dump_dir, ASR_SHARDS)
-        described["asr"] = {**asr, "versions": versions}  # whose transcripts replaced refusals and empty answers
+        # Whose transcripts these are; in simulated text, whose transcripts replaced refusals and empty answers.
+        described["asr"] = {**asr, "versions": versions}
     for table in ("utt2label", "utt2spk"):  # before the index, so that a dump with an index is complete
         if (data.path / table).is_file():
             _copy(data.path / table, dump_dir / table)

@@ -22,6 +22,8 @@ class ModelConfig:
         imagination: where MIA acts: ``both`` places, only on the pooled ``utterance`` vectors, only on the attended
             ``content``, or ``none``.
         fusion: ``umca``, or ``concat`` for the ablation that feeds the pooled vectors straight to a perceptron.
+        missing_text: what the missing flow has learned to read for text (:data:`sdumc.conditions.MISSING_TEXTS`);
+            changes nothing in the network, but a trained one must be given the same.
         mask_padding: False reproduces the released network, whose attention also spreads over padded frames.
     """
 
@@ -36,6 +38,7 @@ class ModelConfig:
     imagination: str = "both"
     fusion: str = "umca"
     mask_padding: bool = True
+    missing_text: str = "simulated"
 
     def __post_init__(self) -> None:
         if self.imagination not in IMAGINATION:

@@ -20,6 +20,7 @@ import torch
 from sdumc.data.tables import MediaSpan
 from sdumc.device import halve_when_out_of_memory
 from sdumc.errors import UserError
+from sdumc.extraction.audio import hear, status_of
 from sdumc.extraction.faces import FaceDetector
 from sdumc.extraction.simulation import Search, Simulated, simulate
 from sdumc.extraction.text import TextEncoder
@@ -27,7 +28,7 @@ from sdumc.extraction.video import PictureReader
 from sdumc.files import read_yaml
 from sdumc.pretrained.folders import DTYPES
 from sdumc.pretrained.llm import SpeechLLM
-from sdumc.pretrained.recogniser import load_recogniser
+from sdumc.pretrained.recogniser import Heard, load_recogniser
 from sdumc.pretrained.speech_encoder import SpeechEncoder
 from sdumc.pretrained.speech_reader import SpeechReader, projector_file
 from sdumc.pretrained.vision import VisionExtractor
@@ -38,6 +39,7 @@ _MODELS = {
     "audio": (("model", "audio"),),
     "text": (("encoder", "encoder"), ("projector", "projector"), ("model", "llm")),
     "text_sim": (("encoder", "encoder"), ("projector", "projector"), ("model", "llm")),
+    "text_asr": (("encoder", "encoder"), ("projector", "projector"), ("model", "llm")),
     "asr": (("model", "asr"),),
     "video": (("model", "vision"),),
 }
@@ -46,6 +48,7 @@ _NEEDED = {
     "audio": ("model", "layers", "normalise", "dtype"),
     "text": ("model", "layers", "first_state", "prompt", "context", "dtype"),
     "text_sim": ("encoder", "projector", "model", "layers", "first_state", "prompt", "beam", "max_new_tokens", "dtype"),
+    "text_asr": ("model", "layers", "first_state", "prompt", "context", "dtype", "asr"),
     "video": ("model", "pooling", "frame_rate", "detector", "face_margin", "min_face", "dtype"),
 }
 
@@ -71,7 +74,7 @@ class ModelUse:
 
 @dataclass
 class Record:
-    """The settings of each feature's extractor, by feature: audio, text, text_sim, video.
+    """The settings of each feature's extractor, by feature: audio, text, text_sim or text_asr, video.
 
     ``left_out`` has the reason for each feature whose extractor is not known.
     """
@@ -81,7 +84,7 @@ class Record:
     left_out: dict[str, str] = field(default_factory=dict)
 
     def models(self) -> Iterator[ModelUse]:
-        """Every use of a model, the recogniser's (inside ``text_sim``) included."""
+        """Every use of a model, the recogniser's (inside ``text_sim`` or ``text_asr``) included."""
         for name, settings in self.features.items():
             parts = [(name, settings)]
             if isinstance(settings.get("asr"), dict):
@@ -267,13 +270,20 @@ class Extractors:
         if failed and "asr" in s:
             texts = self._recognise(s["asr"], [waves[i] for i in failed])
             again = halve_when_out_of_memory(
-                [(waves[i], t) for i, t in zip(failed, texts, strict=True)], work, lambda pair: _describe(pair[0])
+                [(waves[i], t.text) for i, t in zip(failed, texts, strict=True)], work, lambda p: _describe(p[0])
             )
             for i, result in zip(failed, again, strict=True):
                 results[i] = result
         return results
 
-    def _recognise(self, s: dict[str, Any], waves: list[np.ndarray]) -> list[str]:
+    def recognised_text(self, waves: Sequence[np.ndarray]) -> list[Simulated]:
+        """Sound -> the recogniser's transcript, its status, and the LLM's hidden states (N_i, D) at its words."""
+        s = self.record.features["text_asr"]
+        heard = self._recognise(s["asr"], list(waves))
+        states = self._given_text(s, [h.text for h in heard], waves)
+        return [Simulated(x, h.text, h.text, status_of(h), "none") for x, h in zip(states, heard, strict=True)]
+
+    def _recognise(self, s: dict[str, Any], waves: list[np.ndarray]) -> list[Heard]:
         recogniser = self._once(
             load_recogniser,
             str(self._place(s, "model", "asr")),
@@ -282,12 +292,16 @@ class Extractors:
             s.get("language", "en"),
             s.get("max_new_tokens", 200),
         )
-        return halve_when_out_of_memory(waves, recogniser, _describe)
+        return halve_when_out_of_memory(waves, lambda part: hear(recogniser, part), _describe)
 
     def real_text(self, texts: Sequence[str], waves: Sequence[np.ndarray | None]) -> list[torch.Tensor]:
         """Given words -> hidden states (N_i, D) float32 on the CPU. Where there is no sound (None), none stands before
         the words."""
-        s = self.record.features["text"]
+        return self._given_text(self.record.features["text"], texts, waves)
+
+    def _given_text(
+        self, s: dict[str, Any], texts: Sequence[str], waves: Sequence[np.ndarray | None]
+    ) -> list[torch.Tensor]:
         texts = [t.lower() if s.get("text_case") == "lower" else t for t in texts]
         reader = self._reader(s) if s["context"] == "audio+prompt" else None
         llm = reader.llm if reader is not None else self._llm(s)

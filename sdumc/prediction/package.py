@@ -22,7 +22,7 @@ from typing import Any, Literal
 import yaml
 
 from sdumc import __version__
-from sdumc.conditions import CONDITIONS, by_condition
+from sdumc.conditions import CONDITIONS, SIMULATED, by_condition, condition_of
 from sdumc.errors import UserError
 from sdumc.files import atomic_write, read_json, read_yaml, write_text
 from sdumc.prediction.extractors import RECORD, ModelUse, Record, find_model, load_record
@@ -37,9 +37,16 @@ _ROLES = {
     "audio": "audio features",
     "encoder": "encodes the sound for the language model",
     "projector": "from the encoder's frames to the language model's inputs",
-    "llm": "simulates text, and encodes text",
-    "asr": "transcribes where the language model refuses",
+    "llm": "reads text, and simulates it where the model was trained so",
+    "asr": "recognises speech",
     "vision": "video features",
+}
+
+
+_WITHOUT_TRANSCRIPT = {
+    SIMULATED: "text is simulated from the sound",
+    "asr": "a speech recogniser writes one",
+    "none": "it does without",
 }
 
 
@@ -60,12 +67,13 @@ def model_card(
         scores: contents of score.json by set and condition.
     """
     chosen = "the epoch that is best on the valid set" if checkpoint == "valid-best" else "the mean of the best epochs"
+    missing_text = str(config.get("missing-text", SIMULATED))
     needs = "Everything that it needs is in this folder." if backbones else _fetching(models)
     parts = [
         "---\n" + yaml.safe_dump(_front_matter(name, scores), sort_keys=False) + "---\n",
         f"# {name}\n",
         "SDUMC: the sentiment of an utterance as one number from -3 (very negative) to 3 (very positive), from its "
-        "sound, its words and its pictures. Without a transcript, text is simulated from the sound. Absent "
+        f"sound, its words and its pictures. Without a transcript, {_WITHOUT_TRANSCRIPT[missing_text]}. Absent "
         "modalities are left out.\n",
         f"Experiment `{experiment}`, {chosen}. Made with sdumc {__version__}.\n",
         "## Use\n",
@@ -74,7 +82,7 @@ def model_card(
         f'```python\nfrom sdumc import Scorer\nscorer = Scorer.load("{name}")\n'
         'print(scorer.score("clip.mp4").overall)\n```\n',
         "## Measured scores\n",
-        _score_table(scores),
+        _score_table(scores, missing_text),
         "## Models inside\n" if backbones else "## Models that it works with\n",
         _model_table(models),
         "The pretrained models have licences of their own.\n",
@@ -115,14 +123,14 @@ def _front_matter(name: str, scores: Mapping[str, Mapping[str, Mapping[str, Any]
     return front
 
 
-def _score_table(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+def _score_table(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], missing_text: str) -> str:
     if not scores:
         return "None were measured with this checkpoint.\n"
     rows = [
         (
             test_set,
             condition,
-            CONDITIONS[condition].given if condition in CONDITIONS else "",
+            condition_of(condition, missing_text).given if condition in CONDITIONS else "",
             conditions[condition]["n"],
             *(_cell(conditions[condition], m) for m in _SHOWN),
         )

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sdumc.conditions import CONDITIONS, MODALITIES, modality
+from sdumc.conditions import MISSING_TEXTS, MODALITIES, TEXTS, condition_of, modality
 from sdumc.data.loader import Utterance, collate
 from sdumc.data.media import MediaInfo, probe, read_audio
 from sdumc.data.tables import MediaSpan
@@ -33,6 +33,7 @@ from sdumc.training.settings import load_config
 log = logging.getLogger("sdumc")
 
 MAX_SECONDS = 20.0  # a longer file is cut into utterances: models are trained on clips of a sentence
+_TEXT_KINDS = {"text": "real", "text_sim": "simulated", "text_asr": "asr"}  # by feature, as in the output
 _ONE_PICTURE = 0.1  # seconds; a photograph is opened as a video of one frame
 
 
@@ -40,9 +41,9 @@ _ONE_PICTURE = 0.1  # seconds; a photograph is opened as a video of one frame
 class ScoredUtterance:
     """One utterance: its place in the file (seconds), its score, and what the score was computed from.
 
-    ``modalities`` are those of audio, text and video that the utterance has. ``text`` is "simulated", "real" or None,
-    and ``transcript`` is the simulated or given text. ``status`` is the result of simulation, one of
-    :data:`sdumc.conditions.TEXT_STATUSES`.
+    ``modalities`` are those of audio, text and video that the utterance has. ``text`` is "simulated", "asr", "real" or
+    None, and ``transcript`` is the simulated, recognised or given text. ``status`` is the result of simulation or
+    recognition, one of :data:`sdumc.conditions.TEXT_STATUSES`.
 
     ``attention`` has, by modality, the attention of the seven queries over the frames (7, T); ``tokens`` the places in
     ``transcript`` of the T tokens of text, empty where they are not known.
@@ -125,6 +126,7 @@ class Scorer:
         self.batch_size, self.notes = batch_size, list(notes)
         if keep is not None:  # an unpacked archive's temporary folder, which is removed with this object
             weakref.finalize(self, keep.cleanup)
+        self.missing_text = model.config.missing_text
         self.features = [name for name in extractors.record.features if modality(name) in model.available]
 
     @classmethod
@@ -160,10 +162,14 @@ class Scorer:
         extractors.check()
         notes = []
         for m in MODALITIES:
-            wanted = "text_sim" if m == "text" else m
-            if m in model.available and wanted not in record.features:
+            wanted = MISSING_TEXTS[model.config.missing_text] if m == "text" else m
+            if m in model.available and not wanted:
+                notes.append(
+                    "without --text, scores are made without text, as the model was trained (missing-text: none)"
+                )
+            elif wanted and m in model.available and wanted not in record.features:
                 reason = record.left_out.get(wanted, "the train set had none")
-                notes.append(f"scores are made without {'simulated text' if m == 'text' else m}: {reason}")
+                notes.append(f"scores are made without {TEXTS.get(wanted, wanted)}: {reason}")
         if settings.flows == "complete":
             notes.append("this model was trained with real text only; without --text its scores mean little")
         return cls(model, extractors, device=where, batch_size=batch_size, notes=notes, keep=keep)
@@ -182,7 +188,8 @@ class Scorer:
 
         Args:
             text: the transcript, if it is known: the words of the whole file, or timed cues, which are then the
-                utterances. It is read by the model's complete flow. Without it, text is simulated from the sound.
+                utterances. It is read by the model's complete flow. Without it, text is simulated from the sound, or
+                recognised, as the model's missing flow was trained.
             cut: ``auto`` cuts a file longer than ``max_seconds`` into utterances, ``yes`` every file, ``no`` none.
             max_seconds: longest utterance when cutting.
             bad_media: when a sound or picture track cannot be read: ``stop`` raises, ``absent`` scores without it.
@@ -305,9 +312,10 @@ class Scorer:
             states = self.extractors.real_text([p.words or "" for p in with_words], [p.wave for p in with_words])
             for p, x in zip(with_words, states, strict=True):
                 p.features["text"], p.transcript = x, p.words or ""
-        elif with_sound and "text_sim" in self.features:
-            for p, s in zip(with_sound, self.extractors.simulated_text(waves), strict=True):
-                p.features["text_sim"], p.transcript, p.status = s.states.float().cpu(), s.text, s.status
+        elif with_sound and (name := MISSING_TEXTS[self.missing_text]) in self.features:
+            make = self.extractors.recognised_text if name == "text_asr" else self.extractors.simulated_text
+            for p, s in zip(with_sound, make(waves), strict=True):
+                p.features[str(name)], p.transcript, p.status = s.states.float().cpu(), s.text, s.status
         if has_video and "video" in self.features:
             for p in parts:
                 try:
@@ -321,7 +329,7 @@ class Scorer:
                     pictures_not_used[reason] += 1
 
     def _predict(self, parts: list[_Part]) -> list[ScoredUtterance | None]:
-        condition = CONDITIONS["missing" if parts[0].words is None else "full"]
+        condition = condition_of("missing" if parts[0].words is None else "full", self.missing_text)
         usable = [p for p in parts if any(p.features.get(f) is not None for f in condition.inputs.values())]
         scores: dict[int, float] = {}
         if usable:
@@ -352,12 +360,12 @@ class Scorer:
     def _scored(self, part: _Part, score: float) -> ScoredUtterance:
         if not math.isfinite(score):
             raise UserError(f"{part.span.path}: the score is not a finite number; try --dtype fp32")
-        text = "real" if "text" in part.features else "simulated" if "text_sim" in part.features else None
+        feature = next((name for name in _TEXT_KINDS if name in part.features), None)
+        text = _TEXT_KINDS[feature] if feature else None
         kinds = {modality(f) for f, x in part.features.items() if x is not None}
         present = tuple(m for m in MODALITIES if m in kinds)
         tokens = []
-        if text and "text" in part.attention:
-            feature = "text" if text == "real" else "text_sim"
+        if feature and "text" in part.attention:
             tokens = self.extractors.tokens(feature, part.transcript, part.attention["text"].shape[1])
         places = round(part.start, 3), round(part.end, 3)
         return ScoredUtterance(*places, score, part.transcript, present, text, part.status, part.attention, tokens)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sdumc.conditions import CONDITIONS, MAIN_CONDITIONS, modality
+from sdumc.conditions import MAIN_CONDITIONS, SIMULATED, condition_of, modality
 from sdumc.data.ark import load_matrix
 from sdumc.data.dump import Dump
 from sdumc.errors import UserError
@@ -110,7 +110,7 @@ class FittedRidge:
 
 
 def fit_ridges(
-    dumps: Mapping[str, Dump], train_set: str, valid_set: str, dump_root: Path
+    dumps: Mapping[str, Dump], train_set: str, valid_set: str, dump_root: Path, missing_text: str = SIMULATED
 ) -> tuple[dict[str, FittedRidge], list[str]]:
     """A regression on the features of each main condition, as far as the dumps have them, and notes on what is not.
 
@@ -126,7 +126,7 @@ def fit_ridges(
 
     ridges, notes = {}, []
     for condition in MAIN_CONDITIONS:
-        wanted = CONDITIONS[condition].features
+        wanted = condition_of(condition, missing_text).features
         names = tuple(n for n in wanted if n in dumps[train_set].features)
         if not names or any(modality(n) == "text" and n not in names for n in wanted):
             continue

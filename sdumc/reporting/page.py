@@ -14,7 +14,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from sdumc.conditions import MAIN_CONDITIONS, TEXTS
+from sdumc.conditions import MAIN_CONDITIONS, MISSING_TEXTS, SIMULATED, TEXTS
 from sdumc.reporting.attention import (
     MAX_TOKENS,
     SHORT_QUERIES,
@@ -202,7 +202,9 @@ def _left_out(test_set: TestSet) -> list[str]:
     notes = []
     if not test_set.media:
         notes.append(f"No players: data/{test_set.name} has no video.scp or wav.scp.")
-    for kind, stage in (("text", "stage 1"), ("text_sim", "stage 2")):
+    missing = test_set.conditions.get("missing")
+    for kind in filter(None, ("text", MISSING_TEXTS[missing.missing_text if missing else SIMULATED])):
+        stage = "stage 1" if kind == "text" else "stage 2"
         if kind not in test_set.texts:
             notes.append(f"No {kind} beside the worst utterances: data/{test_set.name}/{kind} is made by {stage}.")
     if not any(run for c in test_set.shown.values() for run in c.attention):

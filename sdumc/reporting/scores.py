@@ -14,13 +14,16 @@ from pathlib import Path
 
 import numpy as np
 
+from sdumc.conditions import SIMULATED, condition_of
 from sdumc.data.dump import Dump
 from sdumc.data.tables import read_table
 from sdumc.errors import UserError
+from sdumc.files import read_yaml
 from sdumc.reporting.baselines import FittedRidge
 from sdumc.reporting.sets import Run, TestSet, read_score
 from sdumc.scoring.intervals import UNDEFINED, Bootstrap, Interval, clusters_of, format_difference, judge
 from sdumc.scoring.metrics import MEASURES, Predictions, format_measure, read_predictions, score
+from sdumc.training.settings import CONFIG
 
 
 @dataclass
@@ -58,17 +61,20 @@ class SetSummary:
 
     @property
     def recovered_sentence(self) -> str:
-        """The share of the gap between no text and real text that simulated text closes, in words."""
+        """The share of the gap between no text and real text that the missing flow's text closes, in words."""
         missing = self.test_set.conditions.get("missing")
-        if missing and missing.without_simulated_text:
-            return f"No text was simulated for {self.test_set.name}: missing is the same as none."
+        if missing and missing.without_missing_text:
+            name, simulated = self.test_set.name, missing.missing_text == SIMULATED
+            reason = f"No text was simulated for {name}" if simulated else f"The missing flow reads no text of {name}"
+            return f"{reason}: missing is the same as none."
         mean, (low, high) = self.recovered
         if math.isnan(mean):
             return "Share of the gap between none and full that missing recovers: undefined here."
         limits = " (without an interval: the gap is too uncertain)"
         if not math.isnan(low):
             limits = f" [{100 * low:.0f}, {100 * high:.0f}]"
-        return f"Simulated text recovers {100 * mean:.0f}%{limits} of the gap in MAE between none and full."
+        text = "Simulated text" if missing is None or missing.missing_text == SIMULATED else "ASR text"
+        return f"{text} recovers {100 * mean:.0f}%{limits} of the gap in MAE between none and full."
 
 
 def spread(values: Sequence[float]) -> tuple[float, float | None]:
@@ -176,7 +182,7 @@ def _findings(
 
     found = []
     order = [c for c in ("full", "missing", "none") if ("model", c) in mae]
-    if "none" in order and "missing" in order and test_set.conditions["missing"].without_simulated_text:
+    if "none" in order and "missing" in order and test_set.conditions["missing"].without_missing_text:
         order.remove("missing")  # the same as none
     for a, b in itertools.pairwise(order):
         found.append(compare(f"{a} beats {b}", ("model", a), ("model", b)))
@@ -197,6 +203,7 @@ class Results:
     tables: dict[int, Predictions]
     scores: dict[int, float]  # of one measure
     rounding: str
+    missing_text: str = SIMULATED  # what the missing flow reads
 
     def predictions(self, seeds: Sequence[int]) -> np.ndarray:
         """Those of some runs: (R, N)."""
@@ -239,6 +246,10 @@ def compare(
             those = f"over seed {', '.join(map(str, common))} only" if common else "not given: no seed is in both"
             notes.append(f"{name}: its seeds are not those of {Path(experiments[0]).name}; the difference is {those}.")
         rows.append([name.replace("_", " "), *cells, str(len(seeds))])
+    if "missing" in conditions:
+        texts = {Path(e).name: by["missing"].missing_text for e, by in zip(experiments, found, strict=True)}
+        words = "; ".join(f"{condition_of('missing', text).short} in {name}" for name, text in texts.items())
+        notes.append(f"What `missing` reads: {words}.")
     return rows, notes
 
 
@@ -280,6 +291,8 @@ def collect(experiment: str, test_set: str, condition: str, measure: str) -> Res
             raise UserError(f"{folder}/score.json: {measure} is undefined there; compare another measure")
         if results.rounding not in ("", scores["rounding"]):
             raise UserError(f"{folder}/score.json: rounding {scores['rounding']}, other seeds have {results.rounding}")
+        config = read_yaml(exp / CONFIG) if (exp / CONFIG).is_file() else {}
+        results.missing_text = str(config.get("missing-text", SIMULATED))
         results.tables[seed], results.scores[seed], results.rounding = table, scores[measure], scores["rounding"]
     return results
 

@@ -16,7 +16,16 @@ from urllib.parse import quote
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from sdumc.conditions import CONDITIONS, MAIN_CONDITIONS, TEXTS, by_condition
+from sdumc.conditions import (
+    CONDITIONS,
+    MAIN_CONDITIONS,
+    MISSING_TEXTS,
+    SIMULATED,
+    TEXTS,
+    Condition,
+    by_condition,
+    condition_of,
+)
 from sdumc.data.tables import read_table
 from sdumc.errors import UserError
 from sdumc.files import read_json, read_yaml
@@ -43,6 +52,11 @@ class Run:
         return str(self.config["seed"])
 
     @property
+    def missing_text(self) -> str:
+        """What the missing flow reads: one of :data:`sdumc.conditions.MISSING_TEXTS`."""
+        return str(self.config.get("missing-text", SIMULATED))
+
+    @property
     def best_epoch(self) -> int:
         """The epoch that training chose: the first with the lowest MAE on the valid set, averaged over conditions."""
         return min(self.history, key=_choice)["epoch"]
@@ -61,7 +75,8 @@ def collect_runs(exp_dirs: Sequence[str | Path]) -> list[Run]:
     """Read the settings and training curves of each run.
 
     Raises:
-        UserError: a folder is not there, was not trained, or two of them are the same seed.
+        UserError: a folder is not there, was not trained, two of them are the same seed, or their missing flows read
+            different texts.
     """
     runs: list[Run] = []
     for path in map(Path, exp_dirs):
@@ -78,6 +93,11 @@ def collect_runs(exp_dirs: Sequence[str | Path]) -> list[Run]:
             if other.seed == run.seed:
                 raise UserError(
                     f"{path} and {other.path} are both seed {run.seed}; a spread over seeds needs different ones"
+                )
+            if other.missing_text != run.missing_text:
+                raise UserError(
+                    f"{other.path} was trained with missing-text {other.missing_text}, {path} with {run.missing_text}: "
+                    "means over both would mean nothing; compare them with `python -m sdumc.bin.compare`"
                 )
         runs.append(run)
     return runs
@@ -153,23 +173,30 @@ class ConditionResults:
     # R attention.npz: utterance -> modality -> (7, T); empty where decoding kept none
     attention: list[dict[str, dict[str, np.ndarray]]]
 
+    missing_text: str = SIMULATED  # what the runs' missing flow reads
+
     @property
-    def without_simulated_text(self) -> bool:
-        """Whether this is ``missing`` in a set without simulated text, which is scored as under ``none``."""
-        return self.name == "missing" and not all("text_sim" in given for given in self.features)
+    def condition(self) -> Condition | None:
+        """What the folder's name stands for in these runs; None where it is no condition's name."""
+        return condition_of(self.name, self.missing_text) if self.name in CONDITIONS else None
+
+    @property
+    def without_missing_text(self) -> bool:
+        """Whether this is ``missing`` in a set without the text of the missing flow, scored as under ``none``."""
+        text = MISSING_TEXTS[self.missing_text]
+        return self.name == "missing" and not all(text in given for given in self.features)
 
     @property
     def text(self) -> str:
         """The text feature that the condition is about: one of :data:`sdumc.conditions.TEXTS`."""
-        features = CONDITIONS[self.name].features if self.name in CONDITIONS else ()
-        return next((f for f in features if f in TEXTS), "text")
+        return (self.condition.text if self.condition else None) or "text"
 
     @property
     def meaning(self) -> str:
         """Which text it is, or what is left out, in two words; empty for a folder whose name is no condition."""
-        if self.without_simulated_text:
-            return "no text (none was simulated)"
-        return CONDITIONS[self.name].short if self.name in CONDITIONS else ""
+        if self.without_missing_text and self.missing_text != "none":
+            return "no text (none was simulated)" if self.missing_text == SIMULATED else "no text (no ASR text)"
+        return self.condition.short if self.condition else ""
 
     @property
     def title(self) -> str:
@@ -277,7 +304,7 @@ def _conditions(
     tables: list[Predictions] = []
     conditions = {}
     for condition in names:
-        results = ConditionResults(condition, np.zeros(0), [], [], [], [])
+        results = ConditionResults(condition, np.zeros(0), [], [], [], [], runs[0].missing_text)
         for run in runs:
             folder = run.path / f"decode_{name}" / condition
             if condition not in found[run.path]:

@@ -190,7 +190,7 @@ def summarise(
     """
     names = list(dict.fromkeys([train_set, valid_set, *(s.name for s in test_sets)]))
     dumps = _load_dumps(names, test_sets, dump_root)
-    ridges, notes = fit_ridges(dumps, train_set, valid_set, dump_root)
+    ridges, notes = fit_ridges(dumps, train_set, valid_set, dump_root, runs[0].missing_text)
     sets = [summarise_set(s, runs, ridges, dumps.get(train_set)) for s in test_sets]
     for part in sets:
         if part.test_set.name in (train_set, valid_set):

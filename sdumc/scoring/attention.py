@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from sdumc.conditions import CONDITIONS, modality
+from sdumc.conditions import condition_of, modality
 from sdumc.data.dump import Dump
 from sdumc.data.loader import UtteranceDataset, collate
 from sdumc.model.network import SDUMC
@@ -39,7 +39,9 @@ def attend(
     """
     if model.config.fusion != "umca":
         return {}
-    inputs, flow = inputs_for(condition, dump, model.available), CONDITIONS[condition].flow
+    missing_text = model.config.missing_text
+    inputs = inputs_for(condition, dump, model.available, missing_text)
+    flow = condition_of(condition, missing_text).flow
     dataset = UtteranceDataset(dump, sorted(inputs.values()))
     index = {utt: i for i, utt in enumerate(dump.utterances)}
     was_training = model.training

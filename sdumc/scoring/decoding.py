@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 
-from sdumc.conditions import CONDITIONS, MODALITIES, modality
+from sdumc.conditions import MODALITIES, SIMULATED, TEXTS, condition_of, modality
 from sdumc.data.dump import Dump, load_dump
 from sdumc.data.loader import Batch, BatchLoader, UtteranceDataset
 from sdumc.data.sampler import GlobalBatchSampler
 from sdumc.errors import UserError
-from sdumc.files import atomic_write
+from sdumc.files import atomic_write, write_text
 from sdumc.model.network import SDUMC
 from sdumc.scoring.metrics import HEADER
 
@@ -22,16 +23,19 @@ from sdumc.scoring.metrics import HEADER
 _BATCH_FRAMES = 50_000
 
 
-def inputs_for(condition: str, dump: Dump, available: Iterable[str] = MODALITIES) -> dict[str, str]:
+def inputs_for(
+    condition: str, dump: Dump, available: Iterable[str] = MODALITIES, missing_text: str = SIMULATED
+) -> dict[str, str]:
     """Dump features to read under a condition, by network input name.
 
-    ``missing`` without simulated text in the dump means the same as ``none``. A feature that all utterances of the
+    ``missing`` means the same as ``none`` where the dump has not the text that the missing flow reads
+    (:func:`sdumc.conditions.condition_of`). A feature that all utterances of the
     dump lack is left out, and so is a modality that is not among the model's ``available`` ones.
 
     Raises:
         UserError: the dump lacks a feature that the condition is about, or has none of its modalities.
     """
-    wanted = CONDITIONS[condition]
+    wanted = condition_of(condition, missing_text)
     present = {name for name, feature in dump.features.items() if feature.entries}  # not those absent throughout
     if wanted.required and wanted.required not in present:
         raise UserError(
@@ -101,7 +105,9 @@ def decode(
     Raises:
         UserError: see :func:`inputs_for` and :class:`sdumc.data.loader.UtteranceDataset`.
     """
-    inputs, flow = inputs_for(condition, dump, model.available), CONDITIONS[condition].flow
+    missing_text = model.config.missing_text
+    inputs = inputs_for(condition, dump, model.available, missing_text)
+    flow = condition_of(condition, missing_text).flow
     was_training = model.training
     model.eval()
     ids: list[str] = []
@@ -135,6 +141,19 @@ def decode(
     )
 
 
+def write_condition(condition: str, missing_text: str, features: Sequence[str], output_dir: Path) -> None:
+    """Write condition.yaml: the condition, its flow, and the dump features that the model read."""
+    known = condition_of(condition, missing_text)
+    text = next((f for f in features if f in TEXTS), None)
+    content = {
+        "condition": condition,
+        "flow": known.flow,
+        "features": list(features),
+        "text": TEXTS[text] if text else "none",
+    }
+    write_text(output_dir / "condition.yaml", yaml.safe_dump(content, sort_keys=False))
+
+
 def write_decoded(decoded: Decoded, output_dir: Path) -> None:
     """Write predictions.tsv and, for figures, internals.npz. The predictions come last: when they exist, all does."""
     arrays = {
@@ -164,6 +183,7 @@ def _label(y: float) -> str:
     return "" if np.isnan(y) else f"{y:.6g}"
 
 
-def load_for(data_dir: Path, conditions: Iterable[str]) -> Dump:
-    """Load the features of a dump folder that any of the conditions reads."""
-    return load_dump(data_dir, sorted({feature for c in conditions for feature in CONDITIONS[c].features}))
+def load_for(data_dir: Path, conditions: Iterable[str], missing_texts: Iterable[str] = (SIMULATED,)) -> Dump:
+    """Load the features of a dump folder that any of the conditions reads, for models with these missing texts."""
+    wanted = [condition_of(c, text) for c in conditions for text in missing_texts]
+    return load_dump(data_dir, sorted({feature for c in wanted for feature in c.features}))

@@ -25,6 +25,8 @@ from sdumc.conditions import (
     PROTOCOL_CONDITIONS,
     PROTOCOL_RECORD,
     PROTOCOLS,
+    SIMULATED,
+    condition_of,
     modality,
 )
 from sdumc.data.dump import Dump
@@ -124,7 +126,9 @@ def lose_modalities(batch: Batch, inputs: Mapping[str, str], rate: float, masks:
     return Batch(batch.ids, batch.labels, batch.features, {**batch.lengths, **lengths})
 
 
-def protocol_conditions(protocol: str, dump: Dump, available: Sequence[str], asked: Sequence[str] = ()) -> list[str]:
+def protocol_conditions(
+    protocol: str, dump: Dump, available: Sequence[str], asked: Sequence[str] = (), missing_text: str = SIMULATED
+) -> list[str]:
     """The conditions that a protocol is run for: those asked for, or all that the dump and the model allow.
 
     Raises:
@@ -133,18 +137,15 @@ def protocol_conditions(protocol: str, dump: Dump, available: Sequence[str], ask
     has = {name for name, feature in dump.features.items() if feature.entries and modality(name) in available}
     if protocol == "patterns":
         found = [c for c in PATTERNS if set(CONDITIONS[c].features) <= has]
-    else:  # without simulated text, `missing` is no condition of its own
-        found = list(asked) or [c for c in PROTOCOL_CONDITIONS if CONDITIONS[c].is_possible(has) and _has_text(c, has)]
+    else:  # without the missing flow's text, `missing` is no condition of its own
+        known = [condition_of(c, missing_text) for c in PROTOCOL_CONDITIONS]
+        found = list(asked) or [c.name for c in known if c.is_possible(has) and c.text in has]
         found = found or [c for c in ("none",) if CONDITIONS[c].is_possible(has)]
     if not found:
         raise UserError(
             f"{dump.path}: protocol {protocol} needs one of {', '.join(MODALITIES)}; dump or model has none"
         )
     return found
-
-
-def _has_text(condition: str, features: set[str]) -> bool:
-    return any(f in features for f in CONDITIONS[condition].features if modality(f) == "text")
 
 
 @torch.inference_mode()
@@ -183,7 +184,9 @@ def _decode(
     models: Sequence[SDUMC], dump: Dump, condition: str, masks: Masks, batch_size: int, num_workers: int
 ) -> dict[float, tuple[list[str], np.ndarray, np.ndarray]]:
     """By rate (0 alone where nothing is drawn): sorted ids, mean predictions (N,) and labels (N,)."""
-    inputs, flow = inputs_for(condition, dump, models[0].available), CONDITIONS[condition].flow
+    missing_text = models[0].config.missing_text
+    inputs = inputs_for(condition, dump, models[0].available, missing_text)
+    flow = condition_of(condition, missing_text).flow
     rates = PROTOCOLS[masks.protocol].rates or (0.0,)
     ids: list[str] = []
     labels: list[torch.Tensor] = []

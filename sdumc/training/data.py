@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdumc.conditions import MODALITIES
+from sdumc.conditions import MISSING, MISSING_TEXTS, MODALITIES, TEXT_OF_FLOW, TEXTS
 from sdumc.data.dump import Dump, load_dump
 from sdumc.data.kaldi_dir import KaldiDir
 from sdumc.data.loader import UtteranceDataset
@@ -22,6 +22,8 @@ from sdumc.errors import UserError
 from sdumc.extraction.loop import make_batches, read_ahead, read_wave
 from sdumc.model.network import SDUMC
 from sdumc.pretrained.speech_encoder import SpeechEncoder
+
+log = logging.getLogger("sdumc")
 
 _STATISTICS_UTTERANCES = 500
 
@@ -32,9 +34,9 @@ def load_sets(settings: Namespace) -> tuple[Dump, Dump]:
     Raises:
         UserError: the sets differ in features or dimensions, or the train set lacks what the settings need.
     """
-    names = [*MODALITIES]
-    if settings.flows == "both" and settings.missing_text == "simulated":
-        names.append("text_sim")
+    names, missing_text = [*MODALITIES], None
+    if settings.flows == "both" and (missing_text := MISSING_TEXTS[settings.missing_text]):
+        names.append(missing_text)
     train = load_dump(settings.train_dir, names, require=("utt2label",))
     valid = load_dump(settings.valid_dir, names, require=("utt2label",))
     # A model cannot learn to read what no train utterance has: it is made without.
@@ -51,13 +53,26 @@ def load_sets(settings: Namespace) -> tuple[Dump, Dump]:
             raise UserError(
                 f"{valid.path}/{name}.scp: dimension {dim}, but {feature.dim} in {train.path}: other models?"
             )
-    text, simulated = train.features["text"], train.features.get("text_sim")
-    if simulated and simulated.dim != text.dim:
+    text, other = train.features["text"], train.features.get(missing_text or "")
+    if other and other.dim != text.dim:
         raise UserError(
-            f"{train.path}: text_sim has dimension {simulated.dim}, text has {text.dim}; both must come from the same "
-            "language model"
+            f"{train.path}: {missing_text} has dimension {other.dim}, text has {text.dim}; both must come from the "
+            "same language model"
         )
+    if settings.missing_text == "asr" and missing_text and not other:
+        raise UserError(
+            f"{train.path}/{missing_text}.scp: missing, but --missing-text asr needs it; run stages 2 and 3 with a "
+            "recogniser and an LLM"
+        )
+    if settings.flows == "both":
+        log.info("text of the missing flow: %s", TEXTS[missing_text] if missing_text and other else "none")
     return train, valid
+
+
+def as_inputs(by_feature: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a batch of the train set has by feature, by the network's input names: its only text besides the real one is
+    that of the missing flow."""
+    return {name if name in MODALITIES else TEXT_OF_FLOW[MISSING]: x for name, x in by_feature.items()}
 
 
 def with_dimensions(settings: Namespace, train: Dump) -> Namespace:
@@ -122,8 +137,6 @@ def drop_modalities(lengths: dict[str, Tensor], rate: float) -> dict[str, Tensor
     drop = drop & left
     return {**lengths, **{n: lengths[n].masked_fill(drop[i], 0) for i, n in enumerate(names)}}
 
-
-log = logging.getLogger("sdumc")
 
 _BATCH = 16  # utterances that are encoded or validated at once
 _ENCODED_SECONDS = 200.0  # most seconds of sound in such a batch, padded

@@ -49,7 +49,7 @@ from sdumc.training.checkpoint import (
     save_weights,
     set_rng,
 )
-from sdumc.training.data import drop_modalities, load_sets, set_normalisation, with_dimensions
+from sdumc.training.data import as_inputs, drop_modalities, load_sets, set_normalisation, with_dimensions
 from sdumc.training.distributed import Ranks, barrier, gather_objects, gather_rows, join, leave, sum_gradients
 from sdumc.training.experiment import lock_folder, log_to, write_extractors
 from sdumc.training.settings import (
@@ -230,9 +230,9 @@ def own_outputs(
     if not len(batch):  # fewer utterances than ranks: this one has nothing to contribute
         nothing = empty_loss_inputs(network.config, device)
         return dict.fromkeys(flows, nothing), torch.zeros(0, dtype=torch.bool, device=device)
-    lengths = drop_modalities(batch.lengths, settings.modality_dropout)
+    lengths = drop_modalities(as_inputs(batch.lengths), settings.modality_dropout)
     with torch.autocast(device.type, torch.bfloat16) if settings.precision == "bf16" else nullcontext():
-        outputs = network(batch.features, lengths, flows)
+        outputs = network(as_inputs(batch.features), lengths, flows)
     return {f: outputs[f].loss_inputs() for f in flows}, lengths["text"] > 0
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from sdumc.cli import Parser, at_least
-from sdumc.conditions import MODALITIES
+from sdumc.conditions import MISSING_TEXTS, MODALITIES, SIMULATED
 from sdumc.device import add_device_option
 from sdumc.errors import UserError
 from sdumc.files import read_yaml, write_text
@@ -53,9 +53,10 @@ def _add_data(g: Any) -> None:
     g.add_argument("--num-workers", type=at_least(0, int), default=2, help="threads per rank that read features ahead")
     g.add_argument(
         "--missing-text",
-        choices=("simulated", "none"),
-        default="simulated",
-        help="what the missing flow reads for text; where the dump has no text_sim, none",
+        choices=MISSING_TEXTS,
+        default=SIMULATED,
+        help="what the missing flow learns to read for text: text_sim (none where the dump has no such feature), "
+        "text_asr, or none; the condition missing then reads the same",
     )
     g.add_argument(
         "--modality-dropout",

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 from helpers.commands import call_here
-from helpers.tiny_recipe import ENV, ROOT, clip, make_recipe, predictions
+from helpers.tiny_recipe import ENV, ROOT, SMALL, clip, make_recipe, predictions
 
 from sdumc import Scorer
 from sdumc.bin import pack, predict
@@ -291,6 +291,57 @@ def test_a_packed_archive_works_elsewhere(exp, packed, clips, tmp_path):
     finally:
         moved.rename(exp.parents[1])
     assert not list(tmp_path.glob("sdumc-*"))  # nothing of the archive is left behind
+
+
+@pytest.fixture(scope="module")
+def asr_exp(exp):
+    """A model of the same clips whose missing flow reads ASR text; there is no projector."""
+    from sdumc.bin import decode, extract_audio, extract_text, finish_dump, recognize, score
+
+    root = exp.parents[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        places = ["--data-dir", "data/all", "--dump-dir", "dump/asr"]
+        common = [*places, "--device", "cpu", "--batch-size", "4"]
+        recognize.main([*common, "--model", "models/ctc"])
+        finish_dump.main([*places, "--name", "asr_hyp"])
+        extract_audio.main([*common, "--model", "models/encoder", "--layer", "-2"])
+        llm = ["--llm", "models/llm", "--layers", "-2", "--context", "prompt"]
+        extract_text.main([*common, *llm])
+        extract_text.main([*common, *llm, "--name", "text_asr", "--text", "data/all/text_asr"])
+        for name in ("audio", "text", "text_asr"):
+            finish_dump.main([*places, "--name", name])
+        sets = ["--train-dir", "dump/asr", "--valid-dir", "dump/asr", "--exp-dir", "exp/asr"]
+        train = [sys.executable, "-m", "sdumc.bin.train", *sets, *SMALL, "--missing-text", "asr", "--device", "cpu"]
+        subprocess.run(train, env=ENV, check=True, capture_output=True)
+        output = ["--exp-dir", "exp/asr", "--data-dir", "dump/asr", "--output-dir", "exp/asr/decode_all"]
+        decode.main([*output, "--condition", "full", "missing", "--device", "cpu"])
+        table = "exp/asr/decode_all/missing/predictions.tsv"
+        score.main(["--predictions", table, "--output", table.replace("predictions.tsv", "score.json")])
+    return root / "exp/asr"
+
+
+def test_asr_text_in_the_missing_flow(asr_exp, clips, tmp_path):
+    """predict and a packed model recognise the words with the recipe's recogniser."""
+    pack.main(["--exp-dir", str(asr_exp), "--output", str(tmp_path / "asr")])
+    decoded = predictions(asr_exp, "missing")
+    words = read_table(asr_exp.parents[1] / "data/all/text_asr", allow_empty=True)
+    assert len(set(words.values())) > 1  # or the comparison would say nothing
+    for folder in (asr_exp, tmp_path / "asr"):
+        scorer = Scorer.load(folder, device="cpu")
+        assert not scorer.notes
+        for utt in list(clips)[:3]:
+            (only,) = scorer.score(clips[utt]).utterances
+            assert (only.text, only.transcript, only.status) == ("asr", words[utt], "ok" if words[utt] else "empty")
+            assert only.score == pytest.approx(decoded[utt], abs=1e-4)
+    assert sorted(p.name for p in (tmp_path / "asr/models").iterdir()) == ["ctc", "encoder", "llm"]
+    card = (tmp_path / "asr/README.md").read_text()
+    assert "a speech recogniser writes one" in card and "| all | missing | audio, ASR text in the missing flow" in card
+    assert "recognises speech" in card and "simulated from the sound" not in card
+    silent = tmp_path / "quiet.wav"
+    soundfile.write(silent, np.concatenate([np.zeros(16000), 0.01 * np.ones(600)]), 16000, subtype="FLOAT")
+    (only,) = scorer.score(silent).utterances
+    assert only.text == "asr"
 
 
 def test_what_is_in_a_packed_folder(exp, packed, tmp_path):

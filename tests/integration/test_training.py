@@ -11,9 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from helpers.commands import call_here
 from helpers.dumps import make_dump
 from helpers.stopping import at_step
+
+from sdumc.data.loader import UtteranceDataset, collate
 
 ROOT = Path(__file__).resolve().parents[2]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -178,6 +181,81 @@ def test_missing_without_simulated_text_means_none(undisturbed, tmp_path):
     assert a == b
     done = call_here("decode", *args, "--condition", "full")
     assert done.returncode == 1 and "text.scp" in done.stderr and "Traceback" not in done.stderr
+
+
+def scored(exp: Path, dump: Path, conditions: list[str]) -> str:
+    """Decode and score ``dump`` into EXP/decode_test; returns the log."""
+    done = call_here(
+        "decode", "--exp-dir", exp, "--data-dir", dump, "--output-dir", exp / "decode_test", "--condition", *conditions
+    )
+    assert done.returncode == 0, done.stderr
+    for condition in conditions:
+        table = exp / "decode_test" / condition / "predictions.tsv"
+        assert call_here("score", "--predictions", table, "--output", table.with_name("score.json")).returncode == 0
+    return done.stderr
+
+
+def test_the_missing_flow_learns_from_asr_text(data, tmp_path):
+    """Beside one with simulated text: log, decode output, report and comparison say which text `missing` read."""
+    make_dump(tmp_path / "dump/test", 12, 3)
+    conditions = ["full", "missing", "asr", "none"]
+    simulated, asr = tmp_path / "exp/train_seed1", tmp_path / "exp/train_missing_asr_seed1"
+    for exp, more in ((simulated, ()), (asr, ("--missing-text", "asr"))):
+        done = call_here(*train_args(data, exp, "--epochs", 2, *more))
+        assert done.returncode == 0, done.stderr
+        assert f"text of the missing flow: {'ASR' if more else 'simulated'} text" in done.stderr
+    assert "missing: 12 utterances (audio, simulated text, video)" in scored(
+        simulated, tmp_path / "dump/test", conditions
+    )
+    assert "missing: 12 utterances (audio, ASR text in the missing flow" in scored(
+        asr, tmp_path / "dump/test", conditions
+    )
+    said = {c: yaml.safe_load((asr / "decode_test" / c / "condition.yaml").read_text()) for c in conditions}
+    assert said["missing"] == {
+        "condition": "missing",
+        "flow": "missing",
+        "features": ["audio", "text_asr", "video"],
+        "text": "ASR text",
+    }
+    assert said["asr"] == {**said["missing"], "condition": "asr", "flow": "complete"} and said["none"]["text"] == "none"
+
+    from sdumc.scoring.decoding import decode, load_for, run_batch
+    from sdumc.training.experiment import load_model
+
+    # The text reaches the missing flow: the network's own answer to it, and another than to no text.
+    model, dump = load_model(asr), load_for(tmp_path / "dump/test", ["missing"], ["asr"])
+    found = decode(model, dump, "missing")
+    batch = collate([UtteranceDataset(dump, ["audio", "text_asr", "video"])[i] for i in range(12)])
+    inputs = {"audio": "audio", "text_sim": "text_asr", "video": "video"}
+    own = run_batch(model, batch, inputs, "missing").prediction.detach().numpy()
+    np.testing.assert_allclose(found.prediction, own, atol=1e-5)
+    assert np.abs(found.prediction - decode(model, dump, "none").prediction).max() > 1e-3
+
+    words = ["--data-root", tmp_path / "data", "--dump-root", tmp_path / "dump", "--test-sets", "test"]
+    done = call_here(
+        "report", "--exp-dirs", asr, *words, "--output-dir", tmp_path / "r", "--results", tmp_path / "R.md"
+    )
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "R.md").read_text()
+    assert "| missing: ASR text, missing flow |" in text and "| asr: ASR text |" in text
+    assert "missing-text: asr" in text and "imulated text recovers" not in text
+    done = call_here("report", "--exp-dirs", simulated, asr, *words, "--output-dir", tmp_path / "both")
+    assert done.returncode == 1 and "both seed 1" in done.stderr
+    config = asr / "config.yaml"
+    config.write_text(config.read_text().replace("seed: 1\n", "seed: 2\n"))
+    done = call_here("report", "--exp-dirs", simulated, asr, *words, "--output-dir", tmp_path / "both")
+    assert done.returncode == 1 and "missing-text simulated" in done.stderr and "sdumc.bin.compare" in done.stderr
+    names = [str(exp).removesuffix("_seed1") for exp in (simulated, asr)]
+    done = call_here("compare", "--experiments", *names, "--conditions", *conditions, "--data-root", tmp_path / "data")
+    assert done.returncode == 0, done.stderr
+    assert "What `missing` reads: simulated text in train; ASR text, missing flow in train_missing_asr." in done.stdout
+
+
+def test_no_asr_text_where_it_is_asked_for(data, tmp_path):
+    for name in ("train", "valid"):
+        make_dump(tmp_path / name, 8, 1, names=("audio", "text", "text_sim"))
+    done = call_here(*train_args(tmp_path, tmp_path / "exp", "--missing-text", "asr"))
+    assert done.returncode == 1 and "text_asr.scp: missing, but --missing-text asr needs it" in done.stderr
 
 
 @pytest.mark.parametrize("without", ["train", "valid", "test"])

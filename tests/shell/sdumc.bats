@@ -20,7 +20,7 @@ setup() {
 @test "wrong options end with a message before anything is done" {
   for words in "--stag 3" "--nj four" "--nj 0" "--stage 5 --stop-stage 4" "--stop-stage 7" "--ngpu x" "--num-nodes 2" \
     "--cmd-backend pbs" "stray" "--train-set a/b" "--seeds one" "--test-sets=" "--expdir=a;b" "--exp-tag x*y" \
-    "--conditions fulll"; do
+    "--conditions fulll" "--missing-text real"; do
     # shellcheck disable=SC2086
     run recipe ${words}
     [[ ${status} == 2 && ${output} == *"error: "* ]]
@@ -71,6 +71,35 @@ setup() {
   forget_calls
   recipe --stage 3 --stop_stage=3
   [[ $(calls | cut -d' ' -f1 | sort -u | xargs) == "extract_audio extract_text extract_video finish_dump" ]]
+}
+
+@test "--missing-text asr: without a projector, from the recogniser's transcripts to the report" {
+  run recipe --missing-text asr
+  [[ ${status} == 0 && ! -e dump/train/text_sim.scp && ! -e exp/projector ]]
+  [[ -f exp/train_missing_asr_seed1/decode_test/missing/score.json && -f dump/train/text_asr.scp ]]
+  [[ ${output} == *"none   text_sim: the missing flow reads other text (missing-text: asr)"* ]]
+  [[ $(calls) != *projector* && $(calls) != *simulate_text* ]]
+  [[ $(calls | grep '^extract_text' | grep -vc -e '--context prompt') == 0 ]]
+  [[ $(calls | grep -c '^train .*--missing-text asr') == 1 ]]
+  # It depends on the ASR text's features, and on nothing else of the text.
+  forget_calls
+  rm dump/train/text_asr.scp
+  recipe --missing-text asr
+  [[ $(calls | cut -d' ' -f1 | sort -u | xargs) == "decode extract_text finish_dump report score train" ]]
+  # The encoder is not needed for text; a recogniser is.
+  run recipe --missing-text asr --encoder "" --datadir data2 --dumpdir dump2 --stop-stage 3
+  [[ ${status} == 0 && -f dump2/train/text_asr.scp && ! -e dump2/train/audio.scp ]]
+  run recipe --missing-text asr --asr-model "" --datadir data3 --dumpdir dump3 --stop-stage 3
+  [[ ${status} == 2 && ${output} == *"--missing-text asr needs --asr-model"* ]]
+}
+
+@test "simulated and ASR text in the missing flow, beside each other in one recipe" {
+  echo "missing-text: asr" >conf/asr_text.yaml
+  recipe
+  forget_calls
+  run recipe --train-config conf/asr_text.yaml
+  [[ ${status} == 0 && $(calls | cut -d' ' -f1 | sort -u | xargs) == "decode report score train" ]]
+  [[ -f exp/asr_text_seed1/config.yaml && -f exp/train_seed1/config.yaml ]]
 }
 
 @test "a failing job stops the recipe with its code, its log and the stage" {

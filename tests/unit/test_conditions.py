@@ -34,6 +34,16 @@ def test_each_condition_reads_what_its_flow_takes():
     assert c.CONDITIONS["missing"].inputs["text_sim"] == "text_sim"
 
 
+def test_missing_reads_what_the_missing_flow_has_learned_with():
+    asr, none = (c.condition_of("missing", text) for text in ("asr", "none"))
+    assert asr.inputs == {"audio": "audio", "text_sim": "text_asr", "video": "video"} and asr.flow == c.MISSING
+    assert asr.required is None and "ASR text" in asr.given and asr.given != c.CONDITIONS["asr"].given
+    assert none.inputs == c.CONDITIONS["none"].inputs and none.flow == c.MISSING
+    for name, known in c.CONDITIONS.items():
+        for text in c.MISSING_TEXTS:
+            assert c.condition_of(name, text) == known or (name == "missing" and text != c.SIMULATED)
+
+
 def test_every_subset_of_the_true_modalities_is_a_condition_once():
     plain = [x.features for x in c.CONDITIONS.values() if set(x.features) <= set(c.MODALITIES)]
     assert len(set(plain)) == 7 and len(plain) == 8  # audio+video is none, by another name
@@ -55,6 +65,12 @@ def test_what_a_dump_allows(tmp_path, features, possible):
     assert c.possible_conditions(dump(tmp_path / "d", *features), asked) == possible.split()
 
 
+def test_what_a_dump_allows_depends_on_the_missing_flows_text(tmp_path):
+    folder = dump(tmp_path / "d", "text_asr")
+    found = {text: c.possible_conditions(folder, ["missing", "asr"], text) for text in c.MISSING_TEXTS}
+    assert found == {"simulated": ["asr"], "asr": ["missing", "asr"], "none": ["asr"]}
+
+
 def test_a_feature_that_all_utterances_lack_is_not_there(tmp_path):
     folder = dump(tmp_path / "d", "audio", "text", absent="text")
     assert c.possible_conditions(folder, ["full", "none"]) == ["none"]
@@ -74,6 +90,8 @@ def test_the_shell_is_answered(tmp_path):
     folder = str(dump(tmp_path / "d", "audio", "text"))
     assert ask("possible", folder, "asr none full") == (0, "none\nfull\n", "")
     assert ask("possible", folder, "asr") == (0, "", "")
+    assert ask("possible", folder, "missing", "none") == (0, "missing\n", "")
+    assert ask("possible", folder, "missing", "real")[0] == 2
     assert ask("check", "full none") == (0, "", "")
     code, out, err = ask("check", "full", "fulll")
     assert code == 2 and not out and err.startswith("error: there is no condition 'fulll'") and "audio+text" in err
