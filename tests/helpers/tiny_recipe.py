@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "egs/mini/local"))  # for the helpers that also run as scripts, without pytest's settings
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 SECONDS = (0.7, 1.3, 0.9, 1.1, 0.6, 1.0)
 SMALL = ["--dim", "16", "--content-dim", "8", "--batch-size", "3", "--lr", "2e-2", "--epochs", "15"]

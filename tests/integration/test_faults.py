@@ -326,6 +326,7 @@ def test_what_bad_input_prints(tmp_path):
     output = tmp_path / "results.json"
     command = [sys.executable, ROOT / "tests/helpers/bad_inputs.py", "--json", output]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert output.exists(), done.stderr
     results = [bad_inputs.Result(**r) for r in json.loads(output.read_text())]
     wrong = [f"{r.title}: {r.wrong}" for r in results if r.wrong]
     assert done.returncode == 0 and not wrong, "\n".join(wrong)
