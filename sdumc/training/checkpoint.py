@@ -102,6 +102,7 @@ def set_rng(states: list[Tensor], device: torch.device) -> None:
 CHECKPOINT = "checkpoint.pt"
 VALID_BEST = "model.valid-best.safetensors"
 AVERAGED = "model.averaged.safetensors"
+TOLERANCE = 0.05  # by how much the average's MAE on valid may exceed the best epoch's
 CHOSEN = "chosen.yaml"  # the epochs whose mean VALID_BEST is, at the end of a run
 PACKED = "model.safetensors"  # the only weights of a packed model
 
@@ -236,7 +237,9 @@ def average_best(exp_dir: Path, epochs: Sequence[int]) -> None:
 
 
 def choose(exp_dir: Path, ranking: Sequence[tuple[float, int]], averaged: float) -> tuple[float, list[int]]:
-    """Make VALID_BEST the average of the best epochs if its MAE on valid, ``averaged``, is lower than that of each.
+    """Make VALID_BEST the average of the best epochs, unless its MAE on valid, ``averaged``, is clearly worse.
+
+    The best epoch's MAE is the lowest of many, so it is too low by chance; the average was not chosen among others.
 
     Args:
         ranking: MAE on valid and number of the best epochs, best first.
@@ -245,7 +248,7 @@ def choose(exp_dir: Path, ranking: Sequence[tuple[float, int]], averaged: float)
         The MAE of what was chosen, and its epochs; also written to CHOSEN.
     """
     mae, epochs = ranking[0][0], [ranking[0][1]]
-    if len(ranking) > 1 and averaged < mae:
+    if len(ranking) > 1 and averaged <= (1 + TOLERANCE) * mae:
         mae, epochs = averaged, sorted(epoch for _, epoch in ranking)
         with atomic_write(exp_dir / VALID_BEST, "wb") as f:
             f.write((exp_dir / AVERAGED).read_bytes())

@@ -89,7 +89,7 @@ def load_model(exp_dir: Path, which: str = "valid-best") -> SDUMC:
 
     Args:
         exp_dir: an exp folder, or a packed one, which has one model only.
-        which: ``valid-best``, the epoch that is best on valid, or ``averaged``, the mean of the best epochs.
+        which: ``valid-best``, which training chose, or ``averaged``, the mean of the best epochs in any case.
 
     Raises:
         UserError: the folder lacks a file or the files do not belong together.

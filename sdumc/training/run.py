@@ -342,10 +342,10 @@ def finish(
         return
     mae, epochs = choose(exp_dir, state.ranking, mean_mae(scores))
     best, epoch = state.ranking[0]
-    what = f"epoch {epoch} is"
+    what, weights = f"epoch {epoch} is", exp_dir / VALID_BEST
     if len(epochs) > 1:
-        what = f"the average of epochs {', '.join(map(str, epochs))} (epoch {epoch} alone: {best:.4f}) is"
-    log.info("done: %s best on valid (mean MAE %.4f) -> %s", what, mae, exp_dir / VALID_BEST)
+        what = f"the average of epochs {', '.join(map(str, epochs))}, the best on valid, is"
+    log.info("done: %s taken (mean MAE on valid %.4f; best epoch %d: %.4f) -> %s", what, mae, epoch, best, weights)
     for doubt in doubts(epoch, state.epoch - 1, best, median_mae(train_set.labels.values(), valid_set.labels.values())):
         log.warning(doubt)
 

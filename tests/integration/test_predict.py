@@ -450,7 +450,8 @@ def test_error_streams_have_our_own_lines_only(exp, tmp_path, monkeypatch):
         "INFO # parameters; 6 train and 6 valid utterances",
         "INFO 1 steps an epoch on 1 x cpu",
         "INFO epoch   1/1  loss #  valid MAE: full #  missing #  best  (# s)",
-        f"INFO done: epoch 1 is best on valid (mean MAE #) -> {tmp_path}/exp/model.valid-best.safetensors",
+        "INFO done: epoch 1 is taken (mean MAE on valid #; best epoch 1: #) -> "
+        f"{tmp_path}/exp/model.valid-best.safetensors",
         "WARNING the best epoch is the last one (1): still improving; train longer",
         f"INFO full: 6 utterances (audio, real text, video) -> {tmp_path}/out",
         f"INFO {tmp_path}/tiny.tar: # MB; score with: sdumc.bin.predict --exp-dir {tmp_path}/tiny.tar",

@@ -20,7 +20,7 @@ setup() {
 @test "wrong options end with a message before anything is done" {
   for words in "--stag 3" "--nj four" "--nj 0" "--stage 5 --stop-stage 4" "--stop-stage 7" "--ngpu x" "--num-nodes 2" \
     "--cmd-backend pbs" "stray" "--train-set a/b" "--seeds one" "--test-sets=" "--expdir=a;b" "--exp-tag x*y" \
-    "--conditions fulll" "--missing-text real"; do
+    "--conditions fulll" "--missing-text real" "--protocols frame"; do
     # shellcheck disable=SC2086
     run recipe ${words}
     [[ ${status} == 2 && ${output} == *"error: "* ]]
@@ -41,6 +41,21 @@ setup() {
   forget_calls
   run recipe
   [[ ${status} == 0 && -z $(calls) && ${output} == *"nothing to do"* && ${output} != *"  run "* ]]
+}
+
+@test "protocols: one step for all of them, and the report again" {
+  recipe
+  forget_calls
+  run recipe --protocols "patterns frames"
+  [[ ${status} == 0 && $(calls | cut -d' ' -f1 | xargs) == "decode report" ]]
+  calls | grep -q -- '--protocol patterns frames --output-dir exp/train_seed1/decode_test/protocols '
+  [[ -f exp/train_seed1/decode_test/protocols/frames/protocol.yaml ]]
+  forget_calls
+  run recipe --protocols "patterns frames"
+  [[ ${status} == 0 && -z $(calls) ]]
+  touch -d "2001-01-01" exp/train_seed1/model.valid-best.safetensors
+  run recipe --protocols "patterns frames"
+  [[ ${status} == 0 && $(calls | grep -c '^decode ') == 2 ]]
 }
 
 @test "a deleted output is made again, with what depends on it and nothing else" {

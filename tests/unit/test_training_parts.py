@@ -116,7 +116,7 @@ def test_dimensions_come_from_the_train_set_and_leave_the_settings_alone(tmp_pat
         with_dimensions(get_parser().parse_args([*words, "--audio-dim", "7"]), train)
 
 
-def test_the_average_is_taken_where_it_is_better_on_valid(tmp_path):
+def test_the_average_is_taken_unless_it_is_clearly_worse_on_valid(tmp_path):
     for epoch in (3, 5):
         save_weights(epoch_file(tmp_path, epoch), {"x": torch.tensor(float(epoch))})
     ranking = [(0.9, 5), (1.0, 3)]
@@ -129,5 +129,6 @@ def test_the_average_is_taken_where_it_is_better_on_valid(tmp_path):
         return mae, epochs, float(load_weights(tmp_path / "model.valid-best.safetensors")["x"])
 
     assert chosen(0.85, ranking) == (0.85, [3, 5], 4.0)
-    assert chosen(0.9, ranking) == (0.9, [5], 5.0)  # the run goes on after the first choice: nothing of it is left
+    assert chosen(0.94, ranking) == (0.94, [3, 5], 4.0)  # no clear lead of the best of many epochs
+    assert chosen(0.95, ranking) == (0.9, [5], 5.0)  # the run goes on after the first choice: nothing of it is left
     assert chosen(0.85, ranking[:1]) == (0.9, [5], 5.0)

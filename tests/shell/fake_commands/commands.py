@@ -38,6 +38,9 @@ def main(name: str) -> None:
     elif name == "train":
         write(exp / "config.yaml", exp / "model.valid-best.safetensors", exp / "model.averaged.safetensors")
         write(exp / "checkpoint.pt", exp / "metrics.jsonl")
+    elif name == "decode" and "--protocol" in sys.argv:
+        for protocol in sys.argv[sys.argv.index("--protocol") + 1 : sys.argv.index("--output-dir")]:
+            write(Path(option("output-dir")) / protocol / "protocol.yaml")
     elif name == "decode":
         start = sys.argv.index("--condition") + 1
         conditions = sys.argv[start : sys.argv.index("--output-dir")]
