@@ -36,6 +36,7 @@ CORE = [
 EXTRAS = {
     "mini": ["espeakng-loader>=0.2.4"],  # stage 0 of egs/mini: speech synthesis
     "mosei": ["h5py>=3.12.1"],  # .csd files
+    "demo": ["starlette>=0.49.1", "uvicorn>=0.34"],  # sdumc demo: a page to drop a clip on
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.8",
@@ -60,7 +61,7 @@ setup(
     packages=find_packages(include=["sdumc", "sdumc.*"]),
     package_data={
         "sdumc.reporting": ["page.html", "parts.html"],
-        "sdumc.prediction": ["clip.html"],
+        "sdumc.prediction": ["clip.html", "demo.html"],
         "sdumc.extraction": ["yunet.safetensors", "yunet.LICENSE"],
     },
     entry_points={"console_scripts": ["sdumc=sdumc.__main__:main"]},

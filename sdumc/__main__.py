@@ -43,6 +43,7 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "your own clips": {
         "predict": "score video or audio files with a trained model",
+        "demo": "a page on this machine to drop a clip on",
         "pack": "pack a trained model for another machine",
     },
     "tools": {

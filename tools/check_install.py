@@ -29,6 +29,7 @@ USED_BY = {  # extra -> who needs it
     "": "all stages",
     "mini": "egs/mini, stage 0",
     "mosei": "egs/mosei, stage 1",
+    "demo": "sdumc demo",
     "test": "tests/run.sh",
 }
 

@@ -10,7 +10,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 #: Options
-extras=mini    #: what to install beyond the core, with commas: mini (egs/mini), mosei (egs/mosei), test, or all
+extras=mini    #: what to install beyond the core, with commas: mini (egs/mini), mosei (egs/mosei), demo, test, or all
 versions=pinned #: pinned (tools/pins.txt), or the oldest or newest that setup.py allows
 python=        #: the Python to make tools/venv with, 3.10 to 3.13; found by itself otherwise
 torch=auto     #: build of torch: cpu, cuda, or auto (cuda where an NVIDIA driver is found, cpu elsewhere)
@@ -27,7 +27,8 @@ die() {
 [[ ${versions} == pinned || ${versions} == oldest || ${versions} == newest ]] ||
   die "--versions is pinned, oldest or newest, not '${versions}'"
 for extra in ${extras//,/ }; do
-  [[ " mini mosei test all " == *" ${extra} "* ]] || die "--extras: there is no '${extra}', only mini, mosei, test and all"
+  [[ " mini mosei demo test all " == *" ${extra} "* ]] ||
+    die "--extras: there is no '${extra}', only mini, mosei, demo, test and all"
 done
 
 # The stamp in an environment says for which clone, versions and Python it is complete, and with which extras.

@@ -8,12 +8,16 @@ import re
 import shutil
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from helpers import shared
+from helpers.browser import Tab, find_browser
 from helpers.commands import call_here
+from helpers.stopping import wait_until
 from helpers.tiny_recipe import ENV, ROOT, SMALL, clip, make_recipe, predictions
 
 from sdumc import Scorer
@@ -174,6 +178,69 @@ def test_a_page_for_all_files(capsys, exp, clips, tmp_path):
     assert "--w: " in page  # the tokens of the words are known
     code, _, _ = run(capsys, "--exp-dir", exp, clips["spk0-000"], "--text", "so good", "--html", tmp_path / "pages")
     assert code == 0 and "attention of seven queries over real text" in (tmp_path / "pages/spk0-000.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def site(exp, tmp_path_factory):
+    """`sdumc demo` in a process of its own: its address, and the folder for its temporary files."""
+    folder = tmp_path_factory.mktemp("demo")
+    words = ["demo", "--exp-dir", str(exp), "--device", "cpu", "--port", "0"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "sdumc", *words],
+        env={**ENV, "TMPDIR": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as server:
+        assert server.stdout is not None and server.stderr is not None
+        address = server.stdout.readline().split()[0]
+        yield address, folder
+        server.terminate()
+        assert server.wait(300) == 0 and server.stderr.read() == ""
+    assert not list(folder.glob("sdumc-demo-*"))  # a signal too removes what is temporary
+
+
+def test_the_demo_says_what_predict_says(site, scorer, clips):
+    address, folder = site
+    content, name = clips["spk1-001"].read_bytes(), {"X-Sdumc-Name": "mine.mp4"}
+    with urllib.request.urlopen(urllib.request.Request(f"{address}/clips", content, name)) as reply:
+        job = f"{address}/clips/{json.load(reply)['job']}"
+
+    def state() -> dict:
+        with urllib.request.urlopen(job) as reply:
+            return json.load(reply)
+
+    wait_until(lambda: state()["state"] not in ("waiting", "running"))
+    assert state()["state"] == "done", state()
+    with urllib.request.urlopen(f"{job}/page") as reply:
+        page = reply.read().decode()
+    expected = f"{scorer.score(clips['spk1-001']).overall:+.2f}".replace("-", "−")
+    assert f"<b>{expected}</b>" in page and "<h1>mine.mp4</h1>" in page and 'src="data:video/mp4' in page
+    assert [p.name for p in folder.glob("sdumc-demo-*/*")] == ["lock"]
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_a_clip_is_dropped_on_the_demo(site, clips, tmp_path):
+    """A real one, where there are any: MPEG, which browsers do not play."""
+    program = find_browser()
+    if program is None:
+        pytest.skip("no chromium; `tests/run.sh --with-browser` gets it")
+    address, _ = site
+    dropped = next(shared.MEDIA.glob("*.mpg"), clips["spk0-000"])
+    broken = tmp_path / f"broken{dropped.suffix}"
+    broken.write_bytes(b"x" + dropped.read_bytes()[:3000])
+    with Tab(program, tmp_path / "profile") as tab:
+        tab.open(address)
+        tab.drop("#drop", broken)
+        assert tab.wait("document.getElementById('error').textContent").startswith(broken.name)
+        tab.drop("#drop", dropped)
+        tab.wait("!document.getElementById('answer').hidden || document.getElementById('error').textContent")
+        assert tab.js("document.getElementById('status').textContent") == f"{dropped.name}: done"
+        tab.open(tab.js("document.getElementById('open').href"))
+        tab.wait("document.querySelector('video').readyState >= 2")
+        assert float(tab.js("document.querySelector('.overall b').textContent").replace("−", "-"))
+        assert not tab.problems
 
 
 def test_subtitles_give_words_and_times(scorer, capsys, exp, tmp_path):

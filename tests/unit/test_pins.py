@@ -38,7 +38,7 @@ def pinned(python: str) -> dict[str, list[Version]]:
 @pytest.mark.parametrize("python", PYTHONS)
 def test_every_requirement_is_pinned_within_its_range(check_install, python):
     wanted = check_install.requirements()
-    assert set(wanted) == {"", "mini", "mosei", "test"}
+    assert set(wanted) == {"", "mini", "mosei", "demo", "test"}
     pins = pinned(python)
     assert all(len(versions) == 1 for versions in pins.values())
     for line in (line for lines in wanted.values() for line in lines):
