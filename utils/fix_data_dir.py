@@ -24,7 +24,7 @@ def get_parser() -> Parser:
     group.add_argument("--dropped", metavar="FILE", help="the list of what was left out (DATA_DIR/dropped.tsv)")
     group.add_argument("--no-media", action="store_true", help="do not open the media files")
     group.add_argument(
-        "--label-range", nargs=2, type=float, default=(-3.0, 3.0), metavar=("LOW", "HIGH"), help="labels allowed"
+        "--label-range", nargs=2, type=float, metavar=("LOW", "HIGH"), help="labels allowed; as scale.yaml says"
     )
     return parser
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from sdumc.data.kaldi_dir import load_kaldi_dir
 
     dropped = args.dropped or Path(args.data_dir) / "dropped.tsv"
-    label_range = (args.label_range[0], args.label_range[1])
+    label_range = (args.label_range[0], args.label_range[1]) if args.label_range else None
     rows = fix_kaldi_dir(args.data_dir, dropped, args.max_drop, check_media=not args.no_media, label_range=label_range)
     kept = len(load_kaldi_dir(args.data_dir, label_range).utterances)
     for utt, _, reason in rows:

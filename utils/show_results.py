@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sdumc.conditions import by_condition
 from sdumc.errors import EXIT_USER_ERROR, UserError
 from sdumc.files import read_json
+from sdumc.scale import CMU, from_dict
 
-MEASURES = ("mae", "corr", "acc7", "acc2_has0", "acc2_non0")
-WIDTHS = (7, 7, 7, 10, 10)
+LEFT_OUT = ("ccc", "acc5", "acc3", "f1_has0", "f1_non0")  # on CMU's scale, so that a line fits the screen
 
 
 def table(decoded: Path) -> str:
@@ -25,18 +25,23 @@ def table(decoded: Path) -> str:
     Raises:
         UserError: a score.json cannot be read, or has no such measure.
     """
-    header = "".join(f" {name:>{width}}" for name, width in zip(MEASURES, WIDTHS, strict=True))
-    lines = [str(decoded), f"  {'condition':<12}{header} {'n':>5}"]
+    lines: list[str] = []
     for path in sorted(decoded.glob("*/score.json"), key=lambda p: by_condition(p.parent.name)):
         score = read_json(path, "run stage 5 again")
         try:
-            cells = ["-" if score[m] is None else f"{score[m]:.3f}" for m in MEASURES]
+            scale = from_dict(score.get("scale", CMU.as_dict()), path)
+            names = [m for m in scale.measures if scale.scheme != "cmu" or m not in LEFT_OUT]
+            cells = ["-" if score[m] is None else f"{score[m]:.3f}" for m in names]
             n = score["n"]
-        except (KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, TypeError, ValueError):
             raise UserError(f"{path}: not a score; run stage 5 again") from None
-        row = "".join(f" {cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True))
+        widths = [max(7, len(name) + 1) for name in names]
+        if not lines:
+            header = "".join(f" {name:>{width}}" for name, width in zip(names, widths, strict=True))
+            lines = [f"{decoded}  (labels from {scale.ends})", f"  {'condition':<12}{header} {'n':>5}"]
+        row = "".join(f" {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
         lines.append(f"  {path.parent.name:<12}{row} {n:>5}")
-    return "\n".join(lines)
+    return "\n".join(lines or [str(decoded), "  nothing is scored"])
 
 
 def main(argv: list[str]) -> int:

@@ -23,7 +23,7 @@ def get_parser() -> Parser:
     group.add_argument("data_dir", nargs="+", help="such as data/train")
     group.add_argument("--no-media", action="store_true", help="do not open the media files")
     group.add_argument(
-        "--label-range", nargs=2, type=float, default=(-3.0, 3.0), metavar=("LOW", "HIGH"), help="labels allowed"
+        "--label-range", nargs=2, type=float, metavar=("LOW", "HIGH"), help="labels allowed; as scale.yaml says"
     )
     return parser
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     from sdumc.data.kaldi_dir import load_kaldi_dir, validate_kaldi_dir
 
-    label_range = (args.label_range[0], args.label_range[1])
+    label_range = (args.label_range[0], args.label_range[1]) if args.label_range else None
     failed = False
     for path in args.data_dir:
         problems: list[object] = []

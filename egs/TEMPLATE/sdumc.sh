@@ -25,6 +25,7 @@ test_sets="test" #: sets to score, with spaces
 datadir=data     #: folder of the Kaldi data directories
 dumpdir=dump     #: folder of the features
 expdir=exp       #: folder of the experiments
+label_scale=     #: lowest and highest label and, if wanted, the classes: '1 5', '1 5 nearest', sims, cmu; empty: as scale.yaml says, or cmu
 max_drop=0.01    #: largest share of a set that may be left out, or whose media may fail to be read
 #: Pretrained models (folders; empty: what needs the model is left out)
 encoder=         #: speech encoder, for audio features and the speech LLM
@@ -104,6 +105,9 @@ check_conditions() {
     reads=$(python3 utils/yaml_for_shell.py value missing-text "${train_config}")
   fi
   reads=${reads:-simulated}
+  if [[ -n ${label_scale} ]]; then
+    problem=$(python3 -m sdumc.scale check "${label_scale}" 2>&1) || die "--label-scale: ${problem#error: }"
+  fi
 }
 
 # Sets `ngpu` where it is auto, `device`, and `gpu_option`, the runners' option for jobs that use one GPU.
@@ -199,9 +203,22 @@ prepare_corpus() {
   if [[ -f local/corpus.sh ]]; then bash local/corpus.sh; fi
 }
 
+# Writes scale.yaml into the data directories and dumps that are there, if --label-scale is given.
+declare_scale() {
+  local set folders=()
+  if [[ -z ${label_scale} ]]; then return; fi
+  for set in ${all_sets}; do folders+=("${datadir}/${set}" "${dumpdir}/${set}"); done
+  python3 -m sdumc.scale write "${label_scale}" "${folders[@]}"
+}
+
 prepare_data() {
   local set data
+  if [[ -n ${label_scale} ]]; then # before local/data.sh, so that utils/fix_data_dir.py finds it
+    for set in ${all_sets}; do mkdir -p "${datadir}/${set}"; done
+    declare_scale
+  fi
   if [[ -f local/data.sh ]]; then bash local/data.sh; fi
+  declare_scale
   for set in ${all_sets}; do
     data=${datadir}/${set}
     if [[ ! -e ${data}/wav.scp && -e ${dumpdir}/${set}/utt2label ]]; then
@@ -209,7 +226,7 @@ prepare_data() {
       continue
     fi
     step "check ${data}" --inputs "${data}/wav.scp" "${data}/utt2spk" --optional-inputs \
-      "${data}"/{segments,video.scp,text,utt2label,spk2utt,utt2dur} \
+      "${data}"/{segments,video.scp,text,utt2label,spk2utt,utt2dur,scale.yaml} \
       -- ${train_cmd} "${data}/log/check.log" -- python3 utils/validate_data_dir.py "${data}"
   done
 }
@@ -299,8 +316,10 @@ copy_labels() {
     labels=${datadir}/${set}/utt2label dump=${dumpdir}/${set}
     if [[ ! -f ${labels} ]]; then continue; fi
     # shellcheck disable=SC2016  # bash -c expands its own
-    step "labels ${set}" --inputs "${labels}" --outputs "${dump}/utt2label" -- \
-      bash -c 'mkdir -p "$2" && cp "$1" "$2/.copy" && mv "$2/.copy" "$2/utt2label"' copy "${labels}" "${dump}"
+    step "labels ${set}" --inputs "${labels}" --optional-inputs "${datadir}/${set}/scale.yaml" \
+      --outputs "${dump}/utt2label" -- bash -c 'mkdir -p "$2" && rm -f "$2/scale.yaml" &&
+        if [[ -e $1/scale.yaml ]]; then cp "$1/scale.yaml" "$2/.copy" && mv "$2/.copy" "$2/scale.yaml"; fi &&
+        cp "$1/utt2label" "$2/.copy" && mv "$2/.copy" "$2/utt2label"' copy "${datadir}/${set}" "${dump}"
   done
 }
 
@@ -374,7 +393,9 @@ train_all_seeds() {
     asr) missing_feature=text_asr ;;
     *) missing_feature= ;;
   esac
+  declare_scale # of features from elsewhere
   for set in "${train_set}" "${valid_set}"; do
+    optional+=("${dumpdir}/${set}/scale.yaml")
     inputs+=("${dumpdir}/${set}/utt2label")
     for name in audio text ${missing_feature} video; do
       optional+=("${dumpdir}/${set}/${name}".{scp,frames,absent})
@@ -433,7 +454,7 @@ decode_set() { # EXP SET: decodes under all conditions in one process, then scor
   step "decode ${output}" \
     --inputs "${exp}"/{config.yaml,model.valid-best.safetensors} "${dumpdir}/${set}/utt2label" \
     --optional-inputs "${dumpdir}/${set}"/{audio,text,text_sim,text_asr,video}.{scp,frames,absent} \
-    --outputs "${outputs[@]}" --ignore device \
+    "${dumpdir}/${set}/scale.yaml" --outputs "${outputs[@]}" --ignore device \
     -- ${decode_cmd} "${gpu_option[@]}" "${output}/log/decode.log" -- \
     python3 -m sdumc.bin.decode --exp-dir "${exp}" --data-dir "${dumpdir}/${set}" --condition "${possible[@]}" \
     --output-dir "${decode_output}" --device "${device}" \
@@ -509,7 +530,7 @@ main() {
   all_sets=$(printf '%s\n' ${train_set} ${valid_set} ${test_sets} | awk '!seen[$0]++')
   speech_projector=${projector:-${expdir}/projector}
   # For local/*.sh:
-  export train_set valid_set test_sets datadir dumpdir expdir nj ngpu device force max_drop
+  export train_set valid_set test_sets datadir dumpdir expdir nj ngpu device force max_drop label_scale
   export encoder llm projector asr_model vision_model train_cmd decode_cmd cuda_cmd
   export -f step
   mkdir -p "${state_dir}"

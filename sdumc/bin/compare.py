@@ -15,7 +15,7 @@ from sdumc.cli import Parser, run
 from sdumc.conditions import CONDITIONS
 from sdumc.reporting.results import markdown_table
 from sdumc.reporting.scores import compare
-from sdumc.scoring.metrics import LOWER_IS_BETTER, MEASURES
+from sdumc.scoring.metrics import EVERY_MEASURE, LOWER_IS_BETTER
 
 
 def get_parser() -> Parser:
@@ -31,7 +31,9 @@ def get_parser() -> Parser:
         metavar="NAME",
         help="a column each",
     )
-    group.add_argument("--measure", choices=MEASURES, default="mae", metavar="NAME", help="a measure of score.json")
+    group.add_argument(
+        "--measure", choices=EVERY_MEASURE, default="mae", metavar="NAME", help="a measure of score.json"
+    )
     group.add_argument(
         "--data-root", default="data", metavar="DIR", help="its <test-set>/utt2spk has the speakers to resample"
     )

@@ -172,7 +172,7 @@ def decode_condition(
     else:
         for name in ("internals.npz", "attention.npz"):  # of one model, decoded here earlier
             (folder / name).unlink(missing_ok=True)
-        write_predictions(found[0].ids, mean_predictions(found), found[0].label, folder)
+        write_predictions(found[0].ids, mean_predictions(found), found[0].label, folder, dump.scale)
     return len(found[0].ids)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from sdumc.cli import Parser, run, setup_logging
 from sdumc.device import add_device_option
 from sdumc.errors import EXIT_USER_ERROR, UserError
+from sdumc.scale import CMU
 
 if TYPE_CHECKING:
     from sdumc.prediction.clip_page import PageWriter
@@ -22,10 +23,10 @@ log = logging.getLogger("sdumc")
 
 def get_parser() -> Parser:
     parser = Parser(
-        "Score your own clips from -3 (very negative) to 3 (very positive). No transcript is needed: text is\n"
-        "simulated from the sound, or recognised, as for the model's training. Long files are cut into utterances\n"
-        "where nobody speaks; the overall score is the mean of their scores weighted by duration. When a file fails,\n"
-        "the others are still scored, and the exit code is 1."
+        "Score your own clips on the scale of the model's corpus, such as -3 (very negative) to 3 (very positive). No\n"
+        "transcript is needed: text is simulated from the sound, or recognised, as for the model's training. Long\n"
+        "files are cut into utterances where nobody speaks; the overall score is the mean of their scores weighted\n"
+        "by duration. When a file fails, the others are still scored, and the exit code is 1."
     )
     group = parser.add_argument_group("model")
     group.add_argument(
@@ -100,19 +101,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         from sdumc.prediction.clip_page import PageWriter
 
         pages = PageWriter(args.html)
-    if files:
-        _score(args, files, texts, results, pages)
+    ends = _score(args, files, texts, results, pages) if files else CMU.as_dict()
     if pages is not None:
         pages.close([(r["file"], r["error"]) for r in results if "error" in r])
     if args.json:
         from sdumc.files import json_ready
 
-        document = {"model": args.exp_dir, "scale": [-3, 3], "files": results}
+        document = {"model": args.exp_dir, "scale": [ends["low"], ends["high"]], "files": results}
         print(json.dumps(json_ready(document), indent=2, ensure_ascii=False))
     return EXIT_USER_ERROR if any("error" in r for r in results) else 0
 
 
-def _score(args: Namespace, files: Sequence[Path], texts: dict, results: list[dict], pages: PageWriter | None) -> None:
+def _score(args: Namespace, files: Sequence[Path], texts: dict, results: list[dict], pages: PageWriter | None) -> dict:
+    """Score the files and add what comes of each to ``results``; returns the scale of the scores."""
     from tqdm import tqdm
 
     from sdumc.prediction.output import table, write_subtitles
@@ -165,6 +166,7 @@ def _score(args: Namespace, files: Sequence[Path], texts: dict, results: list[di
                 _report_failure(str(path), str(e), results)
             bar.set_postfix_str("", refresh=False)
             bar.update(number + 1 - bar.n)
+    return scorer.scale.as_dict()
 
 
 def _report_failure(path: str, reason: str, results: list[dict]) -> None:

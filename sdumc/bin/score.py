@@ -1,11 +1,16 @@
-"""Score predictions: MAE, correlations, 7/5/3/2-class accuracy and weighted F1, with 95% intervals."""
+"""Score predictions: MAE, correlations, accuracies and weighted F1 by classes, with 95% intervals."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sdumc.cli import Parser, run
 from sdumc.errors import UserError
+
+if TYPE_CHECKING:
+    from sdumc.scale import LabelScale
 
 
 def get_parser() -> Parser:
@@ -27,6 +32,12 @@ def get_parser() -> Parser:
     )
     group = parser.add_argument_group("measures")
     group.add_argument(
+        "--label-scale",
+        metavar="SCALE",
+        help="scale of the labels: cmu, sims, or lowest and highest label and scheme of classes, as '1 5 nearest'; "
+        "by default what scale.yaml beside the predictions says, else cmu",
+    )
+    group.add_argument(
         "--rounding",
         choices=("half-even", "away"),
         default="half-even",
@@ -40,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     from sdumc.data.tables import read_table
     from sdumc.files import write_json
+    from sdumc.scale import parse_scale, scale_of
     from sdumc.scoring.intervals import clusters_of, score_with_intervals
     from sdumc.scoring.metrics import read_predictions
 
@@ -48,9 +60,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_reference(table, args.reference)
     speakers = read_table(args.utt2spk) if args.utt2spk else {}
     clusters = clusters_of(table.ids, speakers, args.utt2spk)
-    measures = score_with_intervals(table.predictions, table.labels, clusters, args.rounding)
+    scale = parse_scale(args.label_scale) if args.label_scale else scale_of(Path(args.predictions).parent)
+    measures = score_with_intervals(table.predictions, table.labels, clusters, args.rounding, scale)
     write_json(args.output, measures)
-    print(summary(measures))
+    print(summary(measures, scale))
 
 
 def check_reference(table, path: str) -> None:
@@ -80,17 +93,15 @@ def check_reference(table, path: str) -> None:
             raise UserError(f"{table.path}: utterance {utt} has the label {have[utt]:g}, but {text} in {path}")
 
 
-def summary(measures: dict) -> str:
+def summary(measures: dict, scale: LabelScale) -> str:
     """Two lines for people: ``n 80  mae 0.5120 [0.47, 0.55] ...``, undefined values as ``-``, and how it was made."""
-    from sdumc.scoring.metrics import MEASURES
-
     shown = [f"n {measures['n']}"]
-    for key in MEASURES:
+    for key in scale.measures:
         value, interval = measures[key], measures["intervals"][key]
         limits = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
         shown.append(f"{key} -" if value != value else f"{key} {value:.4f}{limits}")
     method = measures["interval_method"]
-    made = f"95% intervals: bootstrap over {method['clusters']} {method['resampled']}"
+    made = f"labels from {scale.ends}; 95% intervals: bootstrap over {method['clusters']} {method['resampled']}"
     return "\n".join(["  ".join(shown), "; ".join([made, *method["notes"]])])
 
 

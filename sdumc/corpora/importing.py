@@ -166,6 +166,7 @@ def import_corpus(read: Callable[[], Corpus], args: Any) -> None:
             check_share(fold, args.max_drop, data_dir / fold.name / DROPPED)
         for fold in corpus.folds:
             _write_set(data_dir / fold.name, fold.tables())
+            fold.scale.write(data_dir / fold.name)
             if corpus.features:
                 _write_features(corpus, fold, Path(args.dump_dir, fold.name))
         write_text(data_dir / SUMMARY, summary(corpus, args.counts, data_dir))  # with notes about the features
@@ -181,7 +182,7 @@ def leave_out_broken(fold: Fold, folder: Path) -> None:
     values = fold.tables()
     by_recording = MEDIA_TABLES if "segments" in values else ()
     tables = {name: Table(folder / name, table, of_recordings=name in by_recording) for name, table in values.items()}
-    data, problems = check_tables(folder, tables, fold.label_range)
+    data, problems = check_tables(folder, tables, (fold.scale.low, fold.scale.high))
     for found in (problems, media_problems(data) if data.wav else []):
         for utt, problem in first_problems(found, data.segments).items():
             if utt in fold.utterances:
@@ -229,6 +230,7 @@ def _write_features(corpus: Corpus, fold: Fold, folder: Path) -> None:
     tables = fold.tables()
     for name in ("utt2spk", "utt2label"):
         write_table(folder / name, tables[name])
+    fold.scale.write(folder)
     for write in corpus.features.values():
         fold.notes += write(fold, folder)
     load_dump(folder, list(corpus.features), require=("utt2label",))

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdumc.data.kaldi_dir import utterances_by_speaker
-from sdumc.data.tables import LABEL_RANGE, check_id, label_problem
+from sdumc.data.tables import check_id, label_problem
 from sdumc.errors import UserError
+from sdumc.scale import CMU, LabelScale
 
 FOLDS = ("train", "valid", "test")
 
@@ -44,7 +45,7 @@ class Fold:
 
     ``left_out`` is utterance -> reason for those that have a label and should have been there; ``unlabelled`` is the
     same for clips without label, which are listed but do not count against the share that may be left out. ``speakers``
-    are those of all utterances ever added. A label outside ``label_range`` leaves its utterance out.
+    are those of all utterances ever added. A label outside ``scale`` leaves its utterance out.
     """
 
     name: str
@@ -53,7 +54,7 @@ class Fold:
     unlabelled: dict[str, str] = field(default_factory=dict)
     speakers: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
-    label_range: tuple[float, float] = LABEL_RANGE
+    scale: LabelScale = CMU
 
     def add(self, utt: str, speaker: str, label: float, text: str = "", media: ClipMedia | None = None) -> None:
         """Add an utterance, or leave it out if its label is not a number in range.
@@ -64,7 +65,7 @@ class Fold:
         check_id(utt, self.name)
         if utt in self.utterances or utt in self.left_out:
             raise UserError(f"{self.name}: utterance {utt!r} is there twice; ids must be unique: correct the corpus")
-        if problem := label_problem(repr(float(label)), self.label_range):
+        if problem := label_problem(repr(float(label)), (self.scale.low, self.scale.high)):
             self.left_out[utt] = problem
             return
         self.speakers.add(speaker)

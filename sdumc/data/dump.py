@@ -2,7 +2,7 @@
 
 ``dump/<set>/`` needs ``<name>.scp`` for one or more of :data:`sdumc.conditions.FEATURES`, and ``utt2label`` for
 training and scoring. What :func:`sdumc.data.shards.merge_shards` writes beside it (``.frames``, ``.yaml``, ``.absent``)
-and ``utt2spk`` may be absent: a folder with features from elsewhere is as good.
+``utt2spk`` and ``scale.yaml`` (:mod:`sdumc.scale`) may be absent: a folder with features from elsewhere is as good.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any
 
 from sdumc.conditions import FEATURES
 from sdumc.data.ark import matrix_shape, split_rxspecifier
-from sdumc.data.tables import LABEL_RANGE, read_labels, read_table
+from sdumc.data.tables import read_labels, read_table
 from sdumc.errors import UserError
 from sdumc.files import read_yaml
+from sdumc.scale import CMU, LabelScale, scale_of
 
 
 @dataclass
@@ -38,20 +39,20 @@ class Feature:
 
 @dataclass
 class Dump:
-    """A loaded dump folder. ``labels`` and ``utt2spk`` are empty when their files are absent."""
+    """A loaded dump folder. ``labels``, on its ``scale``, and ``utt2spk`` are empty when their files are absent."""
 
     path: Path
     utterances: list[str]
     labels: dict[str, float]
     features: dict[str, Feature]
     utt2spk: dict[str, str] = field(default_factory=dict)
+    scale: LabelScale = CMU
 
 
 def load_dump(
     path: str | os.PathLike,
     names: Sequence[str] = FEATURES,
     require: Sequence[str] = (),
-    label_range: tuple[float, float] = LABEL_RANGE,
 ) -> Dump:
     """Load the indexes of a dump folder; the matrices stay on disk.
 
@@ -59,7 +60,6 @@ def load_dump(
         path: the folder.
         names: features to load if they are there.
         require: features that must be there; ``"utt2label"`` may be among them.
-        label_range: lowest and highest label allowed.
 
     Raises:
         UserError: naming the file and utterance, when a required file is missing, a table is unsorted or has doubled
@@ -77,8 +77,9 @@ def load_dump(
     if not present:
         raise UserError(f"{path}: holds none of {', '.join(f'{n}.scp' for n in names)}; this is no dump folder")
     features = {name: _load_feature(path, name) for name in present}
+    scale = scale_of(path)
     if (path / "utt2label").exists():
-        labels = read_labels(path / "utt2label", label_range)
+        labels = read_labels(path / "utt2label", (scale.low, scale.high))
         utterances, source = sorted(labels), path / "utt2label"
         if not utterances:
             raise UserError(f"{source}: empty; it must list every utterance with its label")
@@ -91,7 +92,7 @@ def load_dump(
     utt2spk = read_table(path / "utt2spk") if (path / "utt2spk").exists() else {}
     if utt2spk:
         _check_ids(path / "utt2spk", utt2spk.keys(), utterances, source)
-    return Dump(path=path, utterances=utterances, labels=labels, features=features, utt2spk=utt2spk)
+    return Dump(path=path, utterances=utterances, labels=labels, features=features, utt2spk=utt2spk, scale=scale)
 
 
 def _check_ids(file: Path, found, utterances: Sequence[str], source: Path) -> None:

@@ -17,8 +17,9 @@ from sdumc.data.kaldi_dir import (
     read_tables,
     utterances_by_speaker,
 )
-from sdumc.data.tables import LABEL_RANGE, Problem, Row, Table, read_dropped, write_dropped, write_table
+from sdumc.data.tables import Problem, Row, Table, read_dropped, write_dropped, write_table
 from sdumc.errors import UserError
+from sdumc.scale import scale_of
 
 FIX_STAGE = "fix_data_dir"  # the stage column of dropped.tsv for what fix_kaldi_dir left out
 
@@ -29,7 +30,7 @@ def fix_kaldi_dir(
     max_drop: float,
     *,
     check_media: bool = False,
-    label_range: tuple[float, float] = LABEL_RANGE,
+    label_range: tuple[float, float] | None = None,
 ) -> list[Row]:
     """Sort the tables and keep the utterances that are whole in every one of them.
 
@@ -41,7 +42,7 @@ def fix_kaldi_dir(
         dropped_path: a ``dropped.tsv``; written in any case, so that a failure can be looked into.
         max_drop: the largest share of utterances that may be left out, between 0 and 1.
         check_media: also leave out utterances whose media file is missing, broken or cut short.
-        label_range: lowest and highest label allowed.
+        label_range: lowest and highest label allowed; None: as its ``scale.yaml`` says.
 
     Returns:
         The rows (id, stage, reason) left out by this run.
@@ -55,7 +56,8 @@ def fix_kaldi_dir(
     for name in REQUIRED:
         if name not in tables:
             raise UserError(f"{path / name}: missing; every data directory needs it")
-    data, found = check_tables(path, tables, label_range)
+    scale = scale_of(path)
+    data, found = check_tables(path, tables, label_range or (scale.low, scale.high))
     reasons = first_problems(problems + found, data.segments)
     listed = set().union(*(t.values for t in tables.values() if not t.of_recordings))
     data = _restricted(data, listed - reasons.keys())

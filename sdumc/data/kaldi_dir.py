@@ -10,6 +10,7 @@ file           line                                       needed
 ``video.scp``  utt path of a media file with pictures     when there is video
 ``text``       utt words                                  when there are transcripts
 ``utt2label``  utt number                                 when there are labels
+``scale.yaml`` lowest and highest label, classes          when labels are not CMU's, -3 to 3
 ``segments``   utt recording start end (seconds)          when clips are cut from longer files
 ``spk2utt``    speaker utt utt ...                        derived, see :func:`finish_kaldi_dir`
 ``utt2dur``    utt seconds                                derived, see :func:`finish_kaldi_dir`
@@ -40,6 +41,7 @@ from sdumc.data.tables import (
     write_table,
 )
 from sdumc.errors import UserError
+from sdumc.scale import CMU, declared_scale, looks_like_classes
 
 REQUIRED = ("wav.scp", "utt2spk")
 SOURCE_TABLES = ("wav.scp", "utt2spk", "video.scp", "text", "utt2label", "segments")
@@ -107,8 +109,12 @@ def shard(utterances: Sequence[str], job: str) -> list[str]:
 # ---------------------------------------------------------------------------------------------- reading and checking
 
 
-def load_kaldi_dir(path: str | os.PathLike, label_range: tuple[float, float] = LABEL_RANGE) -> KaldiDir:
+def load_kaldi_dir(path: str | os.PathLike, label_range: tuple[float, float] | None = None) -> KaldiDir:
     """Read a data directory and check all that is cheap to check; media are not opened.
+
+    Args:
+        path: the directory.
+        label_range: lowest and highest label allowed; None: as its ``scale.yaml`` says.
 
     Raises:
         UserError: listing the first problems (file, line, utterance): a file missing, lines unsorted or doubled, ids
@@ -121,14 +127,14 @@ def load_kaldi_dir(path: str | os.PathLike, label_range: tuple[float, float] = L
 
 
 def validate_kaldi_dir(
-    path: str | os.PathLike, *, check_media: bool, label_range: tuple[float, float] = LABEL_RANGE
+    path: str | os.PathLike, *, check_media: bool, label_range: tuple[float, float] | None = None
 ) -> list[Problem]:
     """All problems of a data directory; an empty list means that it is valid.
 
     Args:
         path: the directory.
         check_media: also open every media file (present, not cut short, has the tracks and covers the segments).
-        label_range: lowest and highest label allowed.
+        label_range: lowest and highest label allowed; None: as its ``scale.yaml`` says.
 
     Raises:
         UserError: there is no such directory, or one of its files cannot be read.
@@ -137,10 +143,13 @@ def validate_kaldi_dir(
     return problems + (media_problems(data) if check_media else [])
 
 
-def _read(path: Path, label_range: tuple[float, float]) -> tuple[KaldiDir, list[Problem]]:
+def _read(path: Path, label_range: tuple[float, float] | None) -> tuple[KaldiDir, list[Problem]]:
     tables, problems = read_tables(path, SOURCE_TABLES + DERIVED_TABLES)
-    data, found = check_tables(path, tables, label_range)
-    return data, problems + found
+    declared = declared_scale(path)
+    scale = declared or CMU
+    data, found = check_tables(path, tables, label_range or (scale.low, scale.high))
+    question = None if declared or label_range else looks_like_classes(data.utt2label.values())
+    return data, [*problems, *found, *([Problem(path / "utt2label", question)] if question else [])]
 
 
 def read_tables(path: Path, names: Iterable[str]) -> tuple[dict[str, Table], list[Problem]]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from sdumc.errors import UserError
 from sdumc.files import write_text
+from sdumc.scale import CMU
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def append_dropped(path: str | os.PathLike, rows: Iterable[Row]) -> None:
     write_dropped(path, [(utt, stage, reason) for (utt, stage), reason in merged.items()])
 
 
-LABEL_RANGE = (-3.0, 3.0)
+LABEL_RANGE = (CMU.low, CMU.high)
 _SHOWN = 10  # problems listed in one error message
 
 

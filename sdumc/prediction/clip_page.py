@@ -20,8 +20,8 @@ from sdumc.prediction.player import EMBEDDED, Player, make_player
 from sdumc.prediction.scorer import ScoredFile, ScoredUtterance
 from sdumc.reporting.attention import HeatMap, Scale, heat_map, picture_of, scale_of, time_axis, words_axis
 from sdumc.reporting.page import templates
+from sdumc.scale import CMU, LabelScale
 
-SCALE = (-3.0, 3.0)  # of the labels
 ROWS = {"audio": "sound", "text": "words", "video": "pictures"}
 
 
@@ -65,6 +65,11 @@ class Clip:
     utterances: list[Utterance]
     scales: dict[str, Scale]
     ticks: list[float] = field(default_factory=list)  # seconds
+
+    @property
+    def labels(self) -> LabelScale:
+        """The scale of the scores."""
+        return LabelScale(*self.scored.scale, scheme="none")
 
     @property
     def duration(self) -> float:
@@ -127,7 +132,7 @@ def make_clip(scored: ScoredFile, page: Path | None, left: float = EMBEDDED, nam
 def page_html(clips: Sequence[Clip], failed: Sequence[tuple[str, str]] = ()) -> str:
     """The page as text."""
     environment = templates(Path(__file__).parent)
-    environment.globals.update(clock=clock, height=height, strength=strength, scale=SCALE, row_names=ROWS)
+    environment.globals.update(clock=clock, height=height, strength=strength, row_names=ROWS)
     environment.filters["printable"] = _printable
     return environment.get_template("clip.html").render(clips=clips, failed=failed)
 
@@ -188,14 +193,13 @@ def clock(seconds: float, digits: int = 1) -> str:
 
 
 def height(score: float) -> float:
-    """Where a score is on the course, in per cent from the bottom."""
-    low, high = SCALE
-    return 100 * (min(max(score, low), high) - low) / (high - low)
+    """Where a score, on the network's scale, is on the course, in per cent from the bottom."""
+    return 100 * (min(max(score, CMU.low), CMU.high) - CMU.low) / (CMU.high - CMU.low)
 
 
 def strength(score: float) -> float:
-    """How strong the colour of a score is, from 0 (neutral) to 1."""
-    return min(abs(score) / max(map(abs, SCALE)), 1.0)
+    """How strong the colour of a score, on the network's scale, is: from 0 (neutral) to 1."""
+    return min(abs(score) / CMU.high, 1.0)
 
 
 def _ticks(duration: float) -> list[float]:

@@ -8,16 +8,17 @@ from sdumc.errors import UserError
 from sdumc.files import write_text
 from sdumc.prediction.scorer import ScoredFile, ScoredUtterance
 from sdumc.prediction.subtitles import Cue, format_subtitles
+from sdumc.scale import LabelScale
 
 _HEADER = ("start", "end", "score", "audio", "text", "video", "transcript")
 
 
 def table(scored: ScoredFile) -> str:
     """The utterances of a file in columns, the overall score, and notes."""
-    rows = [_row(u) for u in scored.utterances]
-    rows.append(("", "all", f"{scored.overall:+.3f}", "", "", "", ""))
+    rows = [_row(u, _scale(scored)) for u in scored.utterances]
+    rows.append(("", "all", _scale(scored).format(scored.overall), "", "", "", ""))
     widths = [max(len(r[i]) for r in [_HEADER, *rows]) for i in range(len(_HEADER))]
-    lines = [f"{scored.file} ({scored.duration:.1f} s)"]
+    lines = [f"{scored.file} ({scored.duration:.1f} s), scores from {_scale(scored).ends}"]
     for row in (_HEADER, *rows):
         numbers = [cell.rjust(width) for cell, width in zip(row[:3], widths[:3], strict=True)]
         words = [cell.ljust(width) for cell, width in zip(row[3:], widths[3:], strict=True)]
@@ -25,16 +26,22 @@ def table(scored: ScoredFile) -> str:
     return "\n".join([*lines, *(f"  note: {note}" for note in scored.notes)])
 
 
-def _row(u: ScoredUtterance) -> tuple[str, ...]:
+def _scale(scored: ScoredFile) -> LabelScale:
+    return LabelScale(*scored.scale, scheme="none")
+
+
+def _row(u: ScoredUtterance, scale: LabelScale) -> tuple[str, ...]:
     audio, video = ("yes" if m in u.modalities else "-" for m in ("audio", "video"))
     # The status of simulated text is shown only when it is not ok.
     text = (u.text or "-") + (f" ({u.status})" if u.status not in (None, "ok") else "")
-    return (f"{u.start:.2f}", f"{u.end:.2f}", f"{u.score:+.3f}", audio, text, video, u.transcript)
+    return (f"{u.start:.2f}", f"{u.end:.2f}", scale.format(u.score), audio, text, video, u.transcript)
 
 
 def subtitles(scored: ScoredFile, kind: str) -> str:
     """An ``srt`` or ``vtt`` file with a cue for each utterance: its score and its transcript."""
-    cues = [Cue(u.start, u.end, f"[{u.score:+.1f}] {u.transcript}".strip()) for u in scored.utterances]
+    cues = [
+        Cue(u.start, u.end, f"[{_scale(scored).format(u.score, 1)}] {u.transcript}".strip()) for u in scored.utterances
+    ]
     return format_subtitles(cues, kind)
 
 

@@ -27,12 +27,13 @@ from sdumc.errors import UserError
 from sdumc.files import atomic_write, read_json, read_yaml, write_text
 from sdumc.prediction.extractors import RECORD, ModelUse, Record, find_model, load_record
 from sdumc.reporting.results import markdown_table
-from sdumc.scoring.metrics import MEASURES, format_measure
+from sdumc.scale import CMU, SCALE, LabelScale, from_dict, scale_of
+from sdumc.scoring.metrics import format_measure
 from sdumc.training.checkpoint import PACKED
 from sdumc.training.experiment import weights_file
 from sdumc.training.settings import CONFIG
 
-_SHOWN = ("mae", "corr", "acc7", "acc2_non0", "f1_non0")
+_LEFT_OUT = ("ccc", "acc5", "acc3", "acc2_has0", "f1_has0")  # of the card's table, on CMU's scale
 _ROLES = {
     "audio": "audio features",
     "encoder": "encodes the sound for the language model",
@@ -59,6 +60,7 @@ def model_card(
     models: Sequence[Mapping[str, Any]],
     scores: Mapping[str, Mapping[str, Mapping[str, Any]]],
     backbones: bool,
+    scale: LabelScale = CMU,
 ) -> str:
     """The text of the card.
 
@@ -72,7 +74,7 @@ def model_card(
     parts = [
         "---\n" + yaml.safe_dump(_front_matter(name, scores), sort_keys=False) + "---\n",
         f"# {name}\n",
-        "SDUMC: the sentiment of an utterance as one number from -3 (very negative) to 3 (very positive), from its "
+        f"SDUMC: the sentiment of an utterance as one number from {scale.named_ends}, from its "
         f"sound, its words and its pictures. Without a transcript, {_WITHOUT_TRANSCRIPT[missing_text]}. Absent "
         "modalities are left out.\n",
         f"Experiment `{experiment}`, {chosen}. Made with sdumc {__version__}.\n",
@@ -106,9 +108,9 @@ def _front_matter(name: str, scores: Mapping[str, Mapping[str, Mapping[str, Any]
     results = []
     for test_set, conditions in scores.items():
         metrics = [
-            {"type": m, "name": f"{MEASURES[m]}, {condition}", "value": round(float(values[m]), 4)}
+            {"type": m, "name": f"{title}, {condition}", "value": round(float(values[m]), 4)}
             for condition, values in conditions.items()
-            for m in _SHOWN
+            for m, title in _shown(values).items()
             if values[m] is not None
         ]
         results.append(
@@ -126,23 +128,30 @@ def _front_matter(name: str, scores: Mapping[str, Mapping[str, Mapping[str, Any]
 def _score_table(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], missing_text: str) -> str:
     if not scores:
         return "None were measured with this checkpoint.\n"
+    shown = _shown(next(iter(next(iter(scores.values())).values())))
     rows = [
         (
             test_set,
             condition,
             condition_of(condition, missing_text).given if condition in CONDITIONS else "",
             conditions[condition]["n"],
-            *(_cell(conditions[condition], m) for m in _SHOWN),
+            *(_cell(conditions[condition], m) for m in shown),
         )
         for test_set, conditions in scores.items()
         for condition in sorted(conditions, key=by_condition)
     ]
-    table = markdown_table(("set", "condition", "it reads", "n", *(MEASURES[m] for m in _SHOWN)), rows, left=3)
+    table = markdown_table(("set", "condition", "it reads", "n", *shown.values()), rows, left=3)
     note = (
         "`missing` is what a clip without a transcript gets, `full` one with. Accuracies and F1 in per cent. In "
         "brackets, where they were computed, 95% intervals.\n"
     )
     return f"{table}\n\n{note}"
+
+
+def _shown(scores: Mapping[str, Any]) -> dict[str, str]:
+    """The measures of the card, by key: title. Scores of earlier versions are on CMU's scale."""
+    scale = from_dict(scores.get("scale", CMU.as_dict()), SCORES)
+    return {m: t for m, t in scale.measures.items() if scale.scheme != "cmu" or m not in _LEFT_OUT}
 
 
 def _cell(scores: Mapping[str, Any], measure: str) -> str:
@@ -353,12 +362,16 @@ def pack(
     files[PACKED] = weights
     scores = measured_scores(exp_dir) if checkpoint == "valid-best" else {}
     config = {k: v for k, v in read_yaml(exp_dir / CONFIG).items() if k not in _OF_THIS_MACHINE}
+    scale = scale_of(exp_dir)
     name = output.name.split(".tar")[0].removesuffix(".tgz")
     texts = {
         CONFIG: yaml.safe_dump(config, sort_keys=True),
+        SCALE: yaml.safe_dump(scale.as_dict(), sort_keys=False, allow_unicode=True),
         RECORD: yaml.safe_dump(record.features, sort_keys=True, allow_unicode=True),
         SCORES: json.dumps(scores, indent=2) + "\n",
-        "README.md": model_card(name, exp_dir.name, checkpoint, config, record.features, models, scores, backbones),
+        "README.md": model_card(
+            name, exp_dir.name, checkpoint, config, record.features, models, scores, backbones, scale
+        ),
     }
     (_write_archive if is_archive(output) else _write_folder)(output, name, files, texts)
 

@@ -26,6 +26,7 @@ from sdumc.prediction.activity import RATE, cut_speech, even_pieces, is_silent
 from sdumc.prediction.extractors import Extractors, load_record
 from sdumc.prediction.package import open_experiment
 from sdumc.prediction.subtitles import Cue, sentences
+from sdumc.scale import CMU, LabelScale, scale_of
 from sdumc.scoring.decoding import run_batch
 from sdumc.training.experiment import load_model
 from sdumc.training.settings import load_config
@@ -64,7 +65,8 @@ class ScoredUtterance:
 class ScoredFile:
     """A file's utterances in time order and their mean score weighted by duration, ``overall``.
 
-    ``notes`` report what was unusual: a silent sound track, a part without a face, ...
+    ``notes`` report what was unusual: a silent sound track, a part without a face, ... ``scale`` is the lowest and the
+    highest label of the model's corpus.
     """
 
     file: str
@@ -72,6 +74,7 @@ class ScoredFile:
     overall: float
     utterances: list[ScoredUtterance]
     notes: list[str] = field(default_factory=list)
+    scale: tuple[float, float] = (-3.0, 3.0)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON, without attention and tokens."""
@@ -121,9 +124,10 @@ class Scorer:
         batch_size: int = 8,
         notes: Sequence[str] = (),
         keep: Any = None,
+        scale: LabelScale = CMU,
     ):
         self.model, self.extractors, self.device = model, extractors, torch.device(device)
-        self.batch_size, self.notes = batch_size, list(notes)
+        self.batch_size, self.notes, self.scale = batch_size, list(notes), scale
         if keep is not None:  # an unpacked archive's temporary folder, which is removed with this object
             weakref.finalize(self, keep.cleanup)
         self.missing_text = model.config.missing_text
@@ -172,7 +176,9 @@ class Scorer:
                 notes.append(f"scores are made without {TEXTS.get(wanted, wanted)}: {reason}")
         if settings.flows == "complete":
             notes.append("this model was trained with real text only; without --text its scores mean little")
-        return cls(model, extractors, device=where, batch_size=batch_size, notes=notes, keep=keep)
+        return cls(
+            model, extractors, device=where, batch_size=batch_size, notes=notes, keep=keep, scale=scale_of(folder)
+        )
 
     def score(
         self,
@@ -214,7 +220,9 @@ class Scorer:
         results = self._score_parts(parts, max(400.0, max_seconds), info.has_video, bad_media, progress, notes)
         if not results:
             raise UserError(f"{path}: nothing in it can be scored ({'; '.join(notes)})")
-        return ScoredFile(path, round(duration, 3), overall_score(results), results, notes)
+        return ScoredFile(
+            path, round(duration, 3), overall_score(results), results, notes, (self.scale.low, self.scale.high)
+        )
 
     # ---- steps of score()
 
@@ -349,7 +357,8 @@ class Scorer:
                 raise UserError(
                     f"{self.extractors.record.folder}: model and extractors do not belong together: {e}"
                 ) from None
-            scores = {id(p): float(s) for p, s in zip(usable, output.prediction, strict=True)}
+            found = self.scale.from_network(output.prediction)
+            scores = {id(p): float(s) for p, s in zip(usable, found, strict=True)}
             for row, p in enumerate(usable if attends else ()):
                 for feature in names.values():
                     if (x := p.features.get(feature)) is not None:

@@ -42,8 +42,11 @@ def _draw_scatter(ax: Axes, theme: Theme, test_set: TestSet, name: str) -> None:
     colour = theme.colour(name, list(test_set.shown).index(name))
     # The same scale for all conditions, so that they can be compared.
     everything = np.stack([c.predictions for c in test_set.shown.values()])
-    low, high = min(-3.2, everything.min() - 0.2), max(3.2, everything.max() + 0.2)
-    ax.plot([-3, 3], [-3, 3], color=theme.ink, linewidth=0.8, alpha=0.8)
+    scale = test_set.scale
+    margin = (scale.high - scale.low) / 30
+    left, right = scale.low - margin, scale.high + margin
+    low, high = min(left, everything.min() - margin), max(right, everything.max() + margin)
+    ax.plot([scale.low, scale.high], [scale.low, scale.high], color=theme.ink, linewidth=0.8, alpha=0.8)
     size = 12 if len(x) < 2000 else 4
     ax.scatter(x, y, s=size, color=colour, alpha=min(0.6, max(0.06, 150 / len(x) ** 0.9)), linewidths=0)
     mae = spread([s["mae"] for s in condition.scores])
@@ -58,18 +61,21 @@ def _draw_scatter(ax: Axes, theme: Theme, test_set: TestSet, name: str) -> None:
         linespacing=1.4,
         bbox={"facecolor": theme.background, "edgecolor": "none", "pad": 1.5},
     )
-    ax.set(xlim=(-3.2, 3.2), ylim=(low, high), xticks=range(-3, 4), yticks=range(int(np.ceil(low)), int(high) + 1))
+    ticks = scale.ticks()
+    step = ticks[1] - ticks[0]
+    beside = np.arange(np.ceil(low / step), np.floor(high / step) + 1) * step
+    ax.set(xlim=(left, right), ylim=(low, high), xticks=ticks, yticks=beside)
     ax.set_title(condition.title)
-    ax.set_xlabel("true sentiment (-3 to 3)")
+    ax.set_xlabel(f"true sentiment ({scale.ends})")
     ax.set_ylabel("predicted sentiment")
 
 
 def error_by_label(test_set: TestSet) -> Figure:
-    """Absolute and signed error for labels rounded to whole numbers."""
+    """Absolute and signed error for labels rounded to the marks of the axis."""
     return Figure(
         f"{test_set.name}_error_by_label",
         "Error by label",
-        "Labels rounded to whole numbers, with the number of utterances below. Whiskers: standard deviation over "
+        "Labels rounded to the values shown, with the number of utterances below. Whiskers: standard deviation over "
         "seeds. Left: how far off. Right: in which direction; above zero means predicted too positive.",
         [
             Panel(partial(_draw_bins, test_set=test_set, signed=False), "mean absolute error by true label"),
@@ -79,7 +85,9 @@ def error_by_label(test_set: TestSet) -> Figure:
 
 
 def _draw_bins(ax: Axes, theme: Theme, test_set: TestSet, signed: bool) -> None:
-    bins = np.round(test_set.labels).astype(int)
+    places = np.array(test_set.scale.ticks())  # a bin is what is nearest to a mark of the axis
+    bins = places[np.abs(test_set.labels[:, None] - places).argmin(axis=1)]
+    gap = places[1] - places[0]
     present = np.unique(bins)
     shifts = offsets(len(test_set.shown), 0.12)
     for i, (name, condition) in enumerate(test_set.shown.items()):
@@ -88,7 +96,7 @@ def _draw_bins(ax: Axes, theme: Theme, test_set: TestSet, signed: bool) -> None:
         per_bin = np.stack([error[:, bins == b].mean(axis=1) for b in present])  # (bins, seeds)
         deviation = per_bin.std(axis=1, ddof=1) if per_bin.shape[1] > 1 else None
         ax.errorbar(
-            present + shifts[i],
+            present + gap * shifts[i],
             per_bin.mean(axis=1),
             yerr=deviation,
             color=theme.colour(name, i),
@@ -103,7 +111,7 @@ def _draw_bins(ax: Axes, theme: Theme, test_set: TestSet, signed: bool) -> None:
         ax.axhline(0, color=theme.ink, linewidth=0.8)
     else:
         ax.set_ylim(bottom=0)
-    ax.set_xticks(present, [f"{b}\nn={np.sum(bins == b)}" for b in present])
+    ax.set_xticks(present, [f"{b:g}\nn={np.sum(bins == b)}" for b in present])
     ax.set_title("Mean signed error" if signed else "Mean absolute error")
     ax.set_xlabel("true sentiment, rounded")
     ax.set_ylabel("predicted - true" if signed else "|predicted - true|")

@@ -118,7 +118,7 @@ def similarity(test_set: TestSet, runs: Sequence[Run]) -> Figure | None:
     order = np.argsort(test_set.labels, kind="stable")
     if len(order) > MAX_MATRIX:
         order = order[np.linspace(0, len(order) - 1, MAX_MATRIX).round().astype(int)]
-    labels = test_set.labels[order]
+    labels, marks = test_set.labels[order], test_set.scale.ticks()
     for key, what in (("text_feature", "Text feature"), ("utterance_feature", "Utterance feature")):
         matrices = {}
         for name in ("full", "missing"):
@@ -132,7 +132,7 @@ def similarity(test_set: TestSet, runs: Sequence[Run]) -> Figure | None:
             title = f"{what}, {test_set.shown[name].meaning}"
             panels.append(
                 Panel(
-                    partial(_draw_matrix, matrix=matrix, labels=labels, low=low, title=title),
+                    partial(_draw_matrix, matrix=matrix, labels=labels, low=low, title=title, marks=marks),
                     f"cosine similarity matrix ordered by label: {title}",
                     width=4.3,
                     height=3.8,
@@ -157,16 +157,24 @@ def cosine_matrix(x: np.ndarray) -> np.ndarray:
     return x @ x.T
 
 
-def _draw_matrix(ax: Axes, theme: Theme, matrix: np.ndarray, labels: np.ndarray, low: float, title: str) -> None:
+def _draw_matrix(
+    ax: Axes,
+    theme: Theme,
+    matrix: np.ndarray,
+    labels: np.ndarray,
+    low: float,
+    title: str,
+    marks: Sequence[float],
+) -> None:
     image = ax.imshow(matrix, vmin=low, vmax=1, cmap="cividis", interpolation="nearest")
     ax.grid(False)
     n = len(labels)
-    # A tick where each whole label begins; those too close to the last one are left out.
+    # A tick where each of `marks` begins among the labels; those too close to the last one are left out.
     ticks: list[tuple[int, str]] = []
-    for value in range(-3, 4):
+    for value in marks:
         at = int(np.searchsorted(labels, value - 1e-6))
         if at < n and (not ticks or at - ticks[-1][0] >= n / 14):
-            ticks.append((at, str(value)))
+            ticks.append((at, f"{value:g}"))
     ax.set_xticks([a for a, _ in ticks], [t for _, t in ticks])
     ax.set_yticks([a for a, _ in ticks], [t for _, t in ticks])
     ax.set_xlabel("utterances by true sentiment")

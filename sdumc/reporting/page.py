@@ -26,12 +26,12 @@ from sdumc.reporting.attention import (
 )
 from sdumc.reporting.drawing import DARK, LIGHT, Figure, render
 from sdumc.reporting.errors import speaker_errors
-from sdumc.reporting.results import made_from
+from sdumc.reporting.results import made_classes, made_from
 from sdumc.reporting.scores import SetSummary
 from sdumc.reporting.sets import ConditionResults, Media, Run, TestSet
 from sdumc.reporting.summary import Summary
+from sdumc.scale import LabelScale
 from sdumc.scoring.attention_file import drawn_at_random
-from sdumc.scoring.metrics import MEASURES
 
 WORST = 9  # utterances shown per condition
 WORST_CONDITIONS = ("missing", "full")
@@ -99,16 +99,16 @@ def make_card(
     )
 
 
-def scale(card: Card) -> Markup:
-    """A drawing (SVG) of the label and the predictions on a line from -3 to 3."""
+def scale(card: Card, labels: LabelScale) -> Markup:
+    """A drawing (SVG) of the label and the predictions on a line from the lowest to the highest label."""
 
     def x(value: float) -> float:
-        return 150 + 45 * max(-3.2, min(3.2, value))
+        return 150 + 45 * max(-3.2, min(3.2, labels.to_network(value)))
 
     parts = ['<line class="axis" x1="15" x2="285" y1="20" y2="20"/>']
-    for tick in range(-3, 4):
+    for tick in labels.ticks():
         parts.append(f'<line class="axis" x1="{x(tick):g}" x2="{x(tick):g}" y1="17" y2="23"/>')
-        parts.append(f'<text x="{x(tick):g}" y="36">{tick}</text>')
+        parts.append(f'<text x="{x(tick):g}" y="36">{tick:g}</text>')
     parts.append(f'<path class="truth" d="M{x(card.label):.1f} 20 l-5 -11 h10 z"/>')
     for name, value in card.predictions:
         parts.append(f'<circle class="c-{css_class(name)}" cx="{x(value):.1f}" cy="20" r="4.5"/>')
@@ -153,7 +153,9 @@ def templates(*folders: Path) -> Environment:
 def page_html(summary: Summary, training: Sequence[Figure], by_set: dict[str, list[Figure]]) -> str:
     """The page as text: inline style, figures as data URIs, no script."""
     environment = templates()
-    environment.globals.update(measures=MEASURES, classes=(*MAIN_CONDITIONS, "other"), scale=scale, css_class=css_class)
+    environment.globals.update(
+        classes=(*MAIN_CONDITIONS, "other"), scale=scale, made_classes=made_classes, css_class=css_class
+    )
     sections = []
     for part in summary.sets:
         test_set = part.test_set

@@ -18,7 +18,7 @@ from sdumc.reporting.drawing import LINES, MARKERS, Figure, Panel, Theme, legend
 from sdumc.reporting.scores import Row
 from sdumc.reporting.sets import Run, TestSet
 from sdumc.scoring.intervals import UNDEFINED, Bootstrap, clusters_of
-from sdumc.scoring.metrics import MEASURES, read_predictions, score
+from sdumc.scoring.metrics import read_predictions, score
 
 _CURVES = ("mae", "f1_non0")  # what figures show
 
@@ -32,6 +32,7 @@ class ProtocolTable:
     rows: list[Row]
     rates: list[float]  # of the rows but the last; empty for patterns
     lost: list[float]  # share that was lost at each rate
+    measures: dict[str, str]  # key: title
 
     @property
     def title(self) -> str:
@@ -65,7 +66,7 @@ def protocol_tables(runs: Sequence[Run], test_set: TestSet) -> list[ProtocolTabl
             continue
         if bootstrap is None:
             speakers = clusters_of(test_set.utterances, test_set.speakers, f"utt2spk of {test_set.name}")
-            bootstrap = Bootstrap(test_set.labels, speakers, rounding)
+            bootstrap = Bootstrap(test_set.labels, speakers, rounding, test_set.scale)
         rates = list(record["rates"]) if meant.rates else []
         parts = {c: [c] for c in record["conditions"]} if rates else {"": list(record["conditions"])}
         for condition, names in parts.items():
@@ -78,7 +79,7 @@ def protocol_tables(runs: Sequence[Run], test_set: TestSet) -> list[ProtocolTabl
                 for title, place in zip(titles, places, strict=True)
             }
             rows = _rows(found, test_set.labels, bootstrap, "rates" if rates else "patterns")
-            tables.append(ProtocolTable(protocol, condition, rows, rates, lost))
+            tables.append(ProtocolTable(protocol, condition, rows, rates, lost, test_set.scale.measures))
     return tables
 
 
@@ -102,14 +103,14 @@ def _predictions(folder: Path, test_set: TestSet) -> np.ndarray:
 
 def _rows(found: Mapping[str, np.ndarray], labels: np.ndarray, bootstrap: Bootstrap, of: str) -> list[Row]:
     """A row for each (R, N) of ``found``, and their mean, whose interval is that of the mean."""
-    means, resampled = {}, {}
+    means, resampled, measures = {}, {}, bootstrap.scale.measures
     for title, predictions in found.items():
-        scores = [score(p, labels, bootstrap.rounding) for p in predictions]
-        means[title] = {m: float(np.mean([s[m] for s in scores])) for m in MEASURES}
+        scores = [score(p, labels, bootstrap.rounding, bootstrap.scale) for p in predictions]
+        means[title] = {m: float(np.mean([s[m] for s in scores])) for m in measures}
         resampled[title] = bootstrap.resample(predictions)
     title = f"mean over {len(found)} {of}"
-    all_means = {m: float(np.mean([v[m] for v in means.values()])) for m in MEASURES}
-    all_resampled = {m: np.mean([v[m] for v in resampled.values()], axis=0) for m in MEASURES}
+    all_means = {m: float(np.mean([v[m] for v in means.values()])) for m in measures}
+    all_resampled = {m: np.mean([v[m] for v in resampled.values()], axis=0) for m in measures}
     rows = []
     for name, values, draws in (*((t, means[t], resampled[t]) for t in found), (title, all_means, all_resampled)):
         cells = {m: (v, UNDEFINED if np.isnan(v) else bootstrap.limits(draws[m])) for m, v in values.items()}
@@ -130,12 +131,18 @@ def protocol_figures(name: str, tables: Sequence[ProtocolTable]) -> list[Figure]
                 f"{PROTOCOLS[protocol].given[0].upper()}{PROTOCOLS[protocol].given[1:]}. "
                 f"{'Bands' if own[0].rates else 'Whiskers'} are 95% intervals.",
                 [
-                    Panel(partial(draw, tables=own, measure=m), f"{MEASURES[m]} under the protocol {protocol}")
-                    for m in _CURVES
+                    Panel(partial(draw, tables=own, measure=m), f"{own[0].measures[m]} under the protocol {protocol}")
+                    for m in _curves(own[0])
                 ],
             )
         )
     return figures
+
+
+def _curves(table: ProtocolTable) -> tuple[str, ...]:
+    """The measures that are drawn: the MAE, and a two-class accuracy or the first that the scale has."""
+    others = [m for m in _CURVES if m in table.measures and m != "mae"] or [m for m in table.measures if "acc" in m]
+    return ("mae", *others[:1])
 
 
 def _cells(table: ProtocolTable, measure: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -161,9 +168,10 @@ def _draw_curves(ax: Axes, theme: Theme, tables: Sequence[ProtocolTable], measur
         )
         if not np.isnan(low).any():
             ax.fill_between(table.rates, low, high, color=colour, alpha=0.18, linewidth=0)
-    ax.set_title(MEASURES[measure])
+    title = tables[0].measures[measure]
+    ax.set_title(title)
     ax.set_xlabel("rate r")
-    ax.set_ylabel("mean absolute error" if measure == "mae" else f"{MEASURES[measure]} (%)")
+    ax.set_ylabel("mean absolute error" if measure == "mae" else f"{title} (%)")
     legend_below(ax)
 
 
@@ -175,5 +183,6 @@ def _draw_patterns(ax: Axes, theme: Theme, tables: Sequence[ProtocolTable], meas
     ax.set_yticks(places, [row.title for row in tables[0].rows[:-1]])
     ax.set_ylim(len(mean) - 0.5, -0.5)
     ax.grid(axis="y", visible=False)
-    ax.set_title(MEASURES[measure])
-    ax.set_xlabel("mean absolute error" if measure == "mae" else f"{MEASURES[measure]} (%)")
+    title = tables[0].measures[measure]
+    ax.set_title(title)
+    ax.set_xlabel("mean absolute error" if measure == "mae" else f"{title} (%)")

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from sdumc.reporting.protocols import ProtocolTable
 from sdumc.reporting.scores import SetSummary
 from sdumc.reporting.summary import Summary
-from sdumc.scoring.metrics import MEASURES
+from sdumc.scale import LabelScale
 
 
 def markdown_table(
@@ -70,15 +70,30 @@ def made_from(summary: Summary, part: SetSummary) -> str:
     return f"Mean over {summary.seeds}. In brackets 95% intervals: bootstrap over {part.unit} and over seeds."
 
 
+def made_classes(scale: LabelScale, rounding: str) -> str:
+    """How the numbers of a table become classes."""
+    if scale.scheme == "nearest":
+        return (
+            "Classes: the nearest of "
+            + ", ".join(f"{v:g} ({scale.word(v)})" if scale.words else f"{v:g}" for v in scale.class_values)
+            + "."
+        )
+    return {"cmu": f"Classes by rounding {rounding}.", "sims": "Classes by CH-SIMS's thresholds."}.get(
+        scale.scheme, "No classes."
+    )
+
+
 def _set_part(summary: Summary, part: SetSummary) -> list[str]:
     n = len(part.test_set.utterances)
     rounding = next(iter(part.test_set.conditions.values())).scores[0]["rounding"]
-    rows = [[row.title, *(row.text(m) for m in MEASURES)] for row in part.rows]
-    table = markdown_table(["", *MEASURES.values()], rows)
+    scale = part.test_set.scale
+    rows = [[row.title, *(row.text(m) for m in scale.measures)] for row in part.rows]
+    table = markdown_table(["", *scale.measures.values()], rows)
     out = [
         f"## Scores on {part.test_set.name}",
-        f"{n} utterances. {made_from(summary, part)} Classes by rounding {rounding}. Chosen on "
-        f"`{summary.valid_set}`: the epoch, and the penalty of the ridge regressions (on features averaged over time).",
+        f"{n} utterances, labels from {scale.ends}. {made_from(summary, part)} {made_classes(scale, rounding)} Chosen "
+        f"on `{summary.valid_set}`: the epoch, and the penalty of the ridge regressions (on features averaged over "
+        "time).",
         table,
     ]
     lines = [f"* {finding.verdict}: {finding.text}" for finding in part.findings]
@@ -93,8 +108,8 @@ def _set_part(summary: Summary, part: SetSummary) -> list[str]:
 def _protocols_part(tables: list[ProtocolTable], name: str) -> list[str]:
     parts = [f"## Protocols on {name}"] if tables else []
     for t in tables:
-        rows = [[row.title, *(row.text(m) for m in MEASURES)] for row in t.rows]
-        parts += [f"### {t.title}", markdown_table([t.first_column, *MEASURES.values()], rows)]
+        rows = [[row.title, *(row.text(m) for m in t.measures)] for row in t.rows]
+        parts += [f"### {t.title}", markdown_table([t.first_column, *t.measures.values()], rows)]
     return parts
 
 

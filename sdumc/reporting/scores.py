@@ -21,8 +21,9 @@ from sdumc.errors import UserError
 from sdumc.files import read_yaml
 from sdumc.reporting.baselines import FittedRidge
 from sdumc.reporting.sets import Run, TestSet, read_score
+from sdumc.scale import CMU, LabelScale
 from sdumc.scoring.intervals import UNDEFINED, Bootstrap, Interval, clusters_of, format_difference, judge
-from sdumc.scoring.metrics import MEASURES, Predictions, format_measure, read_predictions, score
+from sdumc.scoring.metrics import Predictions, format_measure, read_predictions, score
 from sdumc.training.settings import CONFIG
 
 
@@ -97,14 +98,15 @@ def summarise_set(
     """
     rounding = next(iter(test_set.conditions.values())).scores[0]["rounding"]
     speakers = clusters_of(test_set.utterances, test_set.speakers, f"utt2spk of {test_set.name}")
-    bootstrap = Bootstrap(test_set.labels, speakers, rounding)
+    scale = test_set.scale
+    bootstrap = Bootstrap(test_set.labels, speakers, rounding, scale)
     rows, notes, penalties = [], [], {}
     resampled: dict[tuple[str, str], np.ndarray] = {}  # MAE in each resample, by kind and condition
 
     def add(title: str, kind: str, condition: str, predictions: np.ndarray, scores: Sequence[Mapping]) -> None:
         values = bootstrap.resample(np.atleast_2d(predictions))
         resampled[kind, condition] = values["mae"]
-        means = {m: spread([s[m] for s in scores])[0] for m in MEASURES}
+        means = {m: spread([s[m] for s in scores])[0] for m in scale.measures}
         cells = {m: (v, UNDEFINED if math.isnan(v) else bootstrap.limits(values[m])) for m, v in means.items()}
         rows.append(Row(title, kind, condition, cells))
 
@@ -112,11 +114,17 @@ def summarise_set(
         add(condition.title, "model", condition.name, condition.predictions, condition.scores)
     for name, condition in test_set.shown.items() if len(runs) > 1 else ():
         mean = condition.predictions.mean(axis=0)
-        add(f"{name}, mean of the seeds' predictions", "ensemble", name, mean, [score(mean, test_set.labels, rounding)])
+        add(
+            f"{name}, mean of the seeds' predictions",
+            "ensemble",
+            name,
+            mean,
+            [score(mean, test_set.labels, rounding, scale)],
+        )
     for name, ridge in ridges.items():
         if test_set.name in ridge.inputs:
             p = ridge.model(ridge.inputs[test_set.name])
-            add(f"ridge: {' + '.join(ridge.features)}", "ridge", name, p, [score(p, test_set.labels, rounding)])
+            add(f"ridge: {' + '.join(ridge.features)}", "ridge", name, p, [score(p, test_set.labels, rounding, scale)])
             penalties[name] = ridge.model.penalty
         else:
             notes.append(f"No ridge row for {name}: the dump of {test_set.name} lacks {' or '.join(ridge.features)}.")
@@ -124,7 +132,7 @@ def summarise_set(
         median = float(np.median(list(train.labels.values())))
         p = np.full(len(test_set.labels), median)
         title = f"median of the train labels ({median:.2f})"
-        add(title, "median", "", p, [score(p, test_set.labels, rounding)])
+        add(title, "median", "", p, [score(p, test_set.labels, rounding, scale)])
     notes = _spread_notes(test_set, runs, bootstrap) + notes
     recovered = _recovered(test_set, bootstrap)
     findings = _findings(test_set, rows, resampled, bootstrap)
@@ -204,6 +212,7 @@ class Results:
     scores: dict[int, float]  # of one measure
     rounding: str
     missing_text: str = SIMULATED  # what the missing flow reads
+    scale: LabelScale = CMU
 
     def predictions(self, seeds: Sequence[int]) -> np.ndarray:
         """Those of some runs: (R, N)."""
@@ -229,7 +238,7 @@ def compare(
     check_same(table, [t for by_condition in found for r in by_condition.values() for t in r.tables.values()])
     path = data_root / test_set / "utt2spk"
     speakers = clusters_of(table.ids, read_table(path) if path.is_file() else {}, path)
-    bootstrap = Bootstrap(table.labels, speakers, first.rounding)
+    bootstrap = Bootstrap(table.labels, speakers, first.rounding, first.scale)
 
     rows, notes = [], [f"Intervals: bootstrap over {bootstrap.unit} and over seeds."]
     if speakers is None:
@@ -287,6 +296,11 @@ def collect(experiment: str, test_set: str, condition: str, measure: str) -> Res
             raise UserError(f"{folder}/predictions.tsv: not there; run stage 5 with --conditions {condition}")
         table = read_predictions(folder / "predictions.tsv")
         scores = read_score(folder, table)
+        if measure not in scores:
+            raise UserError(
+                f"{folder}/score.json: there is no {measure} for labels from {scores['scale'].ends}; there are "
+                f"{', '.join(scores['scale'].measures)}"
+            )
         if math.isnan(scores[measure]):
             raise UserError(f"{folder}/score.json: {measure} is undefined there; compare another measure")
         if results.rounding not in ("", scores["rounding"]):
@@ -294,6 +308,7 @@ def collect(experiment: str, test_set: str, condition: str, measure: str) -> Res
         config = read_yaml(exp / CONFIG) if (exp / CONFIG).is_file() else {}
         results.missing_text = str(config.get("missing-text", SIMULATED))
         results.tables[seed], results.scores[seed], results.rounding = table, scores[measure], scores["rounding"]
+        results.scale = scores["scale"]
     return results
 
 

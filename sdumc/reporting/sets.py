@@ -29,8 +29,9 @@ from sdumc.conditions import (
 from sdumc.data.tables import read_table
 from sdumc.errors import UserError
 from sdumc.files import read_json, read_yaml
+from sdumc.scale import CMU, LabelScale, from_dict
 from sdumc.scoring.attention_file import read_attention
-from sdumc.scoring.metrics import MEASURES, Predictions, read_predictions, score
+from sdumc.scoring.metrics import Predictions, read_predictions, score
 
 log = logging.getLogger(__name__)
 
@@ -258,6 +259,11 @@ class TestSet:
     tokenisers: dict[str, Tokeniser] = field(default_factory=dict)  # by text feature
 
     @property
+    def scale(self) -> LabelScale:
+        """That of labels and predictions, as the scores have it."""
+        return next(iter(self.conditions.values())).scores[0].get("scale", CMU)
+
+    @property
     def shown(self) -> dict[str, ConditionResults]:
         """The conditions that figures show: the main ones, or all when none of those was decoded."""
         main = {name: c for name, c in self.conditions.items() if name in MAIN_CONDITIONS}
@@ -302,7 +308,7 @@ def _conditions(
         folder = runs[0].path / f"decode_{name}"
         raise UserError(f"{folder}: no condition was decoded; {_decode_advice(runs[0], dump_dir, folder / 'full')}")
     tables: list[Predictions] = []
-    conditions = {}
+    conditions: dict[str, ConditionResults] = {}
     for condition in names:
         results = ConditionResults(condition, np.zeros(0), [], [], [], [], runs[0].missing_text)
         for run in runs:
@@ -319,6 +325,12 @@ def _conditions(
                 )
             tables.append(table)
             results.scores.append(read_score(folder, table))
+            first_scale = conditions[names[0]].scores[0]["scale"] if conditions else results.scores[0]["scale"]
+            if results.scores[-1]["scale"] != first_scale:
+                raise UserError(
+                    f"{folder}/score.json: labels from {results.scores[-1]['scale'].ends}, elsewhere from "
+                    f"{first_scale.ends}; decode and score all of them again (stage 5)"
+                )
             features, internals = _read_internals(folder / "internals.npz", table.ids)
             results.features.append(features)
             results.internals.append(internals)
@@ -348,10 +360,14 @@ def read_score(folder: Path, table: Predictions) -> dict:
     content = read_json(path, advice)
     now = score(table.predictions, table.labels)
     try:
-        content = {"ccc": now["ccc"], **content}  # files of earlier versions lack it
-        measures = {key: math.nan if content[key] is None else float(content[key]) for key in MEASURES}
+        content = {"ccc": now["ccc"], "scale": CMU.as_dict(), **content}  # files of earlier versions lack them
+        scale = from_dict(content["scale"], path)
+        measures: dict[str, Any] = {
+            key: math.nan if content[key] is None else float(content[key]) for key in scale.measures
+        }
         measures |= {"n": int(content["n"]), "rounding": content["rounding"], "notes": content["notes"]}
-    except (KeyError, TypeError, ValueError):
+        measures["scale"] = scale
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{path}: not a score file; {advice}") from None
     if measures["n"] != now["n"] or abs(measures["mae"] - now["mae"]) > 1e-6:
         raise UserError(f"{path}: not the score of {table.path} as it is now; {advice}")

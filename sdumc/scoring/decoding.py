@@ -17,6 +17,7 @@ from sdumc.data.sampler import GlobalBatchSampler
 from sdumc.errors import UserError
 from sdumc.files import atomic_write, write_text
 from sdumc.model.network import SDUMC
+from sdumc.scale import CMU, LabelScale
 from sdumc.scoring.metrics import HEADER
 
 # Frames in a batch at most. Decoding keeps no gradients, so this is more than in training: some 200 MB of features.
@@ -66,6 +67,7 @@ class Decoded:
     modality_weights: np.ndarray  # (N, 3)
     query_weights: np.ndarray | None  # (N, 7)
     features: tuple[str, ...]
+    scale: LabelScale = CMU  # of labels and predictions, that of the dump
 
 
 def run_batch(model: SDUMC, batch: Batch, inputs: dict[str, str], flow: str, **options):
@@ -102,6 +104,9 @@ def decode(
     Args:
         share: (r, n): only the r-th of n disjoint parts, so that n ranks together score the whole set.
 
+    Returns:
+        predictions on the dump's scale of labels, whatever corpus the model was trained on.
+
     Raises:
         UserError: see :func:`inputs_for` and :class:`sdumc.data.loader.UtteranceDataset`.
     """
@@ -131,13 +136,14 @@ def decode(
     empty = np.zeros(0, np.float32)
     return Decoded(
         ids=[ids[i] for i in order],
-        prediction=arrays.get("prediction", empty),
+        prediction=dump.scale.from_network(arrays.get("prediction", empty)),
         label=arrays.get("label", empty),
         utterance_feature=arrays.get("utterance_feature", empty),
         text_feature=arrays.get("text_feature", empty),
         modality_weights=arrays.get("modality_weights", empty),
         query_weights=arrays.get("query_weights"),
         features=tuple(sorted(inputs.values())),
+        scale=dump.scale,
     )
 
 
@@ -163,11 +169,14 @@ def write_decoded(decoded: Decoded, output_dir: Path) -> None:
     }
     with atomic_write(output_dir / "internals.npz", "wb") as f:
         np.savez(f, ids=np.array(decoded.ids), features=np.array(" ".join(decoded.features)), **arrays)
-    write_predictions(decoded.ids, decoded.prediction, decoded.label, output_dir)
+    write_predictions(decoded.ids, decoded.prediction, decoded.label, output_dir, decoded.scale)
 
 
-def write_predictions(ids: Sequence[str], predictions: np.ndarray, labels: np.ndarray, output_dir: Path) -> None:
-    """Write predictions.tsv: ids in sorted order, predictions (N,), labels (N,), NaN where there is none."""
+def write_predictions(
+    ids: Sequence[str], predictions: np.ndarray, labels: np.ndarray, output_dir: Path, scale: LabelScale = CMU
+) -> None:
+    """Write scale.yaml, and predictions.tsv: sorted ids, predictions (N,), labels (N,) with NaN where there is none."""
+    scale.write(output_dir)
     with atomic_write(output_dir / "predictions.tsv") as f:
         f.write("\t".join(HEADER) + "\n")
         for utt, p, y in zip(ids, predictions, labels, strict=True):

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from sdumc.errors import UserError
-from sdumc.scoring.metrics import CLASS_LIMITS, LOWER_IS_BETTER, MEASURES, classes, score
+from sdumc.scale import CMU, LabelScale
+from sdumc.scoring.metrics import LOWER_IS_BETTER, classes_of, score
 
 LEVEL = 0.95
 RESAMPLES = 2000
@@ -48,7 +49,7 @@ class Bootstrap:
     Args:
         labels: (N,).
         clusters: the cluster of each utterance, such as its speaker; None resamples utterances.
-        rounding: as in :func:`sdumc.scoring.metrics.score`.
+        rounding, scale: as in :func:`sdumc.scoring.metrics.score`.
     """
 
     def __init__(
@@ -56,11 +57,12 @@ class Bootstrap:
         labels: np.ndarray,
         clusters: Sequence[str] | None = None,
         rounding: str = "half-even",
+        scale: LabelScale = CMU,
         resamples: int = RESAMPLES,
         seed: int = SEED,
     ):
         self.labels = np.asarray(labels, dtype=np.float64)
-        self.rounding, self.resamples, self.seed = rounding, resamples, seed
+        self.rounding, self.scale, self.resamples, self.seed = rounding, scale, resamples, seed
         self.by_speaker = clusters is not None
         names = clusters if clusters is not None else range(len(self.labels))
         _, self.index = np.unique(np.asarray(names), return_inverse=True)  # (N,) number of the cluster
@@ -79,15 +81,16 @@ class Bootstrap:
 
     def by_run(self, predictions: np.ndarray) -> dict[str, np.ndarray]:
         """Each measure in each of the B resamples, (B, R), of the predictions (R, N) of R runs."""
-        sums = _sums(np.asarray(predictions, dtype=np.float64), self.labels, self.rounding)  # (N, R, K)
-        n, runs, kinds = sums.shape
+        sums = _Sums(self.scale, self.labels, self.rounding)
+        columns = sums.of(np.asarray(predictions, dtype=np.float64))  # (N, R, K)
+        n, runs, kinds = columns.shape
         per_cluster = np.zeros((self.clusters, runs * kinds))
-        np.add.at(per_cluster, self.index, sums.reshape(n, runs * kinds))
+        np.add.at(per_cluster, self.index, columns.reshape(n, runs * kinds))
         parts = [
-            _measures((self.weights[i : i + _AT_ONCE].astype(np.float64) @ per_cluster).reshape(-1, runs, kinds))
+            sums.measures((self.weights[i : i + _AT_ONCE].astype(np.float64) @ per_cluster).reshape(-1, runs, kinds))
             for i in range(0, self.resamples, _AT_ONCE)
         ]
-        return {m: np.concatenate([part[m] for part in parts]) for m in MEASURES}
+        return {m: np.concatenate([part[m] for part in parts]) for m in self.scale.measures}
 
     def over_seeds(self, values: np.ndarray) -> np.ndarray:
         """The mean over R runs (B, R) -> (B,), with the runs drawn anew in each resample if there are several.
@@ -152,14 +155,18 @@ def clusters_of(utterances: Sequence[str], speakers: Mapping[str, str], path: ob
 
 
 def score_with_intervals(
-    predictions: np.ndarray, labels: np.ndarray, clusters: Sequence[str] | None, rounding: str = "half-even"
+    predictions: np.ndarray,
+    labels: np.ndarray,
+    clusters: Sequence[str] | None,
+    rounding: str = "half-even",
+    scale: LabelScale = CMU,
 ) -> dict[str, Any]:
     """:func:`sdumc.scoring.metrics.score`, with ``intervals`` by measure and ``interval_method``.
 
     An interval is [low, high], or None where it is undefined; ``interval_method["notes"]`` says why.
     """
-    measures = score(predictions, labels, rounding)
-    bootstrap = Bootstrap(labels, clusters, rounding)
+    measures = score(predictions, labels, rounding, scale)
+    bootstrap = Bootstrap(labels, clusters, rounding, scale)
     resampled = bootstrap.resample(np.asarray(predictions)[None])
     intervals: dict[str, list[float] | None] = {}
     notes = [] if clusters else ["no speakers were given: utterances are resampled; true intervals are wider"]
@@ -186,50 +193,68 @@ def score_with_intervals(
 # ------------------------------------------------------------------------- the measures as functions of sums
 
 _MOMENTS = ("n", "abs", "error", "p", "y", "pp", "yy", "py")
-_HITS = tuple(CLASS_LIMITS)
-_BINARY = ("tp", "fp", "fn", "tn")
-_NAMES = (*_MOMENTS, *_HITS, *(f"{b}_{kind}" for kind in ("has0", "non0") for b in _BINARY))
 
 
-def _sums(p: np.ndarray, y: np.ndarray, rounding: str) -> np.ndarray:
-    """What each utterance adds to the sums that the measures are made of: (N, R, K), for predictions p (R, N)."""
-    a, b = p - p.mean(axis=1, keepdims=True), np.broadcast_to(y - y.mean(), p.shape)  # centred: small sums of squares
-    columns = {
-        **{"n": np.ones_like(p), "abs": np.abs(p - y), "error": p - y},
-        **{"p": a, "y": b, "pp": a * a, "yy": b * b, "py": a * b},
-        **{m: classes(p, limit, rounding) == classes(y, limit, rounding) for m, limit in CLASS_LIMITS.items()},
-    }
-    everything = np.ones(len(y), bool)
-    for kind, used, truth, said in (("has0", everything, y >= 0, p >= 0), ("non0", y != 0, y > 0, p > 0)):
-        columns[f"tp_{kind}"], columns[f"fp_{kind}"] = used & truth & said, used & ~truth & said
-        columns[f"fn_{kind}"], columns[f"tn_{kind}"] = used & truth & ~said, used & ~truth & ~said
-    return np.stack([columns[name].astype(np.float64).T for name in _NAMES], axis=2)
+class _Sums:
+    """What each utterance adds to the sums that the measures are made of, and the measures of such sums.
 
+    For a rule of classes these are how many utterances count and hit and, for F1, of each class how many hit, are of
+    it, and are said to be.
+    """
 
-def _measures(sums: np.ndarray) -> dict[str, np.ndarray]:
-    """The measures of sums (..., K); NaN where undefined."""
-    s = {name: sums[..., i] for i, name in enumerate(_NAMES)}
-    n = s["n"]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        vp, vy = s["pp"] - s["p"] ** 2 / n, s["yy"] - s["y"] ** 2 / n
-        covariance = s["py"] - s["p"] * s["y"] / n
-        # A constant leaves a variance of some rounding errors.
-        varied = (vp > 1e-12 * s["pp"]) & (vy > 1e-12 * s["yy"])
-        apart = vp + vy + s["error"] ** 2 / n
-        found = {
-            "mae": s["abs"] / n,
-            "corr": np.where(varied, np.clip(covariance / np.sqrt(vp * vy), -1, 1), np.nan),
-            "ccc": np.where(apart > 1e-12 * (s["pp"] + s["yy"]), 2 * covariance / apart, np.nan),
-            **{m: s[m] / n for m in _HITS},
+    def __init__(self, scale: LabelScale, labels: np.ndarray, rounding: str):
+        self.scale, self.y, self.rounding = scale, labels, rounding
+        self.truth = {rule.key: classes_of(rule, labels, rounding) for rule in scale.rules}
+        self.used = {r.key: labels != 0 if r.without_zero else np.ones(len(labels), bool) for r in scale.rules}
+        # A class that no label has counts nothing in a weighted F1.
+        self.classes = {r.key: np.unique(self.truth[r.key][self.used[r.key]]) if r.f1 else () for r in scale.rules}
+        self.names = [*_MOMENTS]
+        for key, found in self.classes.items():
+            self.names += [f"{key} used", f"{key} hits"]
+            self.names += [f"{key} {what} {c}" for c in found for what in ("hits", "true", "said")]
+
+    def of(self, p: np.ndarray) -> np.ndarray:
+        """The columns (N, R, K) of predictions p (R, N)."""
+        # Centred: small sums of squares.
+        a, b = p - p.mean(axis=1, keepdims=True), np.broadcast_to(self.y - self.y.mean(), p.shape)
+        columns = {
+            **{"n": np.ones_like(p), "abs": np.abs(p - self.y), "error": p - self.y},
+            **{"p": a, "y": b, "pp": a * a, "yy": b * b, "py": a * b},
         }
-        for kind in ("has0", "non0"):
-            tp, fp, fn, tn = (s[f"{b}_{kind}"] for b in _BINARY)
-            used = tp + fp + fn + tn
-            found[f"acc2_{kind}"] = (tp + tn) / used
-            positive = (tp + fn) * _safe_ratio(2 * tp, 2 * tp + fn + fp)
-            negative = (tn + fp) * _safe_ratio(2 * tn, 2 * tn + fn + fp)
-            found[f"f1_{kind}"] = (positive + negative) / used
-    return found
+        for rule in self.scale.rules:
+            key, truth, used = rule.key, self.truth[rule.key], self.used[rule.key]
+            said = classes_of(rule, p, self.rounding)
+            hit = used & (truth == said)
+            columns |= {f"{key} used": np.broadcast_to(used, p.shape), f"{key} hits": hit}
+            for c in self.classes[key]:
+                columns[f"{key} hits {c}"] = hit & (truth == c)
+                columns[f"{key} true {c}"] = np.broadcast_to(used & (truth == c), p.shape)
+                columns[f"{key} said {c}"] = used & (said == c)
+        return np.stack([columns[name].astype(np.float64).T for name in self.names], axis=2)
+
+    def measures(self, sums: np.ndarray) -> dict[str, np.ndarray]:
+        """The measures of sums (..., K); NaN where undefined."""
+        s = {name: sums[..., i] for i, name in enumerate(self.names)}
+        n = s["n"]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            vp, vy = s["pp"] - s["p"] ** 2 / n, s["yy"] - s["y"] ** 2 / n
+            covariance = s["py"] - s["p"] * s["y"] / n
+            # A constant leaves a variance of some rounding errors.
+            varied = (vp > 1e-12 * s["pp"]) & (vy > 1e-12 * s["yy"])
+            apart = vp + vy + s["error"] ** 2 / n
+            found = {
+                "mae": s["abs"] / n,
+                "corr": np.where(varied, np.clip(covariance / np.sqrt(vp * vy), -1, 1), np.nan),
+                "ccc": np.where(apart > 1e-12 * (s["pp"] + s["yy"]), 2 * covariance / apart, np.nan),
+            }
+            for rule in self.scale.rules:
+                key = rule.key
+                found[key] = s[f"{key} hits"] / s[f"{key} used"]
+                if rule.f1:
+                    parts = [[s[f"{key} {w} {c}"] for w in ("hits", "true", "said")] for c in self.classes[key]]
+                    weighted = [true * _safe_ratio(2 * hits, true + said) for hits, true, said in parts]
+                    found[rule.f1] = sum(weighted, np.zeros_like(n)) / s[f"{key} used"]
+        return found
 
 
 def _safe_ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:

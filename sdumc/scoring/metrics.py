@@ -1,6 +1,7 @@
-"""The measures of the MOSEI/MOSI regression task, and the file of predictions that they are computed from.
+"""The measures of sentiment as a number, and the file of predictions that they are computed from.
 
-Papers differ in what they call accuracy and F1, so every variant has a name of its own: see ``docs/metrics.md``.
+Which accuracies there are depends on the scale of the labels (:mod:`sdumc.scale`). Papers differ in what they call
+accuracy and F1, so every variant has a name of its own: see ``docs/metrics.md``.
 :func:`doubts` says what the choice of the epoch tells about a training run, for its log and for the report.
 """
 
@@ -15,22 +16,12 @@ from typing import Any
 import numpy as np
 
 from sdumc.errors import UserError
+from sdumc.scale import CMU, SIMS, ClassRule, LabelScale
 
 HEADER = ("utt_id", "prediction", "label")
 ROUNDINGS = ("half-even", "away")
-MEASURES = {  # and how tables call them
-    "mae": "MAE",
-    "corr": "Corr",
-    "ccc": "CCC",
-    "acc7": "Acc-7",
-    "acc5": "Acc-5",
-    "acc3": "Acc-3",
-    "acc2_has0": "Acc-2 has0",
-    "f1_has0": "F1 has0",
-    "acc2_non0": "Acc-2 non0",
-    "f1_non0": "F1 non0",
-}
-CLASS_LIMITS = {"acc7": 3, "acc5": 2, "acc3": 1}  # the classes are the whole numbers from -limit to limit
+# Every measure of any scale; those of a score, with their titles, are LabelScale.measures.
+EVERY_MEASURE = tuple(dict.fromkeys(m for s in (CMU, SIMS, LabelScale(0, 1, "nearest")) for m in s.measures))
 PLAIN = ("mae", "corr", "ccc")  # not fractions of utterances
 LOWER_IS_BETTER = ("mae",)
 
@@ -107,16 +98,19 @@ def _number(text: str, what: str) -> float:
 
 
 def score(
-    predictions: Sequence[float] | np.ndarray, labels: Sequence[float] | np.ndarray, rounding: str = "half-even"
+    predictions: Sequence[float] | np.ndarray,
+    labels: Sequence[float] | np.ndarray,
+    rounding: str = "half-even",
+    scale: LabelScale = CMU,
 ) -> dict[str, Any]:
-    """All measures of one set of predictions p (N,) against the labels y (N,), both in [-3, 3] as a rule.
+    """All measures of one set of predictions p (N,) against the labels y (N,), both on ``scale``.
 
     p is never clipped except for the classes. Accuracies and F1 are fractions of 1. What the data leave undefined
     is NaN, with a sentence in ``notes``.
 
     Returns:
-        ``mae, corr, acc7, acc5, acc3, acc2_has0, f1_has0, acc2_non0, f1_non0, n``, and then ``ccc, n_non0,
-        rounding, notes``.
+        ``mae, corr``, the scale's accuracies and F1 (CMU's: ``acc7, acc5, acc3, acc2_has0, f1_has0, acc2_non0,
+        f1_non0``), ``n``, and then ``ccc, n_non0, rounding, notes, scale``.
 
     Raises:
         ValueError: no utterance, shapes that differ, values that are not finite, or an unknown rounding.
@@ -135,26 +129,25 @@ def score(
     ccc, why = concordance(p, y)
     if why:
         notes.append(f"ccc is undefined: {why}")
-    nonzero = y != 0
-    if nonzero.any():
-        acc2_non0 = float(np.mean((p[nonzero] > 0) == (y[nonzero] > 0)))
-        f1_non0 = weighted_f1(y[nonzero] > 0, p[nonzero] > 0)
-    else:
-        acc2_non0 = f1_non0 = math.nan
-        notes.append("acc2_non0 and f1_non0 are undefined: every label is zero")
+    by_class: dict[str, float] = {}
+    for rule in scale.rules:
+        used = y != 0 if rule.without_zero else np.ones(y.size, bool)
+        truth, said = (classes_of(rule, v[used], rounding) for v in (y, p))
+        by_class[rule.key] = float(np.mean(truth == said)) if used.any() else math.nan
+        if rule.f1:
+            by_class[rule.f1] = weighted_f1(truth, said) if used.any() else math.nan
+        if not used.any():
+            notes.append(f"{rule.key} and {rule.f1} are undefined: every label is zero")
     return {
         "mae": float(np.mean(np.abs(p - y))),
         "corr": corr,
-        **{m: class_accuracy(p, y, limit, rounding) for m, limit in CLASS_LIMITS.items()},
-        "acc2_has0": float(np.mean((p >= 0) == (y >= 0))),
-        "f1_has0": weighted_f1(y >= 0, p >= 0),
-        "acc2_non0": acc2_non0,
-        "f1_non0": f1_non0,
+        **by_class,
         "n": int(y.size),
         "ccc": ccc,
-        "n_non0": int(nonzero.sum()),
+        "n_non0": int((y != 0).sum()),
         "rounding": rounding,
         "notes": notes,
+        "scale": scale.as_dict(),
     }
 
 
@@ -209,9 +202,11 @@ def concordance(p: np.ndarray, y: np.ndarray) -> tuple[float, str]:
     return float(2 * np.mean(a * b)) / apart, ""
 
 
-def class_accuracy(p: np.ndarray, y: np.ndarray, limit: int, rounding: str = "half-even") -> float:
-    """Share of utterances whose predicted class equals the true one; see :func:`classes`."""
-    return float(np.mean(classes(p, limit, rounding) == classes(y, limit, rounding)))
+def classes_of(rule: ClassRule, values: np.ndarray, rounding: str = "half-even") -> np.ndarray:
+    """The class of each value by a rule of a scale: whole numbers, of any value."""
+    if rule.limit:
+        return classes(values, rule.limit, rounding).astype(np.int64)
+    return np.searchsorted(np.array(rule.edges), values, side="right" if rule.closed else "left")
 
 
 def classes(values: np.ndarray, limit: int, rounding: str = "half-even") -> np.ndarray:
@@ -227,18 +222,17 @@ def classes(values: np.ndarray, limit: int, rounding: str = "half-even") -> np.n
 
 
 def weighted_f1(truth: np.ndarray, predicted: np.ndarray) -> float:
-    """F1 of both classes of two boolean arrays (N,), weighted by how often each is *true*.
+    """F1 of each class of two arrays of classes (N,), weighted by how often it is *true*.
 
     The order of the arguments matters: two well-known toolkits once had them swapped. A class that is never
     predicted has F1 = 0.
     """
     total = 0.0
-    for cls in (False, True):
+    for cls in np.unique(truth):
         support = int(np.sum(truth == cls))
         hits = int(np.sum((truth == cls) & (predicted == cls)))
         chosen = int(np.sum(predicted == cls))
-        if support:
-            total += support * 2.0 * hits / (support + chosen)
+        total += support * 2.0 * hits / (support + chosen)
     return total / truth.size
 
 

@@ -171,7 +171,8 @@ def decode_protocol(
         for rate, (ids, predictions, labels) in _decode(
             models, dump, condition, masks, batch_size, num_workers
         ).items():
-            write_predictions(ids, predictions, labels, folder / condition / (f"{rate:.1f}" if rates else ""))
+            place = folder / condition / (f"{rate:.1f}" if rates else "")
+            write_predictions(ids, dump.scale.from_network(predictions), labels, place, dump.scale)
     record: dict[str, Any] = {"protocol": protocol, "conditions": list(conditions)}
     if rates:
         masks.write(folder / MASKS)

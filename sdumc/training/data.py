@@ -22,6 +22,7 @@ from sdumc.errors import UserError
 from sdumc.extraction.loop import make_batches, read_ahead, read_wave
 from sdumc.model.network import SDUMC
 from sdumc.pretrained.speech_encoder import SpeechEncoder
+from sdumc.scale import SCALE, declared_scale, looks_like_classes
 
 log = logging.getLogger("sdumc")
 
@@ -39,6 +40,7 @@ def load_sets(settings: Namespace) -> tuple[Dump, Dump]:
         names.append(missing_text)
     train = load_dump(settings.train_dir, names, require=("utt2label",))
     valid = load_dump(settings.valid_dir, names, require=("utt2label",))
+    check_scales(train, valid)
     # A model cannot learn to read what no train utterance has: it is made without.
     train.features = {name: feature for name, feature in train.features.items() if feature.entries}
     if "text" not in train.features:
@@ -73,6 +75,21 @@ def as_inputs(by_feature: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a batch of the train set has by feature, by the network's input names: its only text besides the real one is
     that of the missing flow."""
     return {name if name in MODALITIES else TEXT_OF_FLOW[MISSING]: x for name, x in by_feature.items()}
+
+
+def check_scales(train: Dump, valid: Dump) -> None:
+    """Refuse labels that look like class numbers and are not declared to be sentiment, and two scales in one corpus.
+
+    Raises:
+        UserError: naming the folder, and what to declare.
+    """
+    if declared_scale(train.path) is None and (question := looks_like_classes(train.labels.values())):
+        raise UserError(f"{train.path}/utt2label: {question}")
+    if train.scale != valid.scale:
+        raise UserError(
+            f"{valid.path}/{SCALE}: labels from {valid.scale.ends} ({valid.scale.scheme}), but {train.path} has "
+            f"{train.scale.ends} ({train.scale.scheme}); declare one scale for both"
+        )
 
 
 def with_dimensions(settings: Namespace, train: Dump) -> Namespace:

@@ -31,6 +31,7 @@ from sdumc.files import json_ready, settings_hash, write_text
 from sdumc.losses.objective import sdumc_objective
 from sdumc.model.network import SDUMC, empty_loss_inputs
 from sdumc.processes import StopSignal
+from sdumc.scale import LabelScale
 from sdumc.scoring.decoding import decode
 from sdumc.scoring.metrics import doubts, median_mae, score
 from sdumc.training.checkpoint import (
@@ -95,6 +96,7 @@ def train(settings: Namespace, stop: StopSignal) -> int:
     if not resumed:
         size, counts = sum(p.numel() for p in model.parameters()), [len(s.utterances) for s in (train_set, valid_set)]
         log.info("%d parameters; %d train and %d valid utterances", size, *counts)
+        log.info("labels from %s", train_set.scale.named_ends)
         passes = f" ({sampler.passes} passes over the train set)" if sampler.passes > 1 else ""
         log.info("%d steps an epoch%s on %d x %s", len(sampler), passes, ranks.size, ranks.device)
     board = open_records(exp_dir, settings, train_set, state, resumed) if ranks.is_main else None
@@ -110,7 +112,9 @@ def train(settings: Namespace, stop: StopSignal) -> int:
         model.train()
         for batch in loader:
             utterances = sampler.global_batch(state.batches_done)
-            outputs, labels, has_text = global_outputs(network, batch, len(utterances), flows, settings, ranks)
+            outputs, labels, has_text = global_outputs(
+                network, batch, len(utterances), flows, train_set.scale, settings, ranks
+            )
             terms = sdumc_objective(outputs.get(COMPLETE), outputs.get(MISSING), labels, has_text, weights)
             check_finite(terms, state, [train_set.utterances[i] for i in utterances])
             stopped = update(terms["loss"], model, optimiser, settings.clip_grad, stop.raised, ranks)
@@ -208,18 +212,24 @@ Rows = dict[str, dict[str, Tensor]]  # what the objective reads: by flow and nam
 
 
 def global_outputs(
-    network: Any, batch: Batch, total: int, flows: Sequence[str], settings: Namespace, ranks: Ranks
+    network: Any,
+    batch: Batch,
+    total: int,
+    flows: Sequence[str],
+    scale: LabelScale,
+    settings: Namespace,
+    ranks: Ranks,
 ) -> tuple[Rows, Tensor, Tensor]:
     """Run this rank's rows of a global batch of ``total`` utterances, and gather those of all ranks.
 
     Returns:
-        The outputs of each flow (total, ...), the labels (total,), and which utterances have real text (total,), in the
-        same order. Only this rank's rows carry a gradient.
+        The outputs of each flow (total, ...), the labels (total,) on the network's scale, and which utterances have
+        real text (total,), in the same order. Only this rank's rows carry a gradient.
     """
     batch = batch.to(ranks.device, non_blocking=True)
     own, has_text = own_outputs(network, batch, flows, settings, ranks.device)
     outputs = {f: {name: gather_rows(x.float(), total, ranks) for name, x in own[f].items()} for f in flows}
-    labels = gather_rows(batch.labels, total, ranks)
+    labels = gather_rows(scale.to_network(batch.labels), total, ranks)
     return outputs, labels, gather_rows(has_text.to(torch.uint8), total, ranks).bool()
 
 
@@ -274,7 +284,7 @@ def evaluate(model: SDUMC, dump: Dump, conditions: Sequence[str], ranks: Ranks) 
         mine = list(zip(part.ids, part.prediction, part.label, strict=True))
         rows = [row for rank in gather_objects(mine, ranks) for row in rank]
         rows.sort(key=lambda row: row[0])
-        values = score(np.array([p for _, p, _ in rows]), np.array([y for _, _, y in rows]))
+        values = score(np.array([p for _, p, _ in rows]), np.array([y for _, _, y in rows]), scale=dump.scale)
         scores[condition] = {k: float(v) for k, v in values.items() if isinstance(v, (int, float))}
     return scores
 
@@ -285,6 +295,7 @@ def open_records(
     """Write what describes the run, and open TensorBoard's file; points of epochs that are done again are removed."""
     write_config(exp_dir, settings)
     write_extractors(exp_dir, train_set)
+    train_set.scale.write(exp_dir)
     keep_best(exp_dir, state.best_epochs)
     return SummaryWriter(str(exp_dir / "tensorboard"), purge_step=state.epoch if resumed else None)
 

@@ -315,10 +315,10 @@ def test_the_example_of_a_new_recipe(tmp_path):
     (recipe / "local/make_data.py").write_text(data_py)
     (recipe / "local/data.sh").write_text(data_sh)
     stage_1 = next(line for kind, t in blocks if kind == "" for line in t.splitlines() if "--stop-stage 1" in line)
-    output = call(stage_1.partition("#")[0] + " --ngpu 0", recipe)
+    output = call(stage_1.partition("#")[0] + " --ngpu 0 --label-scale '1 5 nearest'", recipe)
     assert "stage 1 (data)" in output
     labels = dict(line.split() for s in ("train", "valid", "test") for line in (recipe / f"data/{s}/utt2label").open())
-    assert labels == {"anna-0001": "3.0", "anna-0002": "-1.5", "boris-0003": "1.5", "clara-0004": "-3.0"}
+    assert labels == {"anna-0001": "5", "anna-0002": "2", "boris-0003": "4", "clara-0004": "1"}
 
 
 def test_the_example_of_features_from_elsewhere(tmp_path, monkeypatch):

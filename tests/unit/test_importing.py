@@ -14,13 +14,14 @@ from sdumc.corpora.sets import ClipMedia, Corpus, Fold
 from sdumc.data.kaldi_dir import load_kaldi_dir, validate_kaldi_dir
 from sdumc.data.tables import read_dropped, read_table
 from sdumc.errors import UserError
+from sdumc.scale import LabelScale, scale_of
 
-SCALE = (1.0, 5.0)
+SCALE = LabelScale(1.0, 5.0, "none")
 
 
 def read_stars(folder: Path, rows: list[tuple[str, str, float]]) -> Corpus:
     """A source in a few lines: sounds of half a second with one to five stars, (set, name, stars)."""
-    folds = {name: Fold(name, label_range=SCALE) for name in ("train", "valid", "test")}
+    folds = {name: Fold(name, scale=SCALE) for name in ("train", "valid", "test")}
     for number, (name, clip, stars) in enumerate(rows):
         file = folder / f"{clip}.wav"
         if not file.exists():
@@ -38,9 +39,10 @@ ROWS = [("train", "a", 1), ("train", "b", 5), ("train", "c", 6), ("valid", "d", 
 
 def test_a_source_on_another_scale(tmp_path, capsys):
     import_corpus(lambda: read_stars(tmp_path, ROWS), options(tmp_path))
-    train = load_kaldi_dir(tmp_path / "data/train", SCALE)
+    train = load_kaldi_dir(tmp_path / "data/train")
     assert train.utt2label == {"a-0": 1.0, "b-1": 5.0} and train.text["a-0"] == "some words"
-    assert validate_kaldi_dir(tmp_path / "data/train", check_media=True, label_range=SCALE) == []
+    assert validate_kaldi_dir(tmp_path / "data/train", check_media=True) == []
+    assert scale_of(tmp_path / "data/train") == SCALE
     reason = "label 6.0 is outside [1, 5]; correct it or leave the utterance out"
     assert read_dropped(tmp_path / "data/train/dropped.tsv") == [("c-2", "data", reason)]
     assert read_dropped(tmp_path / "data/dropped.tsv") == [("x.wav", "data", "a file without stars")]
@@ -84,4 +86,4 @@ def test_an_older_import_leaves_nothing_behind(tmp_path):
     for fold in corpus.folds:
         fold.utterances = {u: type(v)(v.speaker, v.label) for u, v in fold.utterances.items()}
     import_corpus(lambda: corpus, options(tmp_path))
-    assert {p.name for p in (tmp_path / "data/train").iterdir()} == {"utt2label", "utt2spk", "spk2utt"}
+    assert {p.name for p in (tmp_path / "data/train").iterdir()} == {"utt2label", "utt2spk", "spk2utt", "scale.yaml"}

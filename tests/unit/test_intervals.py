@@ -8,8 +8,9 @@ import pytest
 
 from sdumc.bin.score import main
 from sdumc.errors import UserError
+from sdumc.scale import CMU
 from sdumc.scoring.intervals import Bootstrap, clusters_of, expanded_tail, score_with_intervals
-from sdumc.scoring.metrics import MEASURES, score
+from sdumc.scoring.metrics import score
 
 
 def simulated(rng, speakers=8, each=6, runs=3):
@@ -33,7 +34,7 @@ def test_resamples_are_those_of_scoring_one_by_one(rounding):
         drawn = np.concatenate([np.tile(rows, w) for rows, w in zip(members, weights.tolist(), strict=True)])
         for r in range(len(p)):
             reference = score(p[r, drawn], y[drawn], rounding)
-            for m in MEASURES:
+            for m in CMU.measures:
                 assert got[m][b, r] == pytest.approx(reference[m], abs=1e-9), m
 
 
@@ -142,7 +143,7 @@ def test_score_command(tmp_path, capsys):
     assert "bootstrap over 20 utterances; no speakers were given" in capsys.readouterr().out
     main([*args, "--utt2spk", str(tmp_path / "utt2spk")])
     got = json.loads((tmp_path / "score.json").read_text())
-    assert list(got["intervals"]) == list(MEASURES) and got["interval_method"]["clusters"] == 5
+    assert list(got["intervals"]) == list(CMU.measures) and got["interval_method"]["clusters"] == 5
     assert got["interval_method"]["resampled"] == "speakers"
     assert got["mae"] == plain["mae"] and got["intervals"]["mae"] != plain["intervals"]["mae"]
     low, high = got["intervals"]["mae"]

@@ -23,9 +23,10 @@ from sdumc.errors import UserError
 from sdumc.reporting import baselines, drawing
 from sdumc.reporting.scores import Row, _findings, spread
 from sdumc.reporting.sets import media_links
+from sdumc.scale import CMU
 from sdumc.scoring.attention_file import read_attention
 from sdumc.scoring.intervals import UNDEFINED, Bootstrap
-from sdumc.scoring.metrics import MEASURES, format_measure, read_predictions
+from sdumc.scoring.metrics import format_measure, read_predictions
 
 ARGS = ["--exp-dirs", "exp/train_seed1", "exp/train_seed2", "--output-dir", "exp/report", "--results", "RESULTS.md"]
 
@@ -81,7 +82,7 @@ def test_table_is_mean_and_interval_of_the_scores(made):
     for condition, title in (("full", "full: real text"), ("none", "none: no text")):
         bootstrap, p = resampled(made, condition)
         limits = bootstrap.intervals(p)
-        for column, measure in enumerate(MEASURES):
+        for column, measure in enumerate(CMU.measures):
             mean = scores_of(made, condition, measure).mean()
             assert rows[title][column] == format_measure(measure, mean, interval=limits[measure])
         deviation = scores_of(made, condition, "mae").std(ddof=1)
