@@ -284,6 +284,30 @@ def looks_like_classes(labels: Iterable[float]) -> str | None:
     )
 
 
+def ask_for_scale(labels: Iterable[float]) -> str | None:
+    """A question, if it is not clear that labels are on CMU's scale: nothing is learned from them in silence."""
+    found = sorted(set(labels))
+    if not found:
+        return None
+    low, high = found[0], found[-1]
+    whole = all(v == int(v) for v in found)
+    seen = f"labels are {'whole numbers ' if whole else ''}from {low:g} to {high:g}"
+    if whole and len(found) <= _MOST_CLASSES:
+        shown = ", ".join(f"{v:g}" for v in found)
+        return (
+            f"{seen} ({shown}): classes, or a scale? For a scale declare its ends: --label-scale '{low:g} {high:g}' or "
+            f"'{low:g} {high:g} nearest' for the accuracy of the nearest one too; for classes give each its sentiment: "
+            f"--label-map '{' '.join(f'{v:g}=?' for v in found)}'"
+        )
+    if low < CMU.low or high > CMU.high:
+        return (
+            f"{seen}, outside of CMU's scale {CMU.interval}: declare theirs, such as --label-scale '{low:g} {high:g}'"
+        )
+    if low >= SIMS.low and high <= SIMS.high and len(found) > _FEW_VALUES:
+        return f"{seen} only: declare the scale: --label-scale sims ({SIMS.interval}), '0 1', or cmu ({CMU.interval})"
+    return None
+
+
 def main(arguments: list[str]) -> int:
     """Answer a shell script; see :data:`USAGE`."""
     try:

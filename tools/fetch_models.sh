@@ -29,6 +29,7 @@ table() {
   cat <<'TABLE'
 wavlm-large              microsoft/wavlm-large              1.3   bin          audio features, and the ears of the speech LLM
 vicuna-7b-v1.5           lmsys/vicuna-7b-v1.5               13.5  bin          text features and simulated text
+qwen2.5-7b-instruct      Qwen/Qwen2.5-7B-Instruct           15.2  safetensors  text in many languages (egs/sims)
 whisper-large-v3         openai/whisper-large-v3            3.1   safetensors  recognised text
 whisper-small            openai/whisper-small               1.0   safetensors  recognised text, quicker
 clip-vit-large-patch14   openai/clip-vit-large-patch14      1.7   safetensors  video features

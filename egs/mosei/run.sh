@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# CMU-MOSEI in any of the three forms in which it is available. README.md explains what to get and what each stage costs.
+# CMU-MOSEI in any of the four forms in which it is available. README.md explains what to get and what each stage costs.
 #
 #   ./run.sh --source raw     --corpus-dir /corpora/CMU-MOSEI/Raw --folds cmu_mosei_std_folds.py
+#   ./run.sh --source table   --table MOSEI/label.csv
 #   ./run.sh --source toolkit --pickle unaligned_50.pkl
 #   ./run.sh --source authors --features-dir features --labels label_official.npz --transcripts transcription.csv
 #
@@ -11,7 +12,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 #: Corpus
-source=raw    #: raw: videos, transcripts, labels; toolkit: unaligned_50.pkl or aligned_50.pkl; authors: released features
+source=raw    #: raw: videos, transcripts, labels; table: label.csv and clips; toolkit: unaligned_50.pkl or aligned_50.pkl; authors: released features
+table=        #: table: the toolkit's label.csv, with Raw/<video_id>/<clip_id>.mp4 beside it; or another CSV or TSV file
+media_dir=    #: table: folder of the clips, if it is not the table's
 corpus_dir=   #: raw: the folder that holds Raw/; toolkit: the same, if there are media as well
 folds=        #: raw: folder of train.txt, valid.txt, test.txt, or the CMU SDK's cmu_mosei_std_folds.py
 labels=       #: raw: CSV file or folder, or .csd file (default: Raw/Labels); authors: label_official.npz
@@ -28,10 +31,10 @@ die() {
   exit 2
 }
 case ${source} in
-  raw | toolkit | authors) ;;
-  *) die "--source is raw, toolkit or authors, not '${source}'" ;;
+  raw | table | toolkit | authors) ;;
+  *) die "--source is raw, table, toolkit or authors, not '${source}'" ;;
 esac
-export source corpus_dir folds labels media pickle features_dir transcripts counts
+export source corpus_dir folds labels media pickle features_dir transcripts counts table media_dir
 
 names=()
 # Each source has its own folders, so that the features of one are not used in the experiments of another.
@@ -39,11 +42,11 @@ if [[ ${source} != raw ]]; then
   names+=(--datadir "data/${source}" --dumpdir "dump/${source}" --expdir "exp/${source}" --results "RESULTS.${source}.md")
 fi
 # Models are needed only where there are media. Features that stage 1 imports are kept.
-if [[ ${source} == raw || (${source} == toolkit && -n ${corpus_dir}) ]]; then
+if [[ ${source} == raw || ${source} == table || (${source} == toolkit && -n ${corpus_dir}) ]]; then
   names+=(--encoder ../../tools/models/wavlm-large --llm ../../tools/models/vicuna-7b-v1.5)
   names+=(--asr-model ../../tools/models/whisper-large-v3)
 fi
-if [[ ${source} == raw ]]; then names+=(--vision-model ../../tools/models/clip-vit-large-patch14); fi
+if [[ ${source} == raw || ${source} == table ]]; then names+=(--vision-model ../../tools/models/clip-vit-large-patch14); fi
 
 ../../tools/setup_env.sh --extras mosei --if-needed
 ./sdumc.sh "${names[@]}" "$@"

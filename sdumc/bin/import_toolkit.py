@@ -1,4 +1,4 @@
-"""Stage 1: a feature pickle of the field's common toolkit (unaligned_50.pkl, aligned_50.pkl) into dump folders."""
+"""Stage 1: a feature pickle of the field's common toolkit (such as unaligned_50.pkl) into dump folders."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def get_parser() -> Parser:
         help="features to take from the pickle",
     )
     add_media_options(group)
-    add_output_options(parser)
+    add_output_options(parser, label_scale=True)
     return parser
 
 
@@ -35,9 +35,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     setup_logging(args.verbose)
     from sdumc.corpora.toolkit import read_toolkit
+    from sdumc.scale import parse_scale
+
+    scale = parse_scale(args.label_scale or "cmu")
 
     import_corpus(
-        lambda: read_toolkit(args.pickle, args.features, args.counts, args.sha256, args.corpus_dir, args.media), args
+        lambda: read_toolkit(args.pickle, args.features, args.counts, args.sha256, args.corpus_dir, args.media, scale),
+        args,
     )
 
 

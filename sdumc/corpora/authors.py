@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import os
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from sdumc.corpora.sets import Corpus, FeatureWriter, Fold, split_name
+from sdumc.corpora.table import read_csv
 from sdumc.data.kaldi_dir import shard
 from sdumc.data.pickles import load_npy, load_npz_dicts
 from sdumc.data.shards import Merged, ShardWriter, merge_shards
@@ -126,23 +126,17 @@ def read_transcripts(path: Path) -> dict[str, str]:
     """The columns ``name`` and ``english`` of a CSV table.
 
     Raises:
-        UserError: it cannot be read, a column is missing, or a name has two different texts.
+        UserError: see :func:`sdumc.corpora.table.read_csv`; a column is missing, or a name has two different texts.
     """
     result: dict[str, str] = {}
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as f:
-            reader = csv.DictReader(f)
-            for column in ("name", "english"):
-                if column not in (reader.fieldnames or []):
-                    raise UserError(f"{path}: has no column {column!r}; is it the authors' transcript table?")
-            for row in reader:
-                name, text = (row["name"] or "").strip(), " ".join((row["english"] or "").split())
-                if result.setdefault(name, text) != text:
-                    raise UserError(f"{path}:{reader.line_num}: {name!r} has another text before; remove one line")
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
-    except (UnicodeDecodeError, csv.Error) as e:
-        raise UserError(f"{path}: not a CSV file in UTF-8 ({e})") from None
+    table = read_csv(path)
+    for column in ("name", "english"):
+        if column not in table.columns:
+            raise UserError(f"{path}: has no column {column!r}; is it the authors' transcript table?")
+    for number, row in table.rows:
+        name, text = row["name"], " ".join(row["english"].split())
+        if result.setdefault(name, text) != text:
+            raise UserError(f"{path}:{number}: {name!r} has another text before; remove one line")
     return result
 
 

@@ -24,13 +24,14 @@ from sdumc.errors import UserError
 from sdumc.files import write_text
 
 DROPPED = "dropped.tsv"
+UNKNOWN = "-"
 
 
 @dataclass(frozen=True)
 class Counts:
     """What others have published about a fold, for comparison; nothing depends on it."""
 
-    videos: int
+    videos: int  # 0: not known
     clips: int
 
 
@@ -38,6 +39,7 @@ class Counts:
 PUBLISHED_COUNTS = {
     "mosei": {"train": Counts(2249, 16326), "valid": Counts(300, 1871), "test": Counts(678, 4659)},
     "mosi": {"train": Counts(52, 1284), "valid": Counts(10, 229), "test": Counts(31, 686)},
+    "sims": {"train": Counts(0, 1368), "valid": Counts(0, 456), "test": Counts(0, 457)},
     "none": {},
 }
 
@@ -70,7 +72,7 @@ def _table(folds: Iterable[Fold], published: Mapping[str, Counts]) -> list[str]:
         found = [len({u.speaker for u in fold.utterances.values()}), len(fold.utterances)]
         cells = [str(count) for count in found]
         if others := published.get(fold.name):
-            cells = [f"{found[0]} ({others.videos})", f"{found[1]} ({others.clips})"]
+            cells = [f"{found[0]} ({others.videos or UNKNOWN})", f"{found[1]} ({others.clips})"]
         rows.append([fold.name, *cells, str(len(fold.left_out)), str(len(fold.unlabelled))])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -115,11 +117,13 @@ def add_media_options(group: Any, required: bool = False) -> None:
     )
 
 
-def add_output_options(parser: Parser, dump: bool = True) -> Any:
+def add_output_options(parser: Parser, dump: bool = True, counts: str = "mosei", label_scale: bool = False) -> Any:
     """Where the sets go, how many of their utterances may be left out, and which counts stand beside those found.
 
     Args:
         dump: there are features to write too.
+        counts: default of the option.
+        label_scale: labels may be on another scale than CMU's.
 
     Returns:
         the group, for more options.
@@ -135,9 +139,21 @@ def add_output_options(parser: Parser, dump: bool = True) -> Any:
     group.add_argument(
         "--counts",
         choices=tuple(PUBLISHED_COUNTS),
-        default="mosei",
+        default=counts,
         help="published counts to show beside those found",
     )
+    group.add_argument(
+        "--shared-speakers",
+        choices=("refuse", "allow"),
+        default="refuse",
+        help="a speaker (or source video) in two sets; allow: it is noted in folds.txt",
+    )
+    if label_scale:
+        group.add_argument(
+            "--label-scale",
+            metavar="SCALE",
+            help="scale of the labels: cmu, sims, or lowest and highest label and, if wanted, classes: '1 5 nearest'",
+        )
     return group
 
 
@@ -155,7 +171,7 @@ def import_corpus(read: Callable[[], Corpus], args: Any) -> None:
     data_dir = Path(args.data_dir)
     (data_dir / SUMMARY).unlink(missing_ok=True)  # an older one says nothing about this run
     corpus = read()
-    check_disjoint(corpus.folds)
+    corpus.notes += check_disjoint(corpus.folds, args.shared_speakers == "allow")
     for fold in corpus.folds:
         leave_out_broken(fold, data_dir / fold.name)
         _list_left_out(data_dir / fold.name / DROPPED, fold.unlabelled | fold.left_out)
@@ -217,7 +233,7 @@ def _write_set(directory: Path, tables: Mapping[str, Mapping[str, str]]) -> None
     """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "wav.scp").unlink(missing_ok=True)
-    for name in _TABLES:
+    for name in dict.fromkeys([*(t for t in tables if t not in _TABLES), *_TABLES]):
         if name in tables:
             write_table(directory / name, tables[name])
         else:

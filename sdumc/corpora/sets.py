@@ -45,7 +45,8 @@ class Fold:
 
     ``left_out`` is utterance -> reason for those that have a label and should have been there; ``unlabelled`` is the
     same for clips without label, which are listed but do not count against the share that may be left out. ``speakers``
-    are those of all utterances ever added. A label outside ``scale`` leaves its utterance out.
+    are those of all utterances ever added. A label outside ``scale`` leaves its utterance out. ``extra`` are
+    further tables of the data directory, by name; nothing of ours reads them.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Fold:
     speakers: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
     scale: LabelScale = CMU
+    extra: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def add(self, utt: str, speaker: str, label: float, text: str = "", media: ClipMedia | None = None) -> None:
         """Add an utterance, or leave it out if its label is not a number in range.
@@ -96,6 +98,8 @@ class Fold:
         }
         if any(u.text for u in found.values()):
             tables["text"] = {utt: u.text for utt, u in found.items()}
+        for name, values in self.extra.items():
+            tables[name] = {utt: value for utt, value in values.items() if utt in found}
         return tables | _media_tables({utt: u.media for utt, u in found.items() if u.media})
 
 
@@ -160,13 +164,30 @@ def split_name(name: str) -> tuple[str, str]:
     return video, utterance_id(video, clip) if clip else name
 
 
-def check_disjoint(folds: Iterable[Fold]) -> None:
-    """Raise a UserError when a video is in two folds: scores would be of people the model has seen."""
+def check_disjoint(folds: Iterable[Fold], allowed: bool = False) -> list[str]:
+    """Raise a UserError when a video is in two folds: scores would be of people the model has seen.
+
+    Args:
+        allowed: return a note about it instead.
+    """
+    shared: dict[str, str] = {}
     owner: dict[str, str] = {}
     for fold in folds:
         for video in fold.speakers:
             if owner.setdefault(video, fold.name) != fold.name:
-                raise UserError(f"video {video!r} is in {owner[video]} and in {fold.name}; the folds must be disjoint")
+                shared[video] = f"{owner[video]} and in {fold.name}"
+    if not shared:
+        return []
+    first, places = next(iter(shared.items()))
+    if not allowed:
+        raise UserError(
+            f"video {first!r} is in {places} ({len(shared)} such); the folds must be disjoint: no speaker (or source "
+            "video) of train may be tested. If a published split is like that, see --shared-speakers"
+        )
+    return [
+        f"NOTE: {len(shared)} of {len(owner)} speakers or videos are in several sets, such as {first!r} in {places}: "
+        "scores are of voices and faces that the model has seen"
+    ]
 
 
 def format_number(value: float) -> str:

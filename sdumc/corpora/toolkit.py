@@ -20,18 +20,25 @@ from sdumc.corpora.labels import find_labels, read_labels
 from sdumc.corpora.raw import MediaFiles, find_media, locate, raw_root
 from sdumc.corpora.sets import FOLDS, Corpus, FeatureWriter, Fold, split_name
 from sdumc.corpora.transcripts import Transcripts, give_times, read_transcripts
-from sdumc.data.pickles import restricted_load
+from sdumc.data.pickles import plain_text, restricted_load
 from sdumc.data.shards import ShardWriter, merge_shards
 from sdumc.errors import UserError
+from sdumc.scale import CMU, LabelScale
 
 log = logging.getLogger("sdumc")
 
+# SHA-256 of the published files: the corpus, as --counts has it, and the file's name.
 PUBLISHED_SHA256 = {
-    "ad8b23d50557045e7d47959ce6c5b955d8d983f2979c7d9b7b9226f6dd6fec1f": "MOSEI's unaligned_50.pkl as published"
+    "ad8b23d50557045e7d47959ce6c5b955d8d983f2979c7d9b7b9226f6dd6fec1f": ("mosei", "unaligned_50.pkl"),
+    "45eccfb748a87c80ecab9bfac29582e7b1466bf6605ff29d3b338a75120bf791": ("mosei", "aligned_50.pkl"),
+    "78e0f8b5ef8ff71558e7307848fc1fa929ecb078203f565ab22b9daab2e02524": ("mosi", "unaligned_50.pkl"),
+    "d3994fd25681f9c7ad6e9c6596a6fe9b4beb85ff7d478ba978b124139002e5f9": ("mosi", "aligned_50.pkl"),
+    "c9e20c13ec0454d98bb9c1e520e490c75146bfa2dfeeea78d84de047dbdd442f": ("sims", "unaligned_39.pkl"),
 }
-PUBLISHED_NAMES = ", ".join(PUBLISHED_SHA256.values())
+_CORPUS_NAMES = {"mosei": "CMU-MOSEI", "mosi": "CMU-MOSI", "sims": "CH-SIMS"}
 FEATURES = {"audio": "audio", "text": "text", "video": "vision"}  # our name -> theirs
 _COMMIT_EVERY = 256
+_ENOUGH = 10  # labels, to say that they are on another scale
 
 
 def file_sha256(path: Path) -> str:
@@ -54,18 +61,22 @@ def describe_sha256(path: Path, digest: str, wanted: str | None, corpus: str = "
     """A line about the file's identity; ``corpus`` is the one it should be of.
 
     Raises:
-        UserError: ``wanted`` is given and is another.
+        UserError: ``wanted`` is given and is another, or the file is the published one of another corpus.
     """
     if wanted and wanted.lower() != digest:
         raise UserError(f"{path}: its SHA-256 is {digest}, not {wanted.lower()}; fetch the file again")
     line = f"{path.name}: SHA-256 {digest}"
     if digest in PUBLISHED_SHA256:
-        return f"{line}, {PUBLISHED_SHA256[digest]}"
+        owner, name = PUBLISHED_SHA256[digest]
+        if corpus in _CORPUS_NAMES and owner != corpus:
+            raise UserError(f"{path}: is {_CORPUS_NAMES[owner]}'s {name}, and not of {_CORPUS_NAMES[corpus]}")
+        return f"{line}, {_CORPUS_NAMES[owner]}'s {name} as published"
     if wanted:
         return f"{line}, as asked for"
-    if corpus == "mosei" and path.name == "unaligned_50.pkl":
-        return f"{line}, which is not that of {PUBLISHED_NAMES}: another release, or a damaged copy"
-    return f"{line}; the only one known here to compare with is that of {PUBLISHED_NAMES}"
+    if (corpus, path.name) in PUBLISHED_SHA256.values():
+        name = f"{_CORPUS_NAMES[corpus]}'s {path.name}"
+        return f"{line}, which is not that of {name} as published: another release, or a damaged copy"
+    return f"{line}; no published file is known here to compare it with"
 
 
 @dataclass
@@ -85,13 +96,15 @@ def read_toolkit(
     sha256: str | None = None,
     corpus_dir: str | None = None,
     media: str = "auto",
+    scale: LabelScale = CMU,
 ) -> Corpus:
     """Read a pickle, and find the media of its clips where there are any.
 
     Args:
         pickle: the file.
         features: which of audio, text and video are taken from it.
-        corpus: the corpus that the file should be of, ``mosei``, ``mosi`` or ``none``.
+        corpus: the corpus that the file should be of, ``mosei``, ``mosi``, ``sims`` or ``none``.
+        scale: of the labels.
         sha256: what the file's SHA-256 has to be, if given.
         corpus_dir, media: raw distribution with the same clips, see :func:`sdumc.corpora.raw.read_raw`.
 
@@ -102,7 +115,10 @@ def read_toolkit(
     digest = file_sha256(path)
     identity = describe_sha256(path, digest, sha256, corpus)
     log.info("%s", identity)
-    parts = read_pickle(path)
+    parts = read_pickle(path, scale)
+    labels = [u.label for part in parts.values() for u in part.fold.utterances.values()]
+    if scale == CMU and len(labels) >= _ENOUGH and max(map(abs, labels)) <= 1:
+        raise UserError(f"{path}: {len(labels)} labels, and all from -1 to 1: declare --label-scale sims (CH-SIMS's)")
     result = Corpus([part.fold for part in parts.values()], [identity])
     if corpus_dir:
         root = raw_root(corpus_dir)
@@ -118,7 +134,7 @@ def read_toolkit(
     return result
 
 
-def read_pickle(path: Path) -> dict[str, Part]:
+def read_pickle(path: Path, scale: LabelScale = CMU) -> dict[str, Part]:
     """Load a pickle through the restricted unpickler: ids, texts and labels as folds; the features stay as they are.
 
     Needs as much memory as the file is long.
@@ -131,20 +147,20 @@ def read_pickle(path: Path) -> dict[str, Part]:
         raise UserError(
             f"{path}: has no folds {', '.join(FOLDS)}; is it the toolkit's unaligned_50.pkl or aligned_50.pkl?"
         )
-    return {name: _read_part(path, name, content[name]) for name in FOLDS}
+    return {name: _read_part(path, name, content[name], scale) for name in FOLDS}
 
 
-def _read_part(path: Path, name: str, content: Mapping[str, Any]) -> Part:
+def _read_part(path: Path, name: str, content: Mapping[str, Any], scale: LabelScale) -> Part:
     for key in ("id", "regression_labels"):
         if key not in content:
             raise UserError(f"{path}: {name} has no {key!r}; is it the toolkit's file?")
-    names = [str(i) for i in content["id"]]
-    labels = np.asarray(content["regression_labels"], dtype=np.float64).reshape(-1)
-    texts = [str(t) for t in content["raw_text"]] if "raw_text" in content else [""] * len(names)
+    names = [plain_text(i, f"{path}: {name}: id") for i in content["id"]]
+    labels = _numbers(path, name, content, "regression_labels")
+    texts = [plain_text(t, f"{path}: {name}: raw_text") for t in content.get("raw_text", [""] * len(names))]
     for key, length in (("regression_labels", len(labels)), ("raw_text", len(texts))):
         if length != len(names):
             raise UserError(f"{path}: {name} has {len(names)} ids, but {length} in {key!r}; fetch the file again")
-    part = Part(Fold(name), [], content)
+    part = Part(Fold(name, scale=scale), [], content)
     for their_name, label, text in zip(names, labels, texts, strict=True):
         speaker, utt = split_name(their_name)
         part.fold.add(utt, speaker, float(label), text)
@@ -152,6 +168,40 @@ def _read_part(path: Path, name: str, content: Mapping[str, Any]) -> Part:
         video, _, clip = utt.rpartition("-")
         part.clips[utt] = (video, clip) if video == speaker else (speaker, "")
     return part
+
+
+def _numbers(path: Path, name: str, content: Mapping[str, Any], key: str) -> np.ndarray:
+    """An array of numbers (N,), whatever it is stored as."""
+    try:
+        return np.asarray(content[key], dtype=np.float64).reshape(-1)
+    except (TypeError, ValueError) as e:
+        raise UserError(f"{path}: {name}: {key} is not an array of numbers ({e}); ask for another copy") from None
+
+
+def _matrices(path: Path, part: Part, theirs: str) -> Any:
+    """The feature's matrices (T, D) of all utterances: an array (N, T, D), or a list of matrices of different lengths.
+
+    Raises:
+        UserError: it is neither.
+    """
+    content, count = part.content[theirs], len(part.order)
+    if not isinstance(content, np.ndarray) or content.dtype == object:
+        try:
+            matrices = [np.asarray(m, dtype=np.float32) for m in content]
+        except (TypeError, ValueError) as e:
+            raise UserError(f"{path}: {part.fold.name}: {theirs!r} holds something else than numbers ({e})") from None
+        shapes = sorted({m.shape[1:] for m in matrices} | {(m.ndim,) for m in matrices if m.ndim != 2})
+        if len(matrices) == count and len(shapes) == 1 and matrices[0].ndim == 2:
+            return matrices
+        raise UserError(
+            f"{path}: {part.fold.name}: {theirs!r} has {len(matrices)} entries for {count} utterances, of shapes "
+            f"{[m.shape for m in matrices[:3]]}; expected a matrix (T, D) of one width for each"
+        )
+    if content.ndim != 3 or len(content) != count:
+        raise UserError(
+            f"{path}: {part.fold.name}: {theirs!r} has shape {content.shape}, expected ({count}, T, D) numbers"
+        )
+    return content
 
 
 def _give_media(parts: Mapping[str, Part], root: Path, media: MediaFiles) -> None:
@@ -220,13 +270,15 @@ def true_lengths(path: Path, part: Part, feature: str) -> np.ndarray | None:
     if feature == "text":
         return mask
     if f"{theirs}_lengths" in content:
-        lengths = np.asarray(content[f"{theirs}_lengths"], dtype=np.int64).reshape(-1)
+        lengths = _numbers(path, part.fold.name, content, f"{theirs}_lengths").astype(np.int64)
         if len(lengths) != count or (lengths < 0).any():
             raise UserError(
                 f"{path}: {part.fold.name}: {theirs}_lengths has {len(lengths)} values for {count} utterances"
             )
         return lengths
-    aligned = "text" in content and np.shape(content["text"])[1] == np.shape(content[theirs])[1]
+    if not isinstance(content[theirs], np.ndarray) or not isinstance(content.get("text"), np.ndarray):
+        return None
+    aligned = content["text"].shape[1:2] == content[theirs].shape[1:2]
     return mask if aligned else None
 
 
@@ -281,17 +333,14 @@ def write_feature(path: Path, part: Part, feature: str, dump_dir: Path, digest: 
     theirs = FEATURES[feature]
     if theirs not in part.content:
         raise UserError(f"{path}: {part.fold.name} has no {theirs!r}; is it the toolkit's file?")
-    array = np.asarray(part.content[theirs])
-    if array.ndim != 3 or len(array) != len(part.order) or array.dtype == object:
-        raise UserError(
-            f"{path}: {part.fold.name}: {theirs!r} has shape {array.shape}, expected ({len(part.order)}, T, D) numbers"
-        )
+    array = _matrices(path, part, theirs)
     lengths = true_lengths(path, part, feature)
     rows = {utt: i for i, utt in enumerate(part.order)}
     utterances = sorted(part.fold.utterances)
     counts = Trimmed()
     settings = {"extractor": "imported", "file": path.name, "sha256": digest, "array": theirs, "non_finite": 0}
-    settings["dim"] = array.shape[2]
+    dim = int(array[0].shape[1])
+    settings["dim"] = dim
     with ShardWriter(dump_dir, feature, 1, settings, utterances) as writer:
         for number, utt in enumerate(utterances, start=1):
             i = rows[utt]
@@ -305,7 +354,7 @@ def write_feature(path: Path, part: Part, feature: str, dump_dir: Path, digest: 
             if number % _COMMIT_EVERY == 0:
                 writer.commit()
     merged = merge_shards(dump_dir, feature, 1, {**settings, "imported": True}, utterances)
-    log.info("%s.scp: %d utterances, %d dimensions", dump_dir / feature, len(merged.frames), array.shape[2])
+    log.info("%s.scp: %d utterances, %d dimensions", dump_dir / feature, len(merged.frames), dim)
     lines = counts.lines(feature)
     if lengths is None:
         lines.append(f"{feature}: the file states no lengths; zero frames at the end were taken for padding")

@@ -67,6 +67,10 @@ class _RestrictedUnpickler(pickle.Unpickler):
         self._name = name
 
     def find_class(self, module: str, name: str) -> Any:
+        if module.endswith("\r") or name.endswith("\r"):
+            raise UserError(
+                f"{self._name}: its line ends were changed (CRLF), as by a copy in text mode; fetch the file again"
+            )
         try:
             return self._allowed[module, name]
         except KeyError:
@@ -109,6 +113,33 @@ def _load(file: IO[bytes], name: str) -> Any:
         raise UserError(
             f"{name}: not a pickle that can be loaded ({e}); it may be cut short or of another kind"
         ) from None
+
+
+def plain_text(value: Any, where: str) -> str:
+    """A string of a pickle: as it is, or from bytes or from a byte string of Python 2, both UTF-8.
+
+    Python 2's strings come as Latin-1; what is valid UTF-8 when read as such, with a letter beyond ASCII, was UTF-8.
+
+    Raises:
+        UserError: bytes that are not UTF-8, or no string or number at all.
+    """
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, (bytes, bytearray, np.bytes_)):
+        try:
+            return bytes(value).decode("utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"{where}: {bytes(value)[:40]!r} is not UTF-8 text") from None
+    if isinstance(value, str):
+        if value.isascii():
+            return str(value)
+        try:
+            return value.encode("latin1").decode("utf-8")
+        except UnicodeError:
+            return str(value)
+    if isinstance(value, (int, float, np.number)):
+        return str(value)
+    raise UserError(f"{where}: a {type(value).__name__} where a text should be")
 
 
 def load_npz_dicts(path: str | os.PathLike) -> dict[str, Any]:

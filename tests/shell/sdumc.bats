@@ -194,7 +194,7 @@ setup() {
 }
 
 @test "--help of recipes with options of their own, and a misspelt one of them" {
-  for name in mosei mosi; do
+  for name in mosei mosi sims; do
     run "${REPO}/egs/${name}/run.sh" --nj 3 --help
     [[ ${status} == 0 && ${output} == *"Corpus:"*"--corpus-dir "*"Stages:"*"--stop-stage "* ]]
     run "${REPO}/egs/${name}/run.sh" --corpusdir x

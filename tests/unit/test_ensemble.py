@@ -37,7 +37,8 @@ def test_mean_of_the_predictions(tmp_path, monkeypatch):
         assert both.ids == one.ids and np.array_equal(both.labels, one.labels)
         assert not np.allclose(one.predictions, two.predictions, atol=1e-3)
         np.testing.assert_allclose(both.predictions, (one.predictions + two.predictions) / 2, atol=2e-6)
-    assert {p.name for p in (tmp_path / "a_seed1+a_seed2/full").iterdir()} == {"predictions.tsv", "condition.yaml"}
+    names = {p.name for p in (tmp_path / "a_seed1+a_seed2/full").iterdir()}
+    assert names == {"predictions.tsv", "condition.yaml", "scale.yaml"}
     main(["--exp-dir", "a_seed1", "a_seed2", *common, "--output-dir", str(tmp_path / "a_seed1")])
     assert not (tmp_path / "a_seed1/full/internals.npz").exists()  # of one model only
 

@@ -31,7 +31,7 @@ def read_stars(folder: Path, rows: list[tuple[str, str, float]]) -> Corpus:
 
 
 def options(folder: Path, max_drop: float = 0.4) -> Namespace:
-    return Namespace(data_dir=str(folder / "data"), max_drop=max_drop, counts="none")
+    return Namespace(data_dir=str(folder / "data"), max_drop=max_drop, counts="none", shared_speakers="refuse")
 
 
 ROWS = [("train", "a", 1), ("train", "b", 5), ("train", "c", 6), ("valid", "d", 2.5), ("test", "e", 4)]

@@ -363,7 +363,7 @@ def test_toolkit_checksum(tmp_path):
     assert "another release, or a damaged copy" in toolkit.describe_sha256(path, digest, None)
     for name, corpus in (("unaligned_50.pkl", "mosi"), ("aligned_50.pkl", "mosei")):
         said = toolkit.describe_sha256(tmp_path / name, digest, None, corpus)
-        assert digest in said and "the only one known here" in said and "damaged" not in said
+        assert digest in said and "damaged" in said
     with pytest.raises(UserError, match="fetch the file again"):
         import_toolkit.main(["--pickle", str(path), "--sha256", known, "--data-dir", str(tmp_path / "data")])
     assert not (tmp_path / "data").exists()

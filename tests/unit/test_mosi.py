@@ -141,7 +141,7 @@ def test_toolkit(recipe, tmp_path):
     words = ["--source", "toolkit", "--pickle", pickle, "--nproc", 1, "--train-config", "small.yaml"]
     output = call(recipe, *words)
     assert "3 (52)  8 (1284)" in output and "2 (31)  4 (686)" in output
-    assert "SHA-256" in output and "the only one known here to compare with is that of MOSEI's" in output
-    assert "damaged" not in output and "not finite, set to 0" in output
+    assert "SHA-256" in output and "not that of CMU-MOSI's unaligned_50.pkl as published" in output
+    assert "not finite, set to 0" in output
     assert (recipe / "exp/toolkit/small_seed1/decode_test/none/score.json").exists()
     assert "missing: no text (none was simulated)" in (recipe / "RESULTS.toolkit.md").read_text()

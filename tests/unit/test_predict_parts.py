@@ -589,7 +589,7 @@ def test_overall_is_weighted_by_duration_and_the_table_is_aligned():
     assert overall_score(found) == 0.0
     assert overall_score([ScoredUtterance(0, 0, 2.0, "", ("video",), None)]) == 2.0
     lines = table(ScoredFile("a.mp4", 13.0, 0.0, found, ["hm"])).splitlines()
-    assert lines[0] == "a.mp4 (13.0 s)"
+    assert lines[0] == "a.mp4 (13.0 s), scores from -3 to 3"
     ends = {line.index(s) + len(s) for line, s in zip(lines[1:5], ("score", "+3.000", "-1.000", "+0.000"), strict=True)}
     assert len(ends) == 1
     assert lines[-1] == "  note: hm"

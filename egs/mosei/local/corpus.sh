@@ -12,6 +12,7 @@ given() { # OPTION PATH
 }
 case ${source} in
   raw) given --corpus-dir "${corpus_dir}" && given --folds "${folds}" ;;
+  table) given --table "${table}" ;;
   toolkit) given --pickle "${pickle}" ;;
   authors) given --features-dir "${features_dir}" && given "--labels (label_official.npz)" "${labels}" ;;
 esac
@@ -24,6 +25,8 @@ need() { # PATH OPTION WHAT
 need "${corpus_dir}" --corpus-dir folder
 need "${folds}" --folds "file or folder"
 need "${labels}" --labels "file or folder"
+need "${table}" --table file
+need "${media_dir}" --media-dir folder
 need "${pickle}" --pickle file
 need "${features_dir}" --features-dir folder
 need "${transcripts}" --transcripts file

@@ -6,11 +6,13 @@ set -euo pipefail
 # Stage 0 checks these too, but it may have been skipped.
 case ${source} in
   raw) : "${corpus_dir:?--source raw needs --corpus-dir}" "${folds:?--source raw needs --folds}" ;;
+  table) : "${table:?--source table needs --table}" ;;
   toolkit) : "${pickle:?--source toolkit needs --pickle}" ;;
   authors) : "${features_dir:?--source authors needs --features-dir}" "${labels:?--source authors needs --labels}" ;;
 esac
 outputs=("${datadir}"/{train,valid,test}/utt2label "${datadir}/folds.txt")
 common=(--data-dir "${datadir}" --max-drop "${max_drop}" --counts "${counts}")
+if [[ ${counts} == sims ]]; then common+=(--shared-speakers allow); fi # its published split is like that
 log=${datadir}/log/import.log
 case ${source} in
   raw)
@@ -23,8 +25,13 @@ case ${source} in
       --outputs "${outputs[@]}" "${datadir}"/{train,valid,test}/wav.scp
       -- ${train_cmd} "${log}" -- python3 -m sdumc.bin.prepare_mosei "${options[@]}" "${common[@]}")
     ;;
+  table)
+    command=(step "import table" --inputs "${table}" --outputs "${outputs[@]}" "${datadir}"/{train,valid,test}/wav.scp
+      -- ${train_cmd} "${log}" -- python3 -m sdumc.bin.import_table --table "${table}"
+      ${media_dir:+--media-dir "${media_dir}"} --label-scale "${label_scale:-cmu}" "${common[@]}")
+    ;;
   toolkit)
-    options=(--pickle "${pickle}")
+    options=(--pickle "${pickle}" --label-scale "${label_scale:-cmu}")
     features=(audio text video) media_tables=()
     if [[ -n ${corpus_dir} ]]; then
       media_tables=(--optional-inputs "${corpus_dir}"{,/Raw}/{Transcript,Labels})

@@ -1,0 +1,1 @@
+../mosei/run.sh

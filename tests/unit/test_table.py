@@ -1,0 +1,230 @@
+"""Corpora as tables: the toolkit's label.csv in its variants, users' own tables, and what is wrong with either."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from helpers.shared import FOLDER
+
+from sdumc.bin import import_table
+from sdumc.corpora.table import parse_label_map, parse_pairs, read_csv
+from sdumc.data.kaldi_dir import load_kaldi_dir
+from sdumc.data.tables import read_dropped, read_table
+from sdumc.errors import UserError
+from sdumc.scale import SIMS, scale_of
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def sound(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, np.full(4000, 0.1, np.float32), 16000)
+    return path
+
+
+def run(table: Path, *words: str) -> Path:
+    data = table.parent / "data"
+    import_table.main(["--table", str(table), "--data-dir", str(data), *words])
+    return data
+
+
+CLIPS = [
+    ("video_0001", "0001", "真的 很 好", 0.4, "train"),
+    ("video_0001", "0002", 'a "good" film, really', -0.6, "train"),
+    ("aqgy3", "0010", "not; so\tgood", 0.0, "valid"),
+    ("-_z__Q", "0003", "fine", 1.0, "test"),
+]
+
+
+def make_sims(folder: Path, form: str) -> Path:
+    """label.csv and Raw/ in the toolkit's layout, in one of its variants."""
+    for video, clip, *_ in CLIPS:
+        sound(folder / "Raw" / video / f"{clip}.wav")
+    quoted = [(v, c, '"' + t.replace('"', '""') + '"', y, m) for v, c, t, y, m in CLIPS]
+    if form == "as handed on":
+        lines = ["video_id,clip_id,text,label,label_T,label_A,label_V,annotation,mode"]
+        lines += [f"{v},{c},{t},{y},{y},0.2,,Positive,{m}" for v, c, t, y, m in quoted]
+    elif form == "order and case, BOM, spreadsheet":
+        lines = ["\ufeffMODE;Label; Clip_ID ;Text;VIDEO_ID"]
+        lines += [f"{m};{y};{int(c)};{t};{v}" for v, c, t, y, m in quoted] + [";;;;"]
+    else:  # an id for both
+        lines = ["id\ttext\tlabel\tmode"]
+        lines += [f"{v}$_${c}\t{t}\t{y}\t{m.upper()}" for v, c, t, y, m in CLIPS if "\t" not in t]
+        lines += ["aqgy3$_$0010\tnot so good\t0\tdev"]
+    (folder / "label.csv").write_text("\r\n".join(lines) + "\r\n", encoding="utf-8")
+    return folder / "label.csv"
+
+
+@pytest.mark.parametrize("form", ["as handed on", "order and case, BOM, spreadsheet", "an id"])
+def test_the_toolkits_form(tmp_path, form):
+    data = run(make_sims(tmp_path, form), "--label-scale", "sims", "--counts", "sims")
+    train, valid, test = (load_kaldi_dir(data / name) for name in ("train", "valid", "test"))
+    assert sorted(train.utt2label.values()) == [-0.6, 0.4] and scale_of(data / "test") == SIMS
+    assert sorted(train.text.values()) == ['a "good" film, really', "真的 很 好"]
+    assert set(train.utt2spk.values()) == {"video_0001"} and list(test.utt2spk.values()) == ["-_z__Q"]
+    assert {Path(p).name for p in train.wav.values()} == {"0001.wav", "0002.wav"}
+    assert Path(next(iter(valid.wav.values()))).parent.name == "aqgy3" and not train.video
+    if form == "as handed on":
+        assert read_table(data / "train/utt2label_audio") == dict.fromkeys(train.utterances, "0.2")
+        assert read_table(data / "test/utt2annotation") == {"-_z__Q-0003": "Positive"}
+        assert not (data / "train/utt2label_video").exists()
+        assert "(1368)" in (data / "folds.txt").read_text()
+
+
+def test_published_splits_that_share_videos(tmp_path, capsys):
+    table = make_sims(tmp_path, "as handed on")
+    table.write_text(
+        table.read_text().replace("Positive,valid", "Positive,test").replace("video_0001,0002", "aqgy3,0002")
+    )
+    shutil.copytree(tmp_path / "Raw/video_0001", tmp_path / "Raw/aqgy3", dirs_exist_ok=True)
+    with pytest.raises(UserError, match=r"video 'aqgy3' is in train and in test .*--shared-speakers"):
+        run(table, "--label-scale", "sims")
+    with pytest.raises(UserError, match="valid: no labelled utterance"):
+        run(table, "--label-scale", "sims", "--shared-speakers", "allow")
+    assert "NOTE: 1 of 3 speakers or videos are in several sets" in capsys.readouterr().out
+
+
+def test_a_users_table(tmp_path):
+    """Media by name without extension and in folders, words for labels, no sets, other column names."""
+    lines = ["clip\twho\tmood\tsaid"]
+    for i in range(40):
+        sound(tmp_path / f"wav/s{i // 2}/take {i}.wav")
+        lines.append(f'wav/s{i // 2}/take {i}\tspeaker {i // 2}\t{["Bad", "so so", "good"][i % 3]}\tit is "{i}"')
+    (tmp_path / "t.tsv").write_text("\n".join(lines))
+    columns = ["--columns", "speaker=who label=mood text=said"]
+    with pytest.raises(UserError, match=r"t.tsv:2: label 'Bad' is no number.*Bad=\? so so=\? good=\?"):
+        run(tmp_path / "t.tsv", *columns)
+    with pytest.raises(UserError, match=r"t.tsv:3: label 'so so' is not in --label-map"):
+        run(tmp_path / "t.tsv", *columns, "--label-map", "bad=-1 good=1")
+    data = run(tmp_path / "t.tsv", *columns, "--label-map", "bad=-1 'so so=0' good=1")
+    scale = scale_of(data / "train")
+    assert scale.scheme == "nearest" and dict(scale.words) == {"bad": -1, "so so": 0, "good": 1}
+    sets = {name: load_kaldi_dir(data / name) for name in ("train", "valid", "test")}
+    speakers = [set(s.utt2spk.values()) for s in sets.values()]
+    assert sum(map(len, speakers)) == len(set().union(*speakers)) == 20
+    assert [len(s.utterances) for s in sets.values()] == [28, 6, 6]
+    utt = next(u for s in sets.values() for u in s.utterances if u.endswith("take_7"))
+    assert utt == "speaker_3-wav_s3_take_7"
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([1, 2, 3, 4, 5], r"whole numbers from 1 to 5 \(1, 2, 3, 4, 5\): classes, or a scale\?.*--label-scale '1 5'"),
+        ([0, 1, 2], r"--label-map '0=\? 1=\? 2=\?'"),
+        ([1.5, 4.25], r"from 1.5 to 4.25, outside of CMU's scale"),
+        ([-0.8, -0.2, 0.1, 0.4, 0.9], r"from -0.8 to 0.9 only: declare the scale: --label-scale sims"),
+        (["0,5"], r"t.csv:2: label '0,5': write the decimal sign as a point"),
+    ],
+)
+def test_scales_are_asked_for(tmp_path, labels, message):
+    rows = [f"{i}.wav;{labels[i % len(labels)]};{s}" for i, s in enumerate(["train", "valid", "test"] * 4)]
+    (tmp_path / "t.csv").write_text("file;rating;split\n" + "\n".join(rows))
+    with pytest.raises(UserError, match=message):
+        run(tmp_path / "t.csv")
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("a,1.5,hello, there\nb,2,fine", r"t.csv:2: 4 columns, but the header has 3; is there a comma in a text"),
+        ("b,2,fine\na,1.5", r"t.csv:3: 2 columns"),
+        ('a,1.5,"hello\nb,2,fine\n', r"t.csv:2: cannot be read as CSV .*quotation mark open"),
+        ('a,1,x\nb,1.5,"hello\nc,2,fine\nd,2,"ok"', r"t.csv:3: cannot be read as CSV"),
+        ('a,1.5,"hello\nb,2,fine\nc,2,ok"', r"t.csv:2: a text with a line break, and the line 'b,2,fine' in it"),
+        ('a,1.5,"No" he said', r"t.csv:2: cannot be read as CSV"),
+    ],
+)
+def test_rows_that_cannot_be_right(tmp_path, rows, message):
+    (tmp_path / "t.csv").write_text(f"id,label,text\n{rows}")
+    with pytest.raises(UserError, match=message):
+        read_csv(tmp_path / "t.csv")
+
+
+def test_texts_with_quotes_and_line_breaks(tmp_path):
+    (tmp_path / "t.csv").write_bytes('id,text\r\na,"he ""said"",\r\nthen left"\r\nb,plain "here"\r\n'.encode("utf-16"))
+    assert [row["text"] for _, row in read_csv(tmp_path / "t.csv").rows] == ['he "said",\nthen left', 'plain "here"']
+    (tmp_path / "t.csv").write_bytes("id,text\na,好\n".encode("gb18030"))
+    with pytest.raises(UserError, match=r"t.csv:2: not UTF-8 text; convert it"):
+        read_csv(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("path,text", "no column with labels among path, text"),
+        ("path,label,Label", "two columns are called"),
+        ("path,sentiment,valence", "which column is the label: sentiment or valence"),
+        ("words,label", "no column with the media file, an id"),
+    ],
+)
+def test_columns_that_are_not_clear(tmp_path, header, message):
+    (tmp_path / "t.csv").write_text(header + "\n" + ",".join("1" * len(header.split(","))))
+    with pytest.raises(UserError, match=message):
+        run(tmp_path / "t.csv")
+
+
+def test_media_that_are_not_there_or_twice(tmp_path):
+    for name in "abcd":
+        sound(tmp_path / f"{name}.wav")
+    rows = ["a,1.5,train", "x,0.5,train", "b,-2,valid", "c,1,test", "e,,test"]
+    (tmp_path / "t.csv").write_text("\n".join(["file,label,split", *rows]))
+    with pytest.raises(UserError, match=r"train: 1 of 2 .* cannot be used.*no media file x"):
+        run(tmp_path / "t.csv", "--label-scale", "cmu")
+    data = run(tmp_path / "t.csv", "--label-scale", "cmu", "--max-drop", "0.5")
+    assert read_dropped(data / "train/dropped.tsv") == [("x", "data", "no media file x")]
+    assert read_dropped(data / "test/dropped.tsv") == [("e", "data", "no label (line 6)")]
+    assert read_dropped(data / "dropped.tsv")[0][2] == "a media file not in the table"
+    (tmp_path / "t.csv").write_text("\n".join(["file,label,split", *rows, "a.wav,1,train"]))
+    with pytest.raises(UserError, match=r"t.csv:7: .*a.wav is the media file of line 2 too|is there twice"):
+        run(tmp_path / "t.csv", "--label-scale", "cmu")
+
+
+def test_pairs():
+    assert parse_pairs("media=clip 'label=mean rating'", "--columns") == {"media": "clip", "label": "mean rating"}
+    assert parse_label_map("bad=-1 good=+1") == {"bad": -1, "good": 1}
+    for text in ("bad", "a=1 a=2", "a=x", "a=1 b=1"):
+        with pytest.raises(UserError, match="--label-map"):
+            parse_label_map(text)
+
+
+@pytest.mark.skipif(not (FOLDER / "mosi_label.csv").exists(), reason="no real recordings: no folder of them")
+def test_real_words():
+    """MOSI's sentences, with quotes and commas as people write them."""
+    content = read_csv(FOLDER / "mosi_label.csv")
+    assert len(content.rows) == 2195 and content.columns == ["id", "text", "label", "mode"]
+
+
+@pytest.mark.slow
+def test_the_recipe_of_sims(tmp_path):
+    (tmp_path / "egs").mkdir()
+    for name in ("mosei", "sims"):
+        ignored = shutil.ignore_patterns("data", "dump", "exp", ".done")
+        shutil.copytree(ROOT / "egs" / name, tmp_path / "egs" / name, symlinks=True, ignore=ignored)
+    for name in ("sdumc", "utils", "egs/TEMPLATE"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "tools").mkdir()
+    if (ROOT / "tools/venv").exists():
+        (tmp_path / "tools/venv").symlink_to(ROOT / "tools/venv")
+    (tmp_path / "tools/setup_env.sh").write_text("#!/bin/sh\nexit 0\n")
+    (tmp_path / "tools/setup_env.sh").chmod(0o755)
+    table = make_sims(tmp_path / "corpus", "as handed on")
+    no_models = ["--encoder=", "--llm=", "--asr-model=", "--vision-model=", "--stop-stage", "1", "--ngpu", "0"]
+    done = subprocess.run(
+        ["./run.sh", "--table", str(table), *no_models],
+        cwd=tmp_path / "egs/sims",
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "1 (-)   2 (1368)" in done.stdout
+    assert scale_of(tmp_path / "egs/sims/data/table/train") == SIMS
