@@ -94,11 +94,7 @@ def train(settings: Namespace, stop: StopSignal) -> int:
     described = {**as_dict(settings), "train_labels": settings_hash(train_set.labels)}
     resumed = resume(state, exp_dir, described, ranks)
     if not resumed:
-        size, counts = sum(p.numel() for p in model.parameters()), [len(s.utterances) for s in (train_set, valid_set)]
-        log.info("%d parameters; %d train and %d valid utterances", size, *counts)
-        log.info("labels from %s", train_set.scale.named_ends)
-        passes = f" ({sampler.passes} passes over the train set)" if sampler.passes > 1 else ""
-        log.info("%d steps an epoch%s on %d x %s", len(sampler), passes, ranks.size, ranks.device)
+        report_beginning(model, train_set, valid_set, sampler, ranks)
     board = open_records(exp_dir, settings, train_set, state, resumed) if ranks.is_main else None
 
     # --- train --------------------------------------------------------------------------------------------------------
@@ -320,6 +316,15 @@ def epoch_record(
 def mean_mae(scores: Mapping[str, Mapping[str, float]]) -> float:
     """The mean MAE over the conditions on valid, by which epochs are chosen."""
     return sum(s["mae"] for s in scores.values()) / len(scores)
+
+
+def report_beginning(model: SDUMC, train_set: Dump, valid_set: Dump, sampler: GlobalBatchSampler, ranks: Ranks) -> None:
+    """Log what a run is about."""
+    size, counts = sum(p.numel() for p in model.parameters()), [len(s.utterances) for s in (train_set, valid_set)]
+    log.info("%d parameters; %d train and %d valid utterances", size, *counts)
+    log.info("labels from %s", train_set.scale.named_ends)
+    passes = f" ({sampler.passes} passes over the train set)" if sampler.passes > 1 else ""
+    log.info("%d steps an epoch%s on %d x %s", len(sampler), passes, ranks.size, ranks.device)
 
 
 def report_epoch(record: dict[str, Any], board: SummaryWriter, epochs: int, best_epoch: int, seconds: float) -> None:
