@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 IMAGINATION = ("both", "utterance", "content", "none")
 FUSION = ("umca", "concat")
+POOLING = ("attention", "statistics")
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,9 @@ class ModelConfig:
         fusion: ``umca``, or ``concat`` for the ablation that feeds the pooled vectors straight to a perceptron.
         missing_text: what the missing flow has learned to read for text (:data:`sdumc.conditions.MISSING_TEXTS`);
             changes nothing in the network, but a trained one must be given the same.
+        pooling: ``attention`` over a modality's frames, or ``statistics``: mean and deviation beside it, which is not
+            in the paper.
+        output_range: predictions are kept within +-X by X tanh(x / X); 0: not limited, as in the paper.
         mask_padding: False reproduces the released network, whose attention also spreads over padded frames.
     """
 
@@ -37,6 +41,8 @@ class ModelConfig:
     scale: float = 0.3
     imagination: str = "both"
     fusion: str = "umca"
+    pooling: str = "attention"
+    output_range: float = 0.0
     mask_padding: bool = True
     missing_text: str = "simulated"
 
@@ -45,3 +51,5 @@ class ModelConfig:
             raise ValueError(f"imagination must be one of {', '.join(IMAGINATION)}, not {self.imagination!r}")
         if self.fusion not in FUSION:
             raise ValueError(f"fusion must be one of {', '.join(FUSION)}, not {self.fusion!r}")
+        if self.pooling not in POOLING:
+            raise ValueError(f"pooling must be one of {', '.join(POOLING)}, not {self.pooling!r}")

@@ -170,6 +170,14 @@ def frame_mask(lengths: Tensor, frames: int, mask_padding: bool = True) -> Tenso
     return torch.arange(frames, device=lengths.device).unsqueeze(0) < lengths.unsqueeze(1)
 
 
+def mean_and_deviation(h: Tensor, mask: Tensor) -> Tensor:
+    """Mean and standard deviation over the true frames: h (B, T, d), mask (B, T) -> (B, 2d); 0 where there are none."""
+    weight = mask.unsqueeze(-1).to(h.dtype) / mask.sum(1).clamp_min(1).view(-1, 1, 1)
+    mean = (weight * h).sum(1)
+    variance = (weight * (h - mean.unsqueeze(1)).square()).sum(1)
+    return torch.cat([mean, (variance + 1e-5).sqrt()], dim=-1)
+
+
 class AttentivePooling(nn.Module):
     """Frames to one vector: a = softmax_t(s tanh(W x + b) . c), p = drop(sum_t a_t x_t) with x = drop(h)."""
 

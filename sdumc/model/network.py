@@ -25,6 +25,7 @@ from sdumc.model.layers import (
     Imagination,
     PerQueryLinear,
     frame_mask,
+    mean_and_deviation,
     mlp,
 )
 
@@ -77,7 +78,8 @@ class SDUMC(nn.Module):
         self.available = tuple(m for m in MODALITIES if dims[m] > 0)
         self.frame_projection = nn.ModuleDict({m: FrameProjection(dims[m], c.dim) for m in self.available})
         self.pooling = nn.ModuleDict({m: AttentivePooling(c.dim, c.scale, c.attention_dropout) for m in self.available})
-        self.utterance_mlp = nn.ModuleDict({m: mlp(c.dim, (c.dim, c.dim), c.dropout) for m in self.available})
+        pooled = 3 * c.dim if c.pooling == "statistics" else c.dim
+        self.utterance_mlp = nn.ModuleDict({m: mlp(pooled, (c.dim, c.dim), c.dropout) for m in self.available})
         if c.imagination in ("both", "utterance"):
             self.imagine_utterance = Imagination(c.dim, c.dim // 2)
         self.modality_weight_mlp = mlp(3 * c.dim, (c.dim, c.dim), c.dropout)
@@ -184,7 +186,10 @@ class SDUMC(nn.Module):
             if m not in hidden:
                 z[m] = reference.new_zeros(len(imagined), self.config.dim)
                 continue
-            pooled = self.utterance_mlp[m](self.pooling[m](hidden[m], mask[m]))
+            pooled = self.pooling[m](hidden[m], mask[m])
+            if self.config.pooling == "statistics":
+                pooled = torch.cat([pooled, mean_and_deviation(hidden[m], mask[m])], dim=-1)
+            pooled = self.utterance_mlp[m](pooled)
             pooled = pooled.repeat(len(imagined) // len(pooled), 1)  # audio and video are the same in every flow
             z[m] = pooled * present[m].unsqueeze(-1)
         if hasattr(self, "imagine_utterance"):
@@ -265,6 +270,9 @@ class SDUMC(nn.Module):
         return imagined.flatten()
 
     def _outputs(self, flows, r: Tensor, parts: dict[str, Tensor]) -> dict[str, FlowOutput]:
-        parts = {"prediction": self.output(r).squeeze(-1), "utterance": r, "contrast": self.contrast_head(r), **parts}
+        prediction, limit = self.output(r).squeeze(-1), self.config.output_range
+        if limit:
+            prediction = limit * torch.tanh(prediction / limit)
+        parts = {"prediction": prediction, "utterance": r, "contrast": self.contrast_head(r), **parts}
         split: dict[str, Any] = {name: x.reshape(len(flows), -1, *x.shape[1:]) for name, x in parts.items()}
         return {flow: FlowOutput(**{name: x[i] for name, x in split.items()}) for i, flow in enumerate(flows)}

@@ -18,7 +18,7 @@ from sdumc.device import add_device_option
 from sdumc.errors import UserError
 from sdumc.files import read_yaml, write_text
 from sdumc.losses.weights import ObjectiveWeights
-from sdumc.model.config import FUSION, IMAGINATION, ModelConfig
+from sdumc.model.config import FUSION, IMAGINATION, POOLING, ModelConfig
 
 CONFIG = "config.yaml"
 # What may differ between a run and the run that continues it; everything else changes the result.
@@ -87,6 +87,19 @@ def _add_model(g: Any) -> None:
     g.add_argument("--scale", type=at_least(0), default=default.scale, help="factor on attention scores")
     g.add_argument("--imagination", choices=IMAGINATION, default=default.imagination, help="where MIA acts")
     g.add_argument("--fusion", choices=FUSION, default=default.fusion, help="concat: no cross-attention (ablation)")
+    g.add_argument(
+        "--pooling",
+        choices=POOLING,
+        default=default.pooling,
+        help="statistics: frames' mean and deviation beside attentive pooling (not in the paper)",
+    )
+    g.add_argument(
+        "--output-range",
+        type=at_least(0),
+        default=default.output_range,
+        metavar="X",
+        help="keep predictions within +-X, by a tanh (0: no limit, as in the paper)",
+    )
     g.add_argument(
         "--mask-padding",
         type=_boolean,

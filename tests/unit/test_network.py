@@ -181,6 +181,34 @@ def test_concat_ablation():
     assert out.prediction.shape == (2,) and out.text_query is None
 
 
+def test_pooled_statistics_are_of_true_frames_only():
+    torch.manual_seed(0)
+    model = SDUMC(ModelConfig(**{f"{m}_dim": d for m, d in DIMS.items()}, dim=16, content_dim=8, pooling="statistics"))
+    model.eval()
+    g = torch.Generator().manual_seed(1)
+    short, long = (utterance(g, dict.fromkeys(("audio", "text", "text_sim", "video"), t)) for t in (1, 9))
+    alone, beside = model(*batch_of([short], short)), model(*batch_of([short, long], short))
+    torch.testing.assert_close(alone[MISSING].prediction[0], beside[MISSING].prediction[0], rtol=1e-5, atol=1e-5)
+    h = torch.tensor([[[1.0], [3.0], [50.0]]])
+    found = layers.mean_and_deviation(h, torch.tensor([[True, True, False]]))
+    torch.testing.assert_close(found, torch.tensor([[2.0, 1.0]]), rtol=1e-4, atol=1e-4)
+    assert layers.mean_and_deviation(h, torch.zeros(1, 3, dtype=torch.bool))[0, 0] == 0
+
+
+def test_predictions_stay_in_range():
+    g = torch.Generator().manual_seed(1)
+    u = utterance(g, {"audio": 3, "text": 2, "video": 4})
+    found = {}
+    for limit in (0.0, 3.5):
+        torch.manual_seed(0)
+        model = SDUMC(
+            ModelConfig(**{f"{m}_dim": d for m, d in DIMS.items()}, dim=16, content_dim=8, output_range=limit)
+        )
+        model.output.weight.data *= 500
+        found[limit] = model.eval()(*batch_of([u], u))[COMPLETE].prediction
+    assert found[0.0].abs() > 3.5 >= found[3.5].abs() and found[0.0].sign() == found[3.5].sign()
+
+
 def test_parameters_at_the_released_dimensions():
     model = SDUMC(ModelConfig(audio_dim=1024, text_dim=4096, video_dim=1024))
     dead = (128 + 1) + (1 + 1) + 6 + 2 * 256
