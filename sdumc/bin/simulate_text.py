@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from sdumc.extraction.finishing import without_speech
     from sdumc.extraction.job import data_hash, load_job, load_reader, open_shard, sound_batches
     from sdumc.extraction.simulation import Search, extract_simulated_text
+    from sdumc.pretrained.speech_reader import projector_data
 
     if args.beam < 1 or args.max_new_tokens < 1:
         raise UserError("--beam and --max-new-tokens must be at least 1")
@@ -52,22 +53,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = {
         "extractor": "text_sim",
         **settings,
+        **projector_data(args.projector, data.utterances),
         "context": "audio+prompt",
         "beam": args.beam,
         "max_new_tokens": args.max_new_tokens,
         "length_penalty": args.length_penalty,
         "data_hash": data_hash(data, asr_file, status_file),
     }
-    search = Search(args.beam, args.max_new_tokens, args.length_penalty)
-    batches = sound_batches(args, data, utterances)
     with open_shard(args, settings, utterances) as writer:
         extract_simulated_text(
             data,
-            batches,
+            sound_batches(args, data, utterances),
             reader,
             writer,
             asr_texts,
-            search,
+            Search(args.beam, args.max_new_tokens, args.length_penalty),
             args.first_state == "keep",
             args.bad_media,
             without_speech(status_file),

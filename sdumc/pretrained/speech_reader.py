@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from sdumc.errors import UserError
-from sdumc.files import atomic_write, read_yaml
+from sdumc.files import atomic_write, read_yaml, write_text
 from sdumc.pretrained.llm import SpeechLLM
 from sdumc.pretrained.prompts import RELEASED
 from sdumc.pretrained.speech_encoder import SpeechEncoder
@@ -29,6 +29,7 @@ from sdumc.pretrained.speech_encoder import SpeechEncoder
 _PREFIX = "encoder_projector."
 _KEYS = ("linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias")
 FILE_NAME = "projector.safetensors"
+TRAINED_ON = "train_utterances"  # beside it: the ids of the utterances that train_projector learned from
 
 
 class Projector(nn.Module):
@@ -58,11 +59,14 @@ def project(projector: Projector, frames: list[Tensor]) -> list[Tensor]:
     return [x[: len(f) // projector.k] for x, f in zip(output, frames, strict=True)]
 
 
-def save_projector(path: str | os.PathLike, projector: Projector) -> None:
-    """Write the four tensors under the released names as safetensors, atomically."""
+def save_projector(path: str | os.PathLike, projector: Projector, trained_on: Sequence[str] = ()) -> None:
+    """Write the four tensors under the released names as safetensors, atomically; and beside it the utterances, if any,
+    that it was trained on."""
     tensors = {_PREFIX + k: v.detach().cpu().float().contiguous() for k, v in projector.state_dict().items()}
     with atomic_write(path, "wb") as f:
         f.write(save(tensors))
+    if trained_on:
+        write_text(Path(path).with_name(TRAINED_ON), "".join(f"{u}\n" for u in sorted(trained_on)))
 
 
 def projector_file(path: str | os.PathLike) -> Path:
@@ -173,6 +177,17 @@ def _projector_config(projector_path: str) -> tuple[Path, dict[str, Any]]:
     folder = Path(projector_path)
     config = (folder if folder.is_dir() else folder.parent) / "config.yaml"
     return config, read_yaml(config) if config.is_file() else {}
+
+
+def projector_data(projector_path: str, utterances: Sequence[str]) -> dict[str, Any]:
+    """What a projector was trained on: ``projector_data``, the data directory, and ``projector_saw``, how many of
+    ``utterances`` that holds. Both are None for a projector that does not say."""
+    config, content = _projector_config(projector_path)
+    trained = config.with_name(TRAINED_ON)
+    saw = None
+    if trained.is_file():
+        saw = len(set(trained.read_text(encoding="utf-8").splitlines()) & set(utterances))
+    return {"projector_data": content.get("train_data_dir"), "projector_saw": saw}
 
 
 def check_projector_prompt(projector_path: str, prompt: str, template: str) -> None:

@@ -110,8 +110,12 @@ def summarise_set(
         cells = {m: (v, UNDEFINED if math.isnan(v) else bootstrap.limits(values[m])) for m, v in means.items()}
         rows.append(Row(title, kind, condition, cells))
 
+    about, doubt = _about_projector(train)
     for condition in test_set.conditions.values():
-        add(condition.title, "model", condition.name, condition.predictions, condition.scores)
+        title = condition.title
+        if about and condition.text == "text_sim" and not condition.without_missing_text:
+            title += f" ({about})"
+        add(title, "model", condition.name, condition.predictions, condition.scores)
     for name, condition in test_set.shown.items() if len(runs) > 1 else ():
         mean = condition.predictions.mean(axis=0)
         add(
@@ -133,10 +137,29 @@ def summarise_set(
         p = np.full(len(test_set.labels), median)
         title = f"median of the train labels ({median:.2f})"
         add(title, "median", "", p, [score(p, test_set.labels, rounding, scale)])
-    notes = _spread_notes(test_set, runs, bootstrap) + notes
+    notes = doubt + _spread_notes(test_set, runs, bootstrap) + notes
     recovered = _recovered(test_set, bootstrap)
     findings = _findings(test_set, rows, resampled, bootstrap)
     return SetSummary(test_set, rows, bootstrap.unit, recovered, findings, notes, penalties)
+
+
+def _about_projector(train: Dump | None) -> tuple[str, list[str]]:
+    """On what the projector that simulated the train set's text was trained, in few words, and what follows from it."""
+    meta = train.features["text_sim"].meta if train is not None and "text_sim" in train.features else {}
+    saw, data = meta.get("projector_saw"), Path(str(meta.get("projector_data"))).name
+    if train is None or saw is None:
+        return "", []
+    if not saw:
+        return f"projector trained on another set, {data}", []
+    every = len(train.utterances)
+    return (
+        f"projector trained on {train.path.name} itself",
+        [
+            f"The projector was trained on {saw} of the {every} utterances of {train.path.name}, so the simulated text "
+            "that the model learned from is better than that of other sets, and the model trusts simulated text too "
+            "much. `--projector-set` names other transcribed speech."
+        ],
+    )
 
 
 def _spread_notes(test_set: TestSet, runs: Sequence[Run], bootstrap: Bootstrap) -> list[str]:

@@ -171,7 +171,7 @@ def train_projector(
     result: dict[str, Any] = {"steps": settings.steps}
     if valid:
         result.update(measure_best(state, llm, valid, checked, settings))
-    save_projector(partial / FILE_NAME, projector)
+    save_projector(partial / FILE_NAME, projector, train.utterances)
     config = {**described, **asdict(settings), "versions": installed_versions(), "result": result}
     write_text(partial / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     publish(partial, output)

@@ -60,6 +60,8 @@ def test_every_stage_leaves_what_the_next_needs(recipe, first_run):
         assert (exp / name).exists()
     text = (recipe / "RESULTS.md").read_text()
     assert all(condition in text for condition in CONDITIONS)
+    assert "missing: simulated text (projector trained on another set, pretrain)" in text
+    assert not (recipe / "dump" / "pretrain").exists()
     assert (recipe / "exp" / "train" / "report.html").stat().st_size > 100_000
 
 

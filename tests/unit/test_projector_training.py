@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 
 from sdumc.bin import simulate_text, train_projector
 from sdumc.errors import EXIT_REQUEUE, UserError
+from sdumc.pretrained.speech_reader import projector_data
 from sdumc.training import experiment
 from sdumc.training import projector as training
 from sdumc.training.experiment import hold_folder
 from sdumc.versions import installed_versions
 
-FILES = {"projector.safetensors", "config.yaml", "train.log"}
+FILES = {"projector.safetensors", "config.yaml", "train.log", "train_utterances"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,6 +90,14 @@ def test_it_goes_with_its_prompt(work, undisturbed, tmp_path):
     with pytest.raises(UserError, match="trained with the prompt template 'released'"):
         simulate_text.main([*map(str, words), "--projector", str(undisturbed), "--prompt-template", "Q: {prompt}"])
     assert yaml.safe_load((undisturbed / "config.yaml").read_text())["prompt_template"] == "released"
+
+
+def test_it_says_what_it_was_trained_on(work, undisturbed, tmp_path):
+    ids = [line.split()[0] for line in (work / "data" / "wav.scp").read_text().splitlines()]
+    known = projector_data(str(undisturbed), [*ids[:2], "another"])
+    assert known == {"projector_data": str(work / "data"), "projector_saw": 2}
+    released = tmp_path / "projector.pt"
+    assert projector_data(str(released), ids) == {"projector_data": None, "projector_saw": None}
 
 
 def test_a_killed_run_ends_with_the_same_projector(work, undisturbed, tmp_path, monkeypatch):

@@ -137,6 +137,18 @@ def test_doubtful_runs_are_named(tree, quick):
         assert "Seed 1: no epoch" not in text
 
 
+@pytest.mark.parametrize(("saw", "words"), [(0, "another set, libri"), (60, "train itself"), (None, "")])
+def test_the_first_table_says_what_the_projector_was_trained_on(tree, quick, saw, words):
+    path = Path("dump/train/text_sim.yaml")
+    path.write_text(path.read_text() + f"projector_data: data/libri\nprojector_saw: {'null' if saw is None else saw}\n")
+    main(ARGS)
+    title = f"missing: simulated text (projector trained on {words})" if words else "missing: simulated text"
+    doubt = "The projector was trained on 60 of the "
+    for text in (Path("RESULTS.md").read_text(), html.unescape(Path("exp/report/report.html").read_text())):
+        assert title in text and (doubt in text) == bool(saw)
+        assert words or "projector trained" not in text
+
+
 def test_results_state_what_they_rest_on(made):
     text = (made / "RESULTS.md").read_text()
     assert (
