@@ -22,6 +22,7 @@ cmd_backend=     #: local or slurm; empty: as in cmd.sh
 train_set=train  #: set to train on
 valid_set=valid  #: set that chooses the model
 test_sets="test" #: sets to score, with spaces
+projector_set=   #: set with transcripts to train the projector on; empty: the train set, whose simulated text is then too good
 datadir=data     #: folder of the Kaldi data directories
 dumpdir=dump     #: folder of the features
 expdir=exp       #: folder of the experiments
@@ -83,7 +84,8 @@ check_options() {
     if [[ ${missing_text} =~ ^(asr|none)$ ]]; then exp_tag+=_missing_${missing_text}; fi
   fi
   # These become parts of paths, patterns and lists.
-  for name in train_set valid_set exp_tag; do
+  [[ -n ${projector_set} ]] || projector_set=${train_set}
+  for name in train_set valid_set projector_set exp_tag; do
     [[ ${!name} =~ ^[A-Za-z0-9_.+=@,-]+$ ]] || die "--${name//_/-} '${!name}': letters, digits and _ . + = @ , - only"
   done
   for name in datadir dumpdir expdir; do
@@ -263,12 +265,12 @@ make_text() {
 
 train_projector() {
   use_config "${projector_config}"
-  step projector --inputs "${datadir}"/{"${train_set}","${valid_set}"}/{wav.scp,text} "${settings[@]}" \
+  step projector --inputs "${datadir}"/{"${projector_set}","${valid_set}"}/{wav.scp,text} "${settings[@]}" \
     --optional-inputs "${encoder}" "${llm}" --outputs "${speech_projector}" \
     --stale "${speech_projector}" "${speech_projector}.partial" \
     --ignore device -- ${cuda_cmd} "${gpu_option[@]}" "${expdir}/log/projector.log" -- \
     python3 -m sdumc.bin.train_projector "${config[@]}" --encoder "${encoder}" --llm "${llm}" \
-    --train-data-dir "${datadir}/${train_set}" --valid-data-dir "${datadir}/${valid_set}" \
+    --train-data-dir "${datadir}/${projector_set}" --valid-data-dir "${datadir}/${valid_set}" \
     --output "${speech_projector}" --device "${device}"
 }
 

@@ -9,6 +9,7 @@ if [[ " $* " != *" --help "* && " $* " != *" -h "* ]]; then
 fi
 
 ./sdumc.sh \
+  --projector-set pretrain \
   --nj 2 \
   --encoder models/encoder \
   --llm models/llm \

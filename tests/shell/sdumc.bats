@@ -157,6 +157,19 @@ setup() {
   [[ ${status} == 0 && -f exp/train_seed1/decode_te3/full/score.json && ${output} == *"skip   train exp/train_seed1"* ]]
 }
 
+@test "the projector learns from the train set, or from a set of its own" {
+  recipe --stop-stage 2
+  grep -q '^train_projector .*--train-data-dir data/train --valid-data-dir data/valid' "${FAKE}/calls"
+  forget_calls
+  cp -r data/train data/other
+  recipe --stop-stage 2 --projector-set other
+  grep -q '^train_projector .*--train-data-dir data/other --valid-data-dir data/valid' "${FAKE}/calls"
+  [[ ! -e dump/other ]]
+  rm -r data/other
+  run recipe --stop-stage 2 --projector-set other
+  [[ ${status} != 0 ]]
+}
+
 @test "a settings file's base counts as a setting, quoted or with a comment" {
   printf '"base": "../shared/video.yaml"  # of all recipes\nkey: 1\n' >conf/video.yaml
   mkdir shared

@@ -13,8 +13,17 @@ from mini.corpus import read_corpus
 from sdumc.errors import UserError
 
 TEXTS = ["the movie was not very good", "honestly the book was bad", "we thought the music was fine"]
-SMALL = ["--num-train", "8", "--num-valid", "1", "--num-test", "1"]
-SMALL += ["--num-train-speakers", "2", "--num-valid-speakers", "1", "--num-test-speakers", "1"]
+SMALL = ["--num-pretrain", "8", "--num-train", "1", "--num-valid", "1", "--num-test", "1"]
+SMALL += [
+    "--num-pretrain-speakers",
+    "2",
+    "--num-train-speakers",
+    "1",
+    "--num-valid-speakers",
+    "1",
+    "--num-test-speakers",
+    "1",
+]
 STEPS = ["--encoder-front-steps", "2", "--encoder-steps", "2", "--llm-steps", "2", "--vision-steps", "2"]
 
 
@@ -103,7 +112,7 @@ def test_models_load_as_any_others_do(models_dir, corpus_dir):
     inputs = tokenizer(["the movie", "honestly the book was bad"], return_tensors="pt", padding=True)
     assert model.config.model_type == "llama" and model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[0] == 2
-    words = {w for row in read_corpus(corpus_dir, "train") for w in row.text.split()}
+    words = {w for row in read_corpus(corpus_dir) for w in row.text.split()}
     assert all(len(tokenizer(w, add_special_tokens=False).input_ids) == 1 for w in words)
 
     from sdumc.pretrained.vision import VisionExtractor

@@ -5,6 +5,7 @@
 set -euo pipefail
 
 step "data" --inputs corpus/corpus.tsv \
-  --outputs "${datadir}"/{train,valid,test}/{wav.scp,video.scp,text,utt2spk,spk2utt,utt2label,utt2dur} \
+  --outputs "${datadir}"/pretrain/{wav.scp,text,utt2spk,spk2utt,utt2dur} \
+  "${datadir}"/{train,valid,test}/{wav.scp,video.scp,text,utt2spk,spk2utt,utt2label,utt2dur} \
   -- ${train_cmd} "${expdir}/log/data.log" -- \
   python3 local/make_data.py --corpus-dir corpus --data-dir "${datadir}"

@@ -1,4 +1,4 @@
-"""Write the Kaldi data directories data/{train,valid,test} of the mini corpus."""
+"""Write the mini corpus's Kaldi data directories data/{pretrain,train,valid,test}; pretrain is sound and text only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def get_parser() -> Parser:
     parser = Parser(__doc__)
     group = parser.add_argument_group("input and output")
     group.add_argument("--corpus-dir", required=True, help="folder that make_corpus.py wrote")
-    group.add_argument("--data-dir", required=True, help="folder for train, valid and test")
+    group.add_argument("--data-dir", required=True, help="folder of the sets")
     return parser
 
 
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     from pathlib import Path
 
     from mini.corpus import read_corpus
-    from mini.plan import SETS
+    from mini.plan import PRETRAIN, SETS
     from sdumc.data.kaldi_dir import finish_kaldi_dir
     from sdumc.data.tables import write_table
 
@@ -30,10 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         folder.mkdir(parents=True, exist_ok=True)
         clips = {row.utt: str(row.clip) for row in rows}
         write_table(folder / "wav.scp", clips)
-        write_table(folder / "video.scp", clips)
         write_table(folder / "text", {row.utt: row.text for row in rows})
         write_table(folder / "utt2spk", {row.utt: row.speaker for row in rows})
-        write_table(folder / "utt2label", {row.utt: f"{row.label:.4f}" for row in rows})
+        if name != PRETRAIN:
+            write_table(folder / "video.scp", clips)
+            write_table(folder / "utt2label", {row.utt: f"{row.label:.4f}" for row in rows})
         finish_kaldi_dir(folder)
         print(f"{folder}: {len(rows)} utterances, {len({row.speaker for row in rows})} speakers")
     return None

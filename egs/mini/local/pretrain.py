@@ -1,4 +1,4 @@
-"""Train the small speech encoder, LLM and vision model of egs/mini on the train clips of its corpus.
+"""Train the small speech encoder, LLM and vision model of egs/mini on the pretrain set of its corpus.
 
 Writes MODELS_DIR/encoder and MODELS_DIR/ctc (WavLM), MODELS_DIR/llm (Llama), MODELS_DIR/vision (ViT), as transformers
 saves them; each folder appears only when whole.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import wave
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
@@ -12,6 +13,15 @@ import av
 import numpy as np
 
 from sdumc.errors import UserError
+
+
+def write_sound(path: Path, audio: np.ndarray, rate: int) -> None:
+    """Write float32 (T,) in [-1, 1] as a WAV file of 16 bits."""
+    with wave.open(str(path), "wb") as out:
+        out.setnchannels(1)
+        out.setsampwidth(2)
+        out.setframerate(rate)
+        out.writeframes((np.clip(audio, -1, 1) * 32767).astype("<i2").tobytes())
 
 
 def write_clip(

@@ -1,5 +1,7 @@
 """The mini corpus on disk: ``clips/<speaker>/<utt>.mp4``, ``corpus.tsv`` and ``speakers.json``; writing and reading it.
 
+The clips of the set that models are pretrained on are sound only, ``<utt>.wav``.
+
 The plan of the whole corpus is made first; the clips of one speaker are then made in order by one fresh process, so
 that the bytes do not depend on how many processes there are.
 """
@@ -21,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from mini import face, plan, speech
-from mini.clips import write_clip
+from mini.clips import write_clip, write_sound
 from mini.plan import Clip, Settings
 from sdumc.errors import UserError
 from sdumc.files import read_json, write_json, write_text
@@ -50,7 +52,7 @@ def render(clip: Clip, synthesiser: speech.Synthesiser, settings: Settings) -> t
 
 def clip_path(clip: Clip) -> str:
     """Where a clip lies inside the corpus folder."""
-    return f"clips/{clip.speaker.name}/{clip.utt}.mp4"
+    return f"clips/{clip.speaker.name}/{clip.utt}.{'wav' if clip.speaker.set == plan.PRETRAIN else 'mp4'}"
 
 
 def _make_speaker(clips: list[Clip], settings: Settings, folder: Path, parent: int, failure: Connection) -> None:
@@ -62,6 +64,9 @@ def _make_speaker(clips: list[Clip], settings: Settings, folder: Path, parent: i
             sound, track = render(clip, synthesiser, settings)
             path = folder / clip_path(clip)
             path.parent.mkdir(parents=True, exist_ok=True)
+            if clip.speaker.set == plan.PRETRAIN:
+                write_sound(path, sound, speech.RATE)
+                continue
             frames = (face.draw_face(clip.speaker.looks, values, settings.size) for values in track)
             write_clip(path, frames, settings.fps, sound, speech.RATE)
     except UserError as e:
@@ -102,7 +107,7 @@ def _make_speakers(by_speaker: dict[str, list[Clip]], settings: Settings, folder
 
 
 def make_corpus(settings: Settings, folder: str | Path, jobs: int) -> list[Clip]:
-    """Write clips/<speaker>/<utt>.mp4, corpus.tsv and speakers.json to ``folder``, which appears only when whole.
+    """Write the clips, corpus.tsv and speakers.json to ``folder``, which appears only when whole.
 
     Args:
         jobs: processes; they change the time, not the bytes.

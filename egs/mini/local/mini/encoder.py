@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor, WavLMConfig, WavLMForCTC
 
 from mini import corpus, speech
+from mini.plan import PRETRAIN
 from mini.training import batches, optimise, save_whole, seed_everything
 from sdumc.data import media
 
@@ -142,7 +143,7 @@ def _change_speed(wave: np.ndarray, factor: float) -> np.ndarray:
 
 
 def train_encoder(corpus_dir: Path, models_dir: Path, settings: EncoderSettings) -> None:
-    """Train WavLM with a character CTC on the train clips; write ``ctc`` (WavLMForCTC) and ``encoder`` (WavLMModel).
+    """Train WavLM with a character CTC on the pretrain set; write ``ctc`` (WavLMForCTC) and ``encoder`` (WavLMModel).
 
     Frames of 40 ms at 16 kHz (released WavLMs: 20 ms; with half as many, CTC learns in half the time). Both folders
     hold a feature extractor, ``ctc`` a tokenizer as well.
@@ -151,7 +152,7 @@ def train_encoder(corpus_dir: Path, models_dir: Path, settings: EncoderSettings)
         UserError: the corpus is missing or cannot be read.
     """
     rng = seed_everything(settings.seed)
-    rows = corpus.read_corpus(corpus_dir, "train")
+    rows = corpus.read_corpus(corpus_dir, PRETRAIN)
     waves = [media.read_audio(str(row.clip), speech.RATE) for row in rows]
     letter_ids = {c: i for i, c in enumerate(["<pad>", "<s>", "</s>", "<unk>", *CTC_LETTERS])}
     targets = [torch.tensor([letter_ids[c] for c in row.text.replace(" ", "|")]) for row in rows]

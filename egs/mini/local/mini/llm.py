@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mini import corpus
+from mini.plan import PRETRAIN
 from mini.training import optimise, save_whole, seed_everything
 
 log = logging.getLogger("sdumc")
@@ -189,7 +190,7 @@ class _Examples:
 
 
 def train_llm(corpus_dir: Path, models_dir: Path, settings: LanguageSettings) -> None:
-    """Train a Llama with its tokenizer on the train transcripts; write ``llm``.
+    """Train a Llama with its tokenizer on the transcripts of pretrain; write ``llm``.
 
     It learns to write the sentence whose noisy spelling stands before the chat prompt,
     ``[spelling][BOS]"USER: ...\\n ASSISTANT:"sentence[EOS]``, since the projector's output will stand there. With so
@@ -200,7 +201,7 @@ def train_llm(corpus_dir: Path, models_dir: Path, settings: LanguageSettings) ->
         UserError: the corpus is missing.
     """
     rng = seed_everything(settings.seed)
-    texts = [row.text for row in corpus.read_corpus(corpus_dir, "train")]
+    texts = [row.text for row in corpus.read_corpus(corpus_dir, PRETRAIN)]
     tokenizer = build_tokenizer(texts)
     model = _build_model(tokenizer, settings)
     examples = _Examples(texts, tokenizer, model.get_input_embeddings(), settings, rng)

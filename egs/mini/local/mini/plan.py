@@ -12,7 +12,9 @@ import numpy as np
 from mini import face, sentences, speech
 from sdumc.errors import UserError
 
-SETS = ("train", "valid", "test")
+# What the pretrained models learn from, then the recipe's own sets. pretrain is sound only, as LibriSpeech is.
+PRETRAIN = "pretrain"
+SETS = (PRETRAIN, "train", "valid", "test")
 
 # label = TEXT_WEIGHT sentiment + VOICE_WEIGHT arousal + FACE_WEIGHT expression + noise of LABEL_NOISE sd
 TEXT_WEIGHT = 1.0
@@ -24,7 +26,7 @@ OWN_PART = 0.85
 LABEL_NOISE = 0.15
 LABEL_RANGE = (-3.0, 3.0)
 
-# Voices of espeak-ng. All are used in train; valid and test have them at other pitches and rates.
+# Voices of espeak-ng. All are used in pretrain; the other sets have them at other pitches and rates.
 VARIANTS = ("f1", "f2", "f3", "f4", "f5", "m1", "m2", "m3", "m7", "m8")
 
 
@@ -33,20 +35,30 @@ class Settings:
     """Size and difficulty of the corpus; noise levels are standard deviations in full scale."""
 
     seed: int = 1
-    train: int = 400
-    valid: int = 50
-    test: int = 60
-    train_speakers: int = 20
-    valid_speakers: int = 4
-    test_speakers: int = 5
-    noise_min: float = 0.03
-    noise_max: float = 0.08
-    fps: float = 25.0
+    pretrain: int = 400
+    train: int = 600
+    valid: int = 150
+    test: int = 300
+    pretrain_speakers: int = 20
+    train_speakers: int = 30
+    valid_speakers: int = 10
+    test_speakers: int = 20
+    noise_min: float = 0.12
+    noise_max: float = 0.27
+    pretrain_noise_min: float = 0.1
+    pretrain_noise_max: float = 0.22
+    fps: float = 10.0
     size: int = 96
 
     def count(self, name: str) -> tuple[int, int]:
         """Clips and speakers of a set."""
         return getattr(self, name), getattr(self, f"{name}_speakers")
+
+    def noise(self, name: str) -> tuple[float, float]:
+        """Least and most noise of a set."""
+        if name == PRETRAIN:
+            return self.pretrain_noise_min, self.pretrain_noise_max
+        return self.noise_min, self.noise_max
 
 
 @dataclass(frozen=True)
@@ -92,7 +104,7 @@ def label_of(sentiment: float, arousal: float, expression: float, noise: float) 
 def plan_corpus(settings: Settings) -> list[Clip]:
     """Decide everything about every clip; in order of set, then speaker, then utterance.
 
-    No sentence occurs in two sets, and every word that valid and test use occurs in train.
+    No sentence and no speaker occurs in two sets, and every word of the other sets occurs in pretrain.
 
     Raises:
         UserError: a set has fewer clips than speakers, or no speaker.
@@ -113,7 +125,7 @@ def plan_corpus(settings: Settings) -> list[Clip]:
             variant = VARIANTS[3 * number % len(VARIANTS)]
             speakers.append(_draw_speaker(rng, f"spk{number:02d}", name, variant))
         drawn = sentences.draw_sentences(rng, count, taken, words)
-        if name == "train":
+        if name == PRETRAIN:
             words = {word for sentence in drawn for word in sentence.text.split()}
         taken |= {sentence.text for sentence in drawn}
         for i, sentence in enumerate(drawn):
@@ -146,7 +158,7 @@ def _draw_clip(
         sentiment=sentiment,
         arousal=arousal,
         expression=expression,
-        noise=round(float(np.exp(rng.uniform(np.log(settings.noise_min), np.log(settings.noise_max)))), 5),
+        noise=round(float(np.exp(rng.uniform(*np.log(settings.noise(speaker.set))))), 5),
         seed=int(rng.integers(1, 2**31)),
     )
 

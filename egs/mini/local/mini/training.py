@@ -1,8 +1,8 @@
 """What the trainings of mini's small models share: seeds, the optimiser's loop, batches, saving.
 
-Each model is trained from random weights on the train clips of the corpus, is a class of transformers, and is written
-with save_pretrained; later stages load it as they load WavLM-large, Vicuna and any ViT. Lengths of training are in
-steps, not seconds, so that a seed gives the same weights again on the same machine.
+Each model is trained from random weights on the corpus's set for it (pretrain), is a class of transformers, and is
+written with save_pretrained; later stages load it as they load WavLM-large, Vicuna and any ViT. Lengths of training are
+in steps, not seconds, so that a seed gives the same weights again on the same machine.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
 
 from mini import corpus, face
+from mini.plan import PRETRAIN
 from mini.training import optimise, save_whole, seed_everything
 
 log = logging.getLogger("sdumc")
@@ -37,7 +38,7 @@ class VisionSettings:
 
 
 def train_vision(corpus_dir: Path, models_dir: Path, settings: VisionSettings) -> None:
-    """Train a ViT to tell the drawn expression from pictures of the train speakers' faces; write ``vision``.
+    """Train a ViT to tell the drawn expression from pictures of the faces of pretrain's speakers; write ``vision``.
 
     The class token and the mean of the patches each predict :data:`mini.face.PARAMETERS` through a Linear that is
     thrown away. Colours and noise are varied, as other speakers have other colours.
@@ -46,7 +47,7 @@ def train_vision(corpus_dir: Path, models_dir: Path, settings: VisionSettings) -
         UserError: the corpus is missing.
     """
     rng = seed_everything(settings.seed)
-    looks = corpus.read_looks(corpus_dir, "train")
+    looks = corpus.read_looks(corpus_dir, PRETRAIN)
     model = ViTModel(
         ViTConfig(
             image_size=settings.image_size,
