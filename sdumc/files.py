@@ -21,6 +21,11 @@ _REQUIRED = object()
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def shown(path: str | os.PathLike) -> str:
+    """A path as it is printed: bytes of its name that are not UTF-8 are escaped (``\\xe9``)."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def disk_full(path: str | os.PathLike, error: OSError) -> UserError | None:
     """The error message for a full disk; None if ``error`` is another error."""
     if error.errno not in _DISK_FULL:

@@ -116,6 +116,7 @@ def _score(args: Namespace, files: Sequence[Path], texts: dict, results: list[di
     """Score the files and add what comes of each to ``results``; returns the scale of the scores."""
     from tqdm import tqdm
 
+    from sdumc.files import shown
     from sdumc.prediction.output import table, write_subtitles
     from sdumc.prediction.scorer import Scorer
 
@@ -135,7 +136,7 @@ def _score(args: Namespace, files: Sequence[Path], texts: dict, results: list[di
         total=len(files), bar_format=bar_format, mininterval=0, leave=False, disable=None, file=sys.stderr
     ) as bar:
         for number, path in enumerate(files):
-            bar.set_description(path.name)
+            bar.set_description(shown(path.name))
 
             def progress(done: int, total: int, number: int = number) -> None:
                 if total > 1:
@@ -161,7 +162,7 @@ def _score(args: Namespace, files: Sequence[Path], texts: dict, results: list[di
                     pages.add(scored)
             except UserError as e:
                 bar.clear()
-                if results and results[-1].get("file") == str(path):
+                if results and results[-1].get("file") == shown(path):
                     results.pop()
                 _report_failure(str(path), str(e), results)
             bar.set_postfix_str("", refresh=False)
@@ -170,6 +171,9 @@ def _score(args: Namespace, files: Sequence[Path], texts: dict, results: list[di
 
 
 def _report_failure(path: str, reason: str, results: list[dict]) -> None:
+    from sdumc.files import shown
+
+    path, reason = shown(path), shown(reason)
     message = reason if path in reason else f"{path}: {reason}"
     print(f"error: {message}", file=sys.stderr, flush=True)
     results.append({"file": path, "error": reason})

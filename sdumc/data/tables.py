@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdumc.errors import UserError
-from sdumc.files import write_text
+from sdumc.files import shown, write_text
 from sdumc.scale import CMU
 
 
@@ -33,7 +33,25 @@ class MediaSpan:
     utterance: str | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
-        return self.path if self.utterance is None else f"{self.path}: utterance {self.utterance!r}"
+        path = shown(self.path)
+        return path if self.utterance is None else f"{path}: utterance {self.utterance!r}"
+
+
+@dataclass(frozen=True)
+class MediaInfo:
+    """What a media file states about itself; ``duration`` in seconds, 0 if unknown."""
+
+    duration: float
+    has_audio: bool
+    has_video: bool
+
+
+class PastEnd(UserError):
+    """A span goes more than half a second past the ``end`` of its file's track, in seconds."""
+
+    def __init__(self, message: str, end: float):
+        super().__init__(message)
+        self.end = end
 
 
 Row = tuple[str, str, str]  # utterance id, stage, reason

@@ -43,7 +43,7 @@ def media_files(names: Sequence[str], list_file: str | None) -> tuple[list[Path]
     wanted = list(names)
     if list_file:
         try:
-            lines = Path(list_file).read_text(encoding="utf-8-sig").splitlines()
+            lines = Path(list_file).read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
         except (OSError, UnicodeDecodeError) as e:
             raise UserError(f"{list_file}: cannot be read as a list of files ({e})") from None
         wanted += [line.strip() for line in lines if line.strip()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sdumc.errors import UserError
-from sdumc.files import write_text
+from sdumc.files import shown, write_text
 from sdumc.prediction.scorer import ScoredFile, ScoredUtterance
 from sdumc.prediction.subtitles import Cue, format_subtitles
 from sdumc.scale import LabelScale
@@ -18,7 +18,7 @@ def table(scored: ScoredFile) -> str:
     rows = [_row(u, _scale(scored)) for u in scored.utterances]
     rows.append(("", "all", _scale(scored).format(scored.overall), "", "", "", ""))
     widths = [max(len(r[i]) for r in [_HEADER, *rows]) for i in range(len(_HEADER))]
-    lines = [f"{scored.file} ({scored.duration:.1f} s), scores from {_scale(scored).ends}"]
+    lines = [f"{shown(scored.file)} ({scored.duration:.1f} s), scores from {_scale(scored).ends}"]
     for row in (_HEADER, *rows):
         numbers = [cell.rjust(width) for cell, width in zip(row[:3], widths[:3], strict=True)]
         words = [cell.ljust(width) for cell, width in zip(row[3:], widths[3:], strict=True)]
@@ -56,5 +56,7 @@ def write_subtitles(scored: ScoredFile, kind: str, output_dir: Path | None = Non
     try:
         write_text(path, subtitles(scored, kind))
     except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror}); give another place with --output-dir") from None
+        raise UserError(
+            f"{shown(path)}: cannot be written ({e.strerror}); give another place with --output-dir"
+        ) from None
     return path

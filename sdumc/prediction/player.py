@@ -16,7 +16,7 @@ from urllib.parse import quote
 import av
 import numpy as np
 
-from sdumc.data.media import read_audio, read_frames
+from sdumc.data.media import read_frames, read_sound
 from sdumc.errors import UserError
 from sdumc.files import atomic_write
 
@@ -106,7 +106,7 @@ def encode(file: Path) -> tuple[str, bytes]:
     """
     wave, problem = None, None
     try:
-        wave = read_audio(file, _RATE)
+        wave, _ = read_sound(file, _RATE)
     except UserError as e:
         problem = e
     pictures: Iterator[tuple[float, np.ndarray]] = iter(())

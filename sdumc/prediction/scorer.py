@@ -16,11 +16,12 @@ import torch
 
 from sdumc.conditions import MISSING_TEXTS, MODALITIES, TEXTS, condition_of, modality
 from sdumc.data.loader import Utterance, collate
-from sdumc.data.media import MediaInfo, probe, read_audio
+from sdumc.data.media import MediaInfo, PastEnd, probe, read_sound
 from sdumc.data.tables import MediaSpan
 from sdumc.device import pick_device
 from sdumc.errors import UserError
 from sdumc.extraction.loop import make_batches
+from sdumc.files import shown
 from sdumc.model.network import SDUMC
 from sdumc.prediction.activity import RATE, cut_speech, even_pieces, is_silent
 from sdumc.prediction.extractors import Extractors, load_record
@@ -35,6 +36,7 @@ log = logging.getLogger("sdumc")
 
 MAX_SECONDS = 20.0  # a longer file is cut into utterances: models are trained on clips of a sentence
 _TEXT_KINDS = {"text": "real", "text_sim": "simulated", "text_asr": "asr"}  # by feature, as in the output
+_FEW_PICTURES = 0.3  # seconds: an utterance that has fewer pictures is scored without
 _ONE_PICTURE = 0.1  # seconds; a photograph is opened as a video of one frame
 
 
@@ -82,7 +84,7 @@ class ScoredFile:
         values = asdict(replace(self, utterances=utterances))
         for u in values["utterances"]:
             del u["attention"], u["tokens"]
-        return values
+        return {**values, "file": shown(self.file)}
 
 
 def overall_score(utterances: Sequence[ScoredUtterance]) -> float:
@@ -215,11 +217,11 @@ class Scorer:
             notes.append("its sound is silence and is not used")
             wave = None
         if wave is None and not sees and text is None:
-            raise UserError(f"{path}: {_why_nothing_is_left(info, 'video' in self.features)}")
+            raise UserError(f"{shown(path)}: {_why_nothing_is_left(info, 'video' in self.features)}")
         parts = self._divide(path, wave, duration, text, cut, max_seconds, sees, notes)
         results = self._score_parts(parts, max(400.0, max_seconds), info.has_video, bad_media, progress, notes)
         if not results:
-            raise UserError(f"{path}: nothing in it can be scored ({'; '.join(notes)})")
+            raise UserError(f"{shown(path)}: nothing in it can be scored ({'; '.join(notes)})")
         return ScoredFile(
             path, round(duration, 3), overall_score(results), results, notes, (self.scale.low, self.scale.high)
         )
@@ -240,7 +242,9 @@ class Scorer:
             notes.append("has no sound track")
             return None
         try:
-            return read_audio(path)
+            wave, unusual = read_sound(path)
+            notes += unusual
+            return wave
         except UserError as e:
             if bad_media != "absent" or not info.has_video:
                 raise
@@ -272,7 +276,9 @@ class Scorer:
         if spans := cut_speech(wave, max_seconds):
             return [_part(path, wave, a, b) for a, b in spans]
         if not sees:
-            raise UserError(f"{path}: no speech was found in it; --cut no scores it as one utterance all the same")
+            raise UserError(
+                f"{shown(path)}: no speech was found in it; --cut no scores it as one utterance all the same"
+            )
         notes.append("no speech was found in it: its sound is not used, and it is cut into equal parts")
         return [_part(path, None, a, b) for a, b in even_pieces(duration, max_seconds)]
 
@@ -327,14 +333,24 @@ class Scorer:
         if has_video and "video" in self.features:
             for p in parts:
                 try:
-                    p.features["video"], reason = self.extractors.video(p.span)
+                    p.features["video"], reason = self._look(p.span)
                 except UserError as e:
-                    # When the picture track ends before the sound, the last utterances are still scored.
+                    # When the picture track is damaged at its end, the utterances before are still scored.
                     if bad_media != "absent" and p.span.end is None:
                         raise
                     reason = str(e)
                 if reason:
                     pictures_not_used[reason] += 1
+
+    def _look(self, span: MediaSpan) -> tuple[torch.Tensor | None, str]:
+        """Video features of what the picture track has of a span; or None and the reason."""
+        try:
+            return self.extractors.video(span)
+        except PastEnd as e:  # the sound goes on longer
+            reason = f"they end at {e.end:.2f} s"
+            if e.end - span.start < _FEW_PICTURES:
+                return None, reason
+            return self.extractors.video(replace(span, end=e.end))
 
     def _predict(self, parts: list[_Part]) -> list[ScoredUtterance | None]:
         condition = condition_of("missing" if parts[0].words is None else "full", self.missing_text)
@@ -368,7 +384,7 @@ class Scorer:
 
     def _scored(self, part: _Part, score: float) -> ScoredUtterance:
         if not math.isfinite(score):
-            raise UserError(f"{part.span.path}: the score is not a finite number; try --dtype fp32")
+            raise UserError(f"{part.span}: the score is not a finite number; try --dtype fp32")
         feature = next((name for name in _TEXT_KINDS if name in part.features), None)
         text = _TEXT_KINDS[feature] if feature else None
         kinds = {modality(f) for f, x in part.features.items() if x is not None}
@@ -383,9 +399,9 @@ class Scorer:
 def _probe(path: str) -> MediaInfo:
     info = probe(path)
     if not info.has_audio and not info.has_video:
-        raise UserError(f"{path}: has neither sound nor pictures; give a video or audio file")
+        raise UserError(f"{shown(path)}: has neither sound nor pictures; give a video or audio file")
     if not info.has_audio and info.duration < _ONE_PICTURE:
-        raise UserError(f"{path}: a single picture without sound; give a video or audio file")
+        raise UserError(f"{shown(path)}: a single picture without sound; give a video or audio file")
     return info
 
 
@@ -399,7 +415,7 @@ def _cues(path: str, text: Sequence[Cue], duration: float, max_seconds: float) -
     """Subtitles as utterances within the file's duration."""
     cues = sentences(list(text), max_seconds)
     if not cues or cues[0].start >= duration:
-        raise UserError(f"{path}: lasts {duration:.1f} s, before the first subtitle; is it another video's?")
+        raise UserError(f"{shown(path)}: lasts {duration:.1f} s, before the first subtitle; is it another video's?")
     return [Cue(c.start, min(c.end, duration), c.text) for c in cues if c.start < duration]
 
 
