@@ -68,7 +68,9 @@ def model_card(
         models: ``name`` in the pack, or on the hub; ``was``, ``roles`` and ``bytes``.
         scores: contents of score.json by set and condition.
     """
-    chosen = "the epoch that is best on the valid set" if checkpoint == "valid-best" else "the mean of the best epochs"
+    chosen = (
+        "the epochs that are best on the valid set" if checkpoint == "valid-best" else "the mean of the best epochs"
+    )
     missing_text = str(config.get("missing-text", SIMULATED))
     needs = "Everything that it needs is in this folder." if backbones else _fetching(models)
     parts = [
