@@ -35,6 +35,9 @@ TRANSCRIPTS = {ASR_SHARDS: "text_asr", "text_sim": "text_sim"}
 NO_SPEECH = "no-speech"
 TEXT_STATUSES = ("ok", "empty", NO_SPEECH, "refusal", "repeat", "limit")
 
+# How stage 2 finds clips without speech: by Silero's voice activity detector, or by their level alone.
+SPEECH_TESTS = ("detector", "level")
+
 # The seven queries of cross-attention. The first four sum the weighted vectors of several modalities.
 FUSED_QUERIES = {
     "fused": MODALITIES,

@@ -11,7 +11,8 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 #: Options
-models="wavlm-large vicuna-7b-v1.5 whisper-large-v3 clip-vit-large-patch14" #: which, with spaces; --list shows all
+profile=large #: those of the recipes' --models: large (20 GB) or small (1.5 GB)
+models=       #: others, with spaces; --list shows all
 dir=          #: where to put them (default: tools/models)
 list=false    #: show the models, their size and what they are for, and stop
 dry_run=false #: show the commands and stop
@@ -23,16 +24,27 @@ die() {
 }
 (($# == 0)) || die "unexpected argument '$1'; --help lists the options"
 dir=${dir:-${root}/tools/models}
+case ${profile} in
+  large) chosen="wavlm-large vicuna-7b-v1.5 whisper-large-v3 clip-vit-large-patch14" ;;
+  small) chosen="wavlm-base-plus smollm2-135m-instruct whisper-base clip-vit-base-patch32" ;;
+  *) die "--profile is large or small, not '${profile}'" ;;
+esac
+models=${models:-${chosen}}
 
 # name  repository  size in GB of what is fetched  weights (safetensors or bin)  use
 table() {
   cat <<'TABLE'
 wavlm-large              microsoft/wavlm-large              1.3   bin          audio features, and the ears of the speech LLM
+wavlm-base-plus          microsoft/wavlm-base-plus          0.4   bin          audio features, small
 vicuna-7b-v1.5           lmsys/vicuna-7b-v1.5               13.5  bin          text features and simulated text
 qwen2.5-7b-instruct      Qwen/Qwen2.5-7B-Instruct           15.2  safetensors  text in many languages (egs/sims)
+smollm2-135m-instruct    HuggingFaceTB/SmolLM2-135M-Instruct 0.3  safetensors  text features, small
+smollm2-360m-instruct    HuggingFaceTB/SmolLM2-360M-Instruct 0.7  safetensors  text features, between the two
 whisper-large-v3         openai/whisper-large-v3            3.1   safetensors  recognised text
 whisper-small            openai/whisper-small               1.0   safetensors  recognised text, quicker
+whisper-base             openai/whisper-base                0.3   safetensors  recognised text, small
 clip-vit-large-patch14   openai/clip-vit-large-patch14      1.7   safetensors  video features
+clip-vit-base-patch32    openai/clip-vit-base-patch32       0.6   bin          video features, small
 vit-face-expression      trpakov/vit-face-expression        0.3   safetensors  video features, trained on facial expressions
 TABLE
 }

@@ -23,6 +23,8 @@ pickle=       #: toolkit: the file
 features_dir= #: authors: the folder that holds the feature folders
 transcripts=  #: authors: the CSV table of transcripts
 counts=mosei  #: published counts to show beside those found: mosei, mosi or none
+#: Models
+models=large  #: large: the paper's; small: for one consumer GPU or none (a missing flow that reads ASR text)
 pass_options_to=./sdumc.sh
 . utils/parse_options.sh
 
@@ -34,19 +36,35 @@ case ${source} in
   raw | table | toolkit | authors) ;;
   *) die "--source is raw, table, toolkit or authors, not '${source}'" ;;
 esac
+case ${models} in
+  large) set_of_models=(wavlm-large vicuna-7b-v1.5 whisper-large-v3 clip-vit-large-patch14) ;;
+  small) set_of_models=(wavlm-base-plus smollm2-135m-instruct whisper-base clip-vit-base-patch32) ;;
+  *) die "--models is large or small, not '${models}'" ;;
+esac
 export source corpus_dir folds labels media pickle features_dir transcripts counts table media_dir
 
 names=()
-# Each source has its own folders, so that the features of one are not used in the experiments of another.
-if [[ ${source} != raw ]]; then
-  names+=(--datadir "data/${source}" --dumpdir "dump/${source}" --expdir "exp/${source}" --results "RESULTS.${source}.md")
+# Each source and set of models has its own folders, so that the features of one are not used in the experiments of
+# another. Recognised words are in the data folder.
+place='' has_media=false
+if [[ ${source} =~ ^(raw|table)$ || (${source} == toolkit && -n ${corpus_dir}) ]]; then has_media=true; fi
+if [[ ${source} != raw ]]; then place=${source}; fi
+if [[ ${models} != large && ${has_media} == true ]]; then place+=${place:+_}${models}; fi
+if [[ -n ${place} ]]; then
+  names+=(--datadir "data/${place}" --dumpdir "dump/${place}" --expdir "exp/${place}" --results "RESULTS.${place}.md")
+fi
+if [[ ${models} == small && ${has_media} == true ]]; then
+  for name in projector asr simulation audio text video; do names+=("--${name}-config" "conf/small/${name}.yaml"); done
+  names+=(--missing-text asr) # no projector is published for these models
 fi
 # Models are needed only where there are media. Features that stage 1 imports are kept.
-if [[ ${source} == raw || ${source} == table || (${source} == toolkit && -n ${corpus_dir}) ]]; then
-  names+=(--encoder ../../tools/models/wavlm-large --llm ../../tools/models/vicuna-7b-v1.5)
-  names+=(--asr-model ../../tools/models/whisper-large-v3)
+if [[ ${has_media} == true ]]; then
+  names+=(--encoder "../../tools/models/${set_of_models[0]}" --llm "../../tools/models/${set_of_models[1]}")
+  names+=(--asr-model "../../tools/models/${set_of_models[2]}")
 fi
-if [[ ${source} == raw || ${source} == table ]]; then names+=(--vision-model ../../tools/models/clip-vit-large-patch14); fi
+if [[ ${source} == raw || ${source} == table ]]; then
+  names+=(--vision-model "../../tools/models/${set_of_models[3]}")
+fi
 
 ../../tools/setup_env.sh --extras mosei --if-needed
 ./sdumc.sh "${names[@]}" "$@"

@@ -22,6 +22,10 @@ def get_parser() -> Parser:
     group = parser.add_argument_group("what is measured")
     group.add_argument("part", nargs="*", help=f"of {', '.join(PARTS)}; all without a word")
     group.add_argument("--repeats", type=at_least(1, int), default=7, help="interleaved repeats of each side")
+    group = parser.add_argument_group("simulation")
+    group.add_argument(
+        "--llm", metavar="DIR", help="a real LLM's folder; default: random weights of SmolLM2-135M's size"
+    )
     group = parser.add_argument_group("loader")
     group.add_argument(
         "--utterances", type=at_least(1, int), default=2000, help="of the generated corpus; 2000 are 6.8 GB"
@@ -43,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     measure: dict[str, Callable[[int], bool]] = {
         "step": step.main,
         "contrast": contrast.main,
-        "simulation": simulation.main,
+        "simulation": lambda repeats: simulation.main(repeats, args.llm),
         "loader": lambda repeats: loader.main(repeats, args.utterances, args.dir, args.keep, args.workers),
         "extraction": extraction.main,
         "neighbours": neighbours.main,

@@ -4,6 +4,7 @@ all hidden states kept, the winner's picked out through `beam_indices`."""
 from __future__ import annotations
 
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,8 +13,28 @@ from torch import Tensor
 from sdumc.bench.measure import goal, interleaved, median, peak_memory, ratio, spread, table
 from sdumc.pretrained.llm import SpeechLLM
 
-BATCH, UTTERANCES, BEAM, NEW_TOKENS = 16, 32, 4, 40
-SIZES = ((128, 4), (256, 6))  # width, layers
+BATCH, BEAM, NEW_TOKENS = 16, 4, 40
+
+
+@dataclass(frozen=True)
+class Size:
+    """An LLM to measure: a Llama of random weights; ``utterances`` are as many as take some seconds."""
+
+    width: int
+    layers: int
+    utterances: int = 32
+    heads: int = 4
+    key_heads: int = 4
+    vocabulary: int = 512
+    name: str = ""
+
+    @property
+    def title(self) -> str:
+        return f"{self.width} x {self.layers}{f' ({self.name})' if self.name else ''}"
+
+
+SMALL = (Size(128, 4), Size(256, 6))
+REAL = Size(576, 30, utterances=8, heads=9, key_heads=3, vocabulary=49152, name="SmolLM2-135M")
 
 
 def write_tokenizer(folder: Path, size: int) -> None:
@@ -30,19 +51,20 @@ def write_tokenizer(folder: Path, size: int) -> None:
     ).save_pretrained(folder)
 
 
-def make_llm(folder: Path, hidden: int, layers: int) -> SpeechLLM:
+def make_llm(folder: Path, size: Size) -> SpeechLLM:
     """A Llama with random weights (from a fixed seed) and a word tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    write_tokenizer(folder, 512)
+    write_tokenizer(folder, size.vocabulary)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        initializer_range=1.2 / hidden**0.5,
+        vocab_size=size.vocabulary,
+        hidden_size=size.width,
+        intermediate_size=(8 * size.width // 3) if size.name else 2 * size.width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.key_heads,
+        initializer_range=1.2 / size.width**0.5,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=3,
@@ -51,8 +73,12 @@ def make_llm(folder: Path, hidden: int, layers: int) -> SpeechLLM:
     with torch.no_grad():
         model.lm_head.weight[2] *= 2.0  # so that answers end at different lengths
     model.save_pretrained(folder)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return SpeechLLM(str(folder), device=device, layers=[-4])
+    return load_llm(folder)
+
+
+def load_llm(folder: str | Path) -> SpeechLLM:
+    """The LLM in a folder, on the GPU where there is one."""
+    return SpeechLLM(str(folder), device="cuda" if torch.cuda.is_available() else "cpu", layers=[-4])
 
 
 def make_contexts(llm: SpeechLLM, count: int) -> list[Tensor]:
@@ -74,12 +100,14 @@ def plain(llm: SpeechLLM, context: Tensor, limit: int) -> tuple[list[int], Tenso
         return_dict_in_generate=True,
         output_hidden_states=True,
         output_scores=True,
-        pad_token_id=3,
+        pad_token_id=llm.eos_ids[0],
+        eos_token_id=llm.eos_ids,
     )
     tokens = out.sequences[0].tolist()
     beams = [int(b) for b in out.beam_indices[0] if b >= 0]
     states = [sum(out.hidden_states[t][layer][b, -1].float() for layer in llm.layers) for t, b in enumerate(beams)]
-    return tokens[: tokens.index(2)] if 2 in tokens else tokens, torch.stack(states)
+    end = next((i for i, token in enumerate(tokens) if token in llm.eos_ids), len(tokens))
+    return tokens[:end], torch.stack(states)
 
 
 def ours(llm: SpeechLLM, contexts: list[Tensor], limit: int, beam: int = BEAM) -> list:
@@ -98,7 +126,7 @@ class _Peak:
 
     def __call__(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            llm = make_llm(Path(folder), *SIZES[-1])
+            llm = make_llm(Path(folder), SMALL[-1])
             with torch.no_grad():
                 llm.model.lm_head.weight[2] = 0.0  # seldom ends
             contexts = make_contexts(llm, BATCH)
@@ -108,28 +136,32 @@ class _Peak:
                 plain(llm, contexts[0], self.limit)
 
 
-def main(repeats: int) -> bool:
-    """Print speed, agreement with the plain way, and peak memory; whether the goals are reached."""
-    ratios, agree = show_speed(repeats)
+def main(repeats: int, llm: str | None = None) -> bool:
+    """Print speed, agreement with the plain way, and peak memory; whether the goals are reached.
+
+    Args:
+        llm: folder of a real LLM, in place of random weights in SmolLM2-135M's dimensions.
+    """
+    ratios, agree = show_speed(repeats, llm)
     show_memory()
     same_everywhere = goal("share of sizes with the same tokens and states", sum(agree) / len(agree), least=1)
     # The larger size is near what the processor can multiply; how near, decides its ratio.
-    return goal(f"times as fast as plain at width {SIZES[0][0]}", ratios[0], least=6) and same_everywhere
+    return goal(f"times as fast as plain at width {SMALL[0].width}", ratios[0], least=6) and same_everywhere
 
 
-def show_speed(repeats: int) -> tuple[list[float], list[bool]]:
+def show_speed(repeats: int, real: str | None) -> tuple[list[float], list[bool]]:
     """Print utterances per second of both ways at each size; the ratios, and whether tokens and states agree."""
     rows, ratios, agree = [], [], []
-    for hidden, layers in SIZES:
+    for size in (*SMALL, REAL):
         with tempfile.TemporaryDirectory() as folder:
-            llm = make_llm(Path(folder), hidden, layers)
-            contexts = make_contexts(llm, UTTERANCES)
+            is_real = bool(real) and size is REAL
+            llm = load_llm(real) if real and is_real else make_llm(Path(folder), size)
+            contexts = make_contexts(llm, size.utterances)
             reference = [plain(llm, c, NEW_TOKENS) for c in contexts]
             found = ours(llm, contexts, NEW_TOKENS)
             same = [f.tokens == r[0] for f, r in zip(found, reference, strict=True)]
-            apart = max(
-                float((f.states - r[1]).abs().max()) for f, r, s in zip(found, reference, same, strict=True) if s
-            )
+            pairs = [(f.states, r[1]) for f, r, s in zip(found, reference, same, strict=True) if s]
+            apart = max((float((a - b).abs().max() / b.abs().max()) for a, b in pairs), default=float("nan"))
             calls = {
                 "plain": lambda m=llm, c=contexts: [plain(m, x, NEW_TOKENS) for x in c],
                 "ours": lambda m=llm, c=contexts: ours(m, c, NEW_TOKENS),
@@ -137,11 +169,12 @@ def show_speed(repeats: int) -> tuple[list[float], list[bool]]:
             times = interleaved(calls, min(repeats, 3), warm_up=0)
         ratios.append(ratio(times["plain"], times["ours"]))
         agree.append(all(same) and apart < 1e-4)
+        width = f"{llm.dim} x {llm.num_layers} ({Path(real).name})" if real and is_real else size.title
         rows.append(
             [
-                f"{hidden} x {layers}",
-                f"{UTTERANCES / median(times['plain']):.2f}",
-                f"{UTTERANCES / median(times['ours']):.2f}",
+                width,
+                f"{size.utterances / median(times['plain']):.2f}",
+                f"{size.utterances / median(times['ours']):.2f}",
                 spread(times["ours"]),
                 f"{ratios[-1]:.1f}",
                 f"{sum(same)} of {len(same)}",
@@ -149,7 +182,7 @@ def show_speed(repeats: int) -> tuple[list[float], list[bool]]:
             ]
         )
     header = ["width x layers", "plain (utt/s)", "ours (utt/s)", "ours, range (s)", "times as fast", "same tokens"]
-    print(table([*header, "states apart"], rows))
+    print(table([*header, "states apart (relative)"], rows))
     return ratios, agree
 
 

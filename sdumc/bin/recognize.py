@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sdumc.cli import Parser, at_least, run, setup_logging
 from sdumc.conditions import ASR_SHARDS
-from sdumc.extraction.options import add_job_options
+from sdumc.extraction.options import add_job_options, add_speech_test_option
 
 
 def get_parser() -> Parser:
@@ -22,6 +22,7 @@ def get_parser() -> Parser:
     group.add_argument(
         "--max-new-tokens", type=at_least(1, int), default=200, metavar="N", help="Whisper's longest answer per 30 s"
     )
+    add_speech_test_option(group)
     return parser
 
 
@@ -45,12 +46,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "model_hash": fingerprint(recogniser.folder),
         "language": args.language,
         "max_new_tokens": args.max_new_tokens,
+        "speech_test": args.speech_test,
         "dtype": args.dtype,
         "data_hash": data_hash(data),
     }
     batches = sound_batches(args, data, utterances)
     with open_shard(args, settings, utterances) as writer:
-        extract_transcripts(data, batches, recogniser, writer, args.bad_media)
+        extract_transcripts(data, batches, recogniser, writer, args.bad_media, args.speech_test)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdumc.cli import Parser, run, setup_logging
-from sdumc.extraction.options import add_job_options, add_reader_options, add_state_options
+from sdumc.extraction.options import (
+    add_job_options,
+    add_reader_options,
+    add_speech_test_option,
+    add_state_options,
+)
 
 
 def get_parser() -> Parser:
@@ -30,6 +35,7 @@ def get_parser() -> Parser:
         metavar="FILE",
         help="transcripts read in place of a refusal or an empty answer; default DATA_DIR/text_asr if there is one",
     )
+    add_speech_test_option(group)
     return parser
 
 
@@ -58,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "beam": args.beam,
         "max_new_tokens": args.max_new_tokens,
         "length_penalty": args.length_penalty,
+        "speech_test": args.speech_test,
         "data_hash": data_hash(data, asr_file, status_file),
     }
     with open_shard(args, settings, utterances) as writer:
@@ -71,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             args.first_state == "keep",
             args.bad_media,
             without_speech(status_file),
+            args.speech_test,
         )
 
 

@@ -15,7 +15,7 @@ from sdumc.data.kaldi_dir import KaldiDir
 from sdumc.data.shards import ShardWriter
 from sdumc.extraction.finishing import BAD_MEDIA
 from sdumc.extraction.loop import Output, extract_shard, read_wave
-from sdumc.prediction.activity import is_silent
+from sdumc.prediction.activity import lacks_speech
 from sdumc.pretrained.quality import judge
 from sdumc.pretrained.recogniser import CtcRecogniser, Heard, WhisperRecogniser
 from sdumc.pretrained.speech_encoder import SpeechEncoder
@@ -38,11 +38,16 @@ def extract_transcripts(
     recogniser: CtcRecogniser | WhisperRecogniser,
     writer: ShardWriter,
     bad_media: str = "stop",
+    speech_test: str = "level",
 ) -> None:
-    """Note the transcripts of the utterances in ``batches``: :func:`sdumc.extraction.loop.extract_shard`."""
+    """Note the transcripts of the utterances in ``batches``: :func:`sdumc.extraction.loop.extract_shard`.
+
+    Args:
+        speech_test: how clips without speech are found: :func:`sdumc.prediction.activity.lacks_speech`.
+    """
 
     def compute(items: Sequence[tuple[str, np.ndarray]]) -> list[Output]:
-        return [_transcript(heard) for heard in hear(recogniser, [wave for _, wave in items])]
+        return [_transcript(heard) for heard in hear(recogniser, [wave for _, wave in items], speech_test)]
 
     def unheard(reason: str) -> Output:
         return Output(notes={"hyp": "", "status": "empty", "fallback": "absent", BAD_MEDIA: reason})
@@ -50,9 +55,11 @@ def extract_transcripts(
     extract_shard(batches, writer, lambda utt: read_wave(data, utt), compute, bad_media, unheard)
 
 
-def hear(recogniser: CtcRecogniser | WhisperRecogniser, waves: Sequence[np.ndarray]) -> list[Heard]:
-    """Clips (T_i,) at 16 kHz -> transcripts; a silent clip is not shown to the recogniser."""
-    mute = [is_silent(wave) for wave in waves]
+def hear(
+    recogniser: CtcRecogniser | WhisperRecogniser, waves: Sequence[np.ndarray], speech_test: str = "level"
+) -> list[Heard]:
+    """Clips (T_i,) at 16 kHz -> transcripts; a clip without speech is not shown to the recogniser."""
+    mute = [lacks_speech(wave, speech_test) for wave in waves]
     loud = [wave for wave, silent in zip(waves, mute, strict=True) if not silent]
     heard = iter(recogniser.hear(loud) if loud else [])
     return [Heard("", no_speech=True) if silent else next(heard) for silent in mute]

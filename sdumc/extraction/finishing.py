@@ -13,7 +13,7 @@ from sdumc.data.shards import Merged, merge_shards
 from sdumc.data.tables import write_table
 from sdumc.errors import UserError
 from sdumc.files import atomic_write, read_json, write_json, write_text
-from sdumc.pretrained.quality import summarise, word_error_rate
+from sdumc.pretrained.quality import LIKELIHOOD, likelihood, summarise, word_error_rate
 
 log = logging.getLogger("sdumc")
 
@@ -35,12 +35,19 @@ def finish(data: KaldiDir, dump_dir: Path, name: str, num_jobs: int, max_drop: f
         asr, versions = _shard_made_by(dump_dir, ASR_SHARDS)
         # Whose transcripts these are; in simulated text, whose transcripts replaced refusals and empty answers.
         described["asr"] = {**asr, "versions": versions}
+    if name == "text_asr":
+        quality = read_json(dump_dir / "text_asr.quality.json", "run stage 2 again", absent={})
+        described |= {k: quality[k] for k in (LIKELIHOOD,) if k in quality}
     for table in ("utt2label", "utt2spk"):  # before the index, so that a dump with an index is complete
         if (data.path / table).is_file():
             _copy(data.path / table, dump_dir / table)
-    merged = merge_shards(
-        dump_dir, name, num_jobs, described, data.utterances, lambda m: _check_media(name, m, max_drop)
-    )
+
+    def check(found: Merged) -> None:
+        _check_media(name, found, max_drop)
+        if name == "text_sim" and (likely := likelihood(found.notes.values())):
+            described[LIKELIHOOD] = likely  # what predict compares a clip's text with
+
+    merged = merge_shards(dump_dir, name, num_jobs, described, data.utterances, check)
     if name in TRANSCRIPTS:
         write_transcripts(name, data, dump_dir, merged)
     return merged
@@ -92,11 +99,12 @@ def write_transcripts(name: str, data: KaldiDir, dump_dir: Path, merged: Merged)
     raw = {u: n.get("raw", texts[u]) for u, n in notes.items()}
     status = {u: n.get("status", "empty") for u, n in notes.items()}
     fallback = {u: n.get("fallback", "none") for u, n in notes.items()}
-    lines = ["utt_id\tstatus\tfallback\traw\n"]
-    lines += [f"{u}\t{status[u]}\t{fallback[u]}\t{' '.join(raw[u].split())}\n" for u in sorted(texts)]
+    sure = {u: n.get(LIKELIHOOD, "-") for u, n in notes.items()}
+    lines = [f"utt_id\tstatus\tfallback\t{LIKELIHOOD}\traw\n"]
+    lines += [f"{u}\t{status[u]}\t{fallback[u]}\t{sure[u]}\t{' '.join(raw[u].split())}\n" for u in sorted(texts)]
     status_file = dump_dir / f"{text_name}.status.tsv"
     write_text(status_file, "".join(lines))
-    report = summarise(status, fallback)
+    report = {**summarise(status, fallback), **({LIKELIHOOD: likely} if (likely := likelihood(notes.values())) else {})}
     if data.text:
         rates = word_error_rate(data.text, texts)
         report = {"wer": rates["wer"], "wer_raw": word_error_rate(data.text, raw)["wer"], **report, "errors": rates}

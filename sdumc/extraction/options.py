@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sdumc.cli import Parser
+from sdumc.conditions import SPEECH_TESTS
 from sdumc.device import add_device_option
 
 
@@ -83,6 +84,17 @@ def add_state_options(parser: Parser) -> None:
         help="the state before the first token (the prompt's end; BOS without a context), which predicts that token",
     )
     add_prompt_option(group)
+
+
+def add_speech_test_option(group: Any) -> None:
+    """``--speech-test``, the same in recognition and simulation."""
+    group.add_argument(
+        "--speech-test",
+        choices=SPEECH_TESTS,
+        default=SPEECH_TESTS[0],
+        help="a clip without speech gets no words: where a voice activity detector finds less than 0.3 s, or by level "
+        "alone (-60 dB; for speech in noise as loud as itself, which the detector misses)",
+    )
 
 
 def add_reader_options(group: Any, required: bool) -> None:

@@ -13,7 +13,7 @@ from sdumc.data.kaldi_dir import KaldiDir
 from sdumc.data.shards import ShardWriter
 from sdumc.extraction.finishing import BAD_MEDIA
 from sdumc.extraction.loop import Output, extract_shard, read_wave
-from sdumc.prediction.activity import is_silent
+from sdumc.prediction.activity import lacks_speech
 from sdumc.pretrained.llm import SpeechLLM, Transcript
 from sdumc.pretrained.quality import judge, normalise
 from sdumc.pretrained.speech_reader import SpeechReader, without_first
@@ -33,7 +33,8 @@ class Simulated:
     """Simulated text of one utterance.
 
     ``states`` (N, D) float32; ``text`` is the transcript that the states belong to, ``raw`` what the LLM wrote;
-    ``fallback`` is one of none, asr, cut, prompt.
+    ``fallback`` is one of none, asr, cut, prompt. ``log_probability`` says how sure its writer was of
+    ``raw``: the mean over the tokens; None where nothing was written, or it is not known.
     """
 
     states: Tensor
@@ -41,6 +42,7 @@ class Simulated:
     raw: str
     status: str
     fallback: str
+    log_probability: float | None = None
 
 
 def simulate(
@@ -50,18 +52,19 @@ def simulate(
     search: Search,
     keep_first: bool = False,
     no_speech: Sequence[bool] = (),
+    speech_test: str = "level",
 ) -> list[Simulated]:
     """Simulated text for a batch of clips.
 
-    An LLM writes an opinion for a clip without speech too. It is not asked where no 30 ms of a clip are louder than
-    -60 dB of full scale, nor where ``no_speech`` says that the recogniser found no speech: the status is
-    ``no-speech``, and the state that at the prompt's end (``prompt``).
+    An LLM writes an opinion for a clip without speech too. It is not asked where ``speech_test``
+    (:func:`sdumc.prediction.activity.lacks_speech`) finds no speech, nor where ``no_speech`` says that the recogniser
+    found none: the status is ``no-speech``, and the state that at the prompt's end (``prompt``).
 
     When the LLM refuses or says nothing, its answer is replaced by the ASR transcript, read behind the same sound and
     prompt (fallback ``asr``), or, without one, by the single state at the prompt's end (``prompt``). An endless repeat
     is cut where it begins (``cut``).
     """
-    mute = [i for i, wave in enumerate(waves) if is_silent(wave) or (no_speech and no_speech[i])]
+    mute = [i for i, wave in enumerate(waves) if (no_speech and no_speech[i]) or lacks_speech(wave, speech_test)]
     heard = [i for i in range(len(waves)) if i not in mute]
     results: dict[int, Simulated] = {}
     if heard:
@@ -98,19 +101,26 @@ def _transcribe(
         answers = [llm.answer_ids(asr_texts[i] or "") for i in with_asr]
         for i, states in zip(with_asr, llm.encode([contexts[i] for i in with_asr], answers), strict=True):
             results[i] = Simulated(
-                without_first(states, keep_first), asr_texts[i] or "", written[i].text, verdicts[i][0], "asr"
+                without_first(states, keep_first),
+                asr_texts[i] or "",
+                written[i].text,
+                verdicts[i][0],
+                "asr",
+                written[i].log_probability,
             )
     for i in failed:
         if results[i] is None:
-            results[i] = Simulated(written[i].states[:1], "", written[i].text, verdicts[i][0], "prompt")
+            t = written[i]
+            results[i] = Simulated(t.states[:1], "", t.text, verdicts[i][0], "prompt", t.log_probability)
     return [r for r in results if r is not None]
 
 
 def _kept(llm: SpeechLLM, written: Transcript, status: str, kept: int, keep_first: bool) -> Simulated:
+    sure = written.log_probability
     if status != "repeat":
-        return Simulated(without_first(written.states, keep_first), written.text, written.text, status, "none")
+        return Simulated(without_first(written.states, keep_first), written.text, written.text, status, "none", sure)
     states = without_first(written.states[: kept + 1], keep_first)
-    return Simulated(states, llm.decode(written.tokens[:kept]), written.text, status, "cut")
+    return Simulated(states, llm.decode(written.tokens[:kept]), written.text, status, "cut", sure)
 
 
 def extract_simulated_text(
@@ -123,25 +133,30 @@ def extract_simulated_text(
     keep_first: bool = False,
     bad_media: str = "stop",
     no_speech: Collection[str] = (),
+    speech_test: str = "level",
 ) -> None:
     """Simulate the text of the utterances in ``batches``: :func:`sdumc.extraction.loop.extract_shard`.
 
     Args:
         asr_texts: transcripts that take the place of refusals and empty answers.
         no_speech: utterances in which the recogniser found no speech.
+        speech_test: how else clips without speech are found.
     """
 
     def compute(items: Sequence[tuple[str, np.ndarray]]) -> list[Output]:
         replacements = [asr_texts.get(utt) for utt, _ in items]
         mute = [utt in no_speech for utt, _ in items]
-        results = simulate(reader, [wave for _, wave in items], replacements, search, keep_first, mute)
-        return [Output(r.states.cpu().numpy(), notes=_notes(r.text, r.raw, r.status, r.fallback)) for r in results]
+        results = simulate(reader, [wave for _, wave in items], replacements, search, keep_first, mute, speech_test)
+        return [Output(r.states.cpu().numpy(), notes=_notes(r)) for r in results]
 
     def unheard(reason: str) -> Output:
-        return Output(absent=reason, notes={**_notes("", "", "empty", "absent"), BAD_MEDIA: reason})
+        return Output(
+            absent=reason, notes={"hyp": "", "raw": "", "status": "empty", "fallback": "absent", BAD_MEDIA: reason}
+        )
 
     extract_shard(batches, writer, lambda utt: read_wave(data, utt), compute, bad_media, unheard)
 
 
-def _notes(text: str, raw: str, status: str, fallback: str) -> dict[str, str]:
-    return {"hyp": text, "raw": raw, "status": status, "fallback": fallback}
+def _notes(r: Simulated) -> dict[str, str]:
+    notes = {"hyp": r.text, "raw": r.raw, "status": r.status, "fallback": r.fallback}
+    return notes if r.log_probability is None else {**notes, "log_probability": f"{r.log_probability:.3f}"}

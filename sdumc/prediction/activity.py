@@ -9,6 +9,7 @@ that torch has deprecated. A long recording goes through the network in blocks.
 from __future__ import annotations
 
 import importlib.util
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -89,6 +90,11 @@ class SpeechDetector:
         return np.concatenate(found) if found else np.zeros(0, np.float32)
 
 
+@lru_cache(maxsize=1)
+def _detector() -> SpeechDetector:
+    return SpeechDetector()
+
+
 RATE = 16000  # Hz
 FRAME = SAMPLES / RATE  # seconds: 0.032, the detector's
 SILENCE = 1e-3  # a frame whose root mean square is below this (-60 dB of full scale) is silent
@@ -117,6 +123,17 @@ def is_silent(wave: np.ndarray) -> bool:
     return not bool((levels > SILENCE).any())
 
 
+def lacks_speech(wave: np.ndarray, test: str = "detector") -> bool:
+    """Whether nobody speaks in a clip (T,) at 16 kHz, by one of :data:`sdumc.conditions.SPEECH_TESTS`.
+
+    With either, a silent clip has none. With ``detector``, a clip has none either when less than 0.3 s of it, and less
+    than half of it, is speech: recognisers and LLMs write words for music and noise too.
+    """
+    if is_silent(wave) or test == "level":
+        return is_silent(wave)
+    return bool(find_speech(wave).sum() * FRAME < min(_LEAST_SPEECH, 0.5 * len(wave) / RATE))
+
+
 def find_speech(wave: np.ndarray) -> np.ndarray:
     """Which frames of 32 ms of sound (T,) at 16 kHz are speech: bool (T // 512,), by Silero's detector.
 
@@ -128,7 +145,7 @@ def find_speech(wave: np.ndarray) -> np.ndarray:
         return np.zeros(0, dtype=bool)
     # Recordings are often quiet. The gain is the same for the whole recording: a pause does not become loud.
     peak = float(np.quantile(np.maximum(frames.max(axis=1), -frames.min(axis=1)), 0.98))
-    probabilities = SpeechDetector()(wave, min(max(_LOUD / max(peak, 1e-9), 1.0), _MOST_GAIN))
+    probabilities = _detector()(wave, min(max(_LOUD / max(peak, 1e-9), 1.0), _MOST_GAIN))
     return _hysteresis(probabilities)
 
 

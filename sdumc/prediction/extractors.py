@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sdumc.conditions import NO_SPEECH
 from sdumc.data.tables import MediaSpan
 from sdumc.device import halve_when_out_of_memory
 from sdumc.errors import UserError
@@ -28,6 +29,7 @@ from sdumc.extraction.video import PictureReader
 from sdumc.files import read_yaml
 from sdumc.pretrained.folders import DTYPES
 from sdumc.pretrained.llm import SpeechLLM
+from sdumc.pretrained.quality import LIKELIHOOD
 from sdumc.pretrained.recogniser import Heard, load_recogniser
 from sdumc.pretrained.speech_encoder import SpeechEncoder
 from sdumc.pretrained.speech_reader import SpeechReader, projector_file
@@ -263,10 +265,11 @@ class Extractors:
         keep = s["first_state"] == "keep"
 
         def work(pairs: Sequence[tuple[np.ndarray, str | None]]) -> list[Simulated]:
-            return simulate(reader, [w for w, _ in pairs], [t for _, t in pairs], search, keep)
+            waves, texts = [w for w, _ in pairs], [t for _, t in pairs]
+            return simulate(reader, waves, texts, search, keep, speech_test=s.get("speech_test", "level"))
 
         results = halve_when_out_of_memory([(w, None) for w in waves], work, lambda pair: _describe(pair[0]))
-        failed = [i for i, r in enumerate(results) if r.fallback == "prompt"]
+        failed = [i for i, r in enumerate(results) if r.fallback == "prompt" and r.status != NO_SPEECH]
         if failed and "asr" in s:
             texts = self._recognise(s["asr"], [waves[i] for i in failed])
             again = halve_when_out_of_memory(
@@ -281,7 +284,15 @@ class Extractors:
         s = self.record.features["text_asr"]
         heard = self._recognise(s["asr"], list(waves))
         states = self._given_text(s, [h.text for h in heard], waves)
-        return [Simulated(x, h.text, h.text, status_of(h), "none") for x, h in zip(states, heard, strict=True)]
+        return [
+            Simulated(x, h.text, h.text, status_of(h), "none", h.log_probability)
+            for x, h in zip(states, heard, strict=True)
+        ]
+
+    def unlikely_below(self, feature: str) -> float | None:
+        """The mean log-probability of a token below which the text of a clip is far less likely than that of the train
+        set's clips: their first percentile. None where the record does not have it."""
+        return self.record.features.get(feature, {}).get(LIKELIHOOD, {}).get("p1")
 
     def _recognise(self, s: dict[str, Any], waves: list[np.ndarray]) -> list[Heard]:
         recogniser = self._once(
@@ -292,7 +303,8 @@ class Extractors:
             s.get("language", "en"),
             s.get("max_new_tokens", 200),
         )
-        return halve_when_out_of_memory(waves, lambda part: hear(recogniser, part), _describe)
+        test = s.get("speech_test", "level")
+        return halve_when_out_of_memory(waves, lambda part: hear(recogniser, part, test), _describe)
 
     def real_text(self, texts: Sequence[str], waves: Sequence[np.ndarray | None]) -> list[torch.Tensor]:
         """Given words -> hidden states (N_i, D) float32 on the CPU. Where there is no sound (None), none stands before

@@ -32,8 +32,9 @@ def _scale(scored: ScoredFile) -> LabelScale:
 
 def _row(u: ScoredUtterance, scale: LabelScale) -> tuple[str, ...]:
     audio, video = ("yes" if m in u.modalities else "-" for m in ("audio", "video"))
-    # The status of simulated text is shown only when it is not ok.
-    text = (u.text or "-") + (f" ({u.status})" if u.status not in (None, "ok") else "")
+    # Of simulated and recognised text, what is not as it should be.
+    doubt = u.status if u.status not in (None, "ok") else "unlikely" if u.unlikely else None
+    text = (u.text or "-") + (f" ({doubt})" if doubt else "")
     return (f"{u.start:.2f}", f"{u.end:.2f}", scale.format(u.score), audio, text, video, u.transcript)
 
 

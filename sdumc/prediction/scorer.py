@@ -46,7 +46,8 @@ class ScoredUtterance:
 
     ``modalities`` are those of audio, text and video that the utterance has. ``text`` is "simulated", "asr", "real" or
     None, and ``transcript`` is the simulated, recognised or given text. ``status`` is the result of simulation or
-    recognition, one of :data:`sdumc.conditions.TEXT_STATUSES`.
+    recognition, one of :data:`sdumc.conditions.TEXT_STATUSES`. ``log_probability`` is the mean over the tokens of
+    simulated or recognised text; ``unlikely`` where it is below that of 99% of the train set's transcripts.
 
     ``attention`` has, by modality, the attention of the seven queries over the frames (7, T); ``tokens`` the places in
     ``transcript`` of the T tokens of text, empty where they are not known.
@@ -61,6 +62,8 @@ class ScoredUtterance:
     status: str | None = None
     attention: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
     tokens: list[tuple[int, int]] = field(default_factory=list, repr=False, compare=False)
+    log_probability: float | None = None
+    unlikely: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class _Part:
     features: dict[str, torch.Tensor | None] = field(default_factory=dict)
     transcript: str = ""
     status: str | None = None
+    log_probability: float | None = None
     attention: dict[str, np.ndarray] = field(default_factory=dict)
 
 
@@ -220,6 +224,7 @@ class Scorer:
             raise UserError(f"{shown(path)}: {_why_nothing_is_left(info, 'video' in self.features)}")
         parts = self._divide(path, wave, duration, text, cut, max_seconds, sees, notes)
         results = self._score_parts(parts, max(400.0, max_seconds), info.has_video, bad_media, progress, notes)
+        notes += _doubts(results)
         if not results:
             raise UserError(f"{shown(path)}: nothing in it can be scored ({'; '.join(notes)})")
         return ScoredFile(
@@ -330,6 +335,7 @@ class Scorer:
             make = self.extractors.recognised_text if name == "text_asr" else self.extractors.simulated_text
             for p, s in zip(with_sound, make(waves), strict=True):
                 p.features[str(name)], p.transcript, p.status = s.states.float().cpu(), s.text, s.status
+                p.log_probability = s.log_probability if s.status != "empty" else None
         if has_video and "video" in self.features:
             for p in parts:
                 try:
@@ -393,7 +399,34 @@ class Scorer:
         if feature and "text" in part.attention:
             tokens = self.extractors.tokens(feature, part.transcript, part.attention["text"].shape[1])
         places = round(part.start, 3), round(part.end, 3)
-        return ScoredUtterance(*places, score, part.transcript, present, text, part.status, part.attention, tokens)
+        limit, sure = self.extractors.unlikely_below(feature or ""), part.log_probability
+        unlikely = limit is not None and sure is not None and sure < limit
+        words, status = part.transcript, part.status
+        return ScoredUtterance(
+            *places,
+            score,
+            words,
+            present,
+            text,
+            status,
+            part.attention,
+            tokens,
+            log_probability=sure,
+            unlikely=unlikely,
+        )
+
+
+def _doubts(scored: Sequence[ScoredUtterance]) -> list[str]:
+    """A note on the utterances whose text is far less likely than that of the train set."""
+    found = [u for u in scored if u.unlikely]
+    if not found:
+        return []
+    where = ", ".join(f"{u.start:.2f}-{u.end:.2f} s" for u in found[:3]) + (", ..." if len(found) > 3 else "")
+    which = f"{len(found)} of {len(scored)} utterances ({where})" if len(scored) > 1 else "it"
+    return [
+        f"the text of {which} is less likely than that of 99% of the train set's clips: perhaps not what was said, and "
+        "the score not to be trusted"
+    ]
 
 
 def _probe(path: str) -> MediaInfo:

@@ -85,6 +85,10 @@ class Winner:
     ended: bool
     score: float
 
+    def per_token(self, length_penalty: float) -> float:
+        """The mean log-probability of its tokens, EOS among them, whatever the penalty was."""
+        return self.score * (len(self.tokens) + self.ended) ** (length_penalty - 1)
+
 
 def _select_columns(cache, prompt_length: int, columns: Tensor) -> None:
     """Keep the prompt and the generated ``columns`` (R, n) of each row, in every layer of ``cache``."""

@@ -51,12 +51,14 @@ class Transcript:
         states: float32 (N, D), the sum of the chosen layers. Row t is the state AT token t - 1, the one that predicts
             token t; row 0 is the state at the prompt's end. N = len(tokens) + 1 (row N - 1 predicts EOS), or
             len(tokens) if the answer did not end.
+        log_probability: mean over the tokens, EOS among them: how sure the LLM was.
     """
 
     tokens: list[int]
     text: str
     ended: bool
     states: Tensor
+    log_probability: float | None = None
 
 
 @dataclass
@@ -288,7 +290,10 @@ class SpeechLLM:
         winners = self.search(prompted, beam, max_new_tokens, length_penalty)
         # Without EOS, the state at the last token predicts a token that was not generated: it is left out.
         states = self.force(prompted, [w.tokens if w.ended else w.tokens[:-1] for w in winners])
-        return [Transcript(w.tokens, self.decode(w.tokens), w.ended, s) for w, s in zip(winners, states, strict=True)]
+        return [
+            Transcript(w.tokens, self.decode(w.tokens), w.ended, s, w.per_token(length_penalty))
+            for w, s in zip(winners, states, strict=True)
+        ]
 
     def search(
         self,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from sdumc.conditions import TEXT_STATUSES
 
@@ -113,6 +115,21 @@ def judge(text: str, tokens: Sequence[Hashable], ended: bool = True) -> tuple[st
     if loop is not None:
         return "repeat", loop
     return ("ok" if ended else "limit"), len(tokens)
+
+
+LIKELIHOOD = "log_probability"  # the name of a transcript's mean log-probability in notes, tables and yaml
+_PERCENTILES = (1, 5, 25, 50, 75)
+
+
+def likelihood(notes: Iterable[Mapping[str, str]]) -> dict[str, Any]:
+    """How sure the writer of a set's transcripts was of those that are used as they are (``ok``, ``limit``): their
+    number, mean and percentiles of the mean log-probability of a token. Empty where none has one."""
+    values = [float(n[LIKELIHOOD]) for n in notes if n.get("status") in ("ok", "limit") and LIKELIHOOD in n]
+    if not values:
+        return {}
+    points = np.percentile(values, _PERCENTILES)
+    percentiles = {f"p{p}": round(float(x), 3) for p, x in zip(_PERCENTILES, points, strict=True)}
+    return {"n": len(values), "mean": round(float(np.mean(values)), 3), **percentiles}
 
 
 def summarise(statuses: Mapping[str, str], fallbacks: Mapping[str, str]) -> dict[str, Any]:

@@ -76,9 +76,10 @@ def make_recipe(root: Path) -> Path:
     places = ["--data-dir", str(data), "--dump-dir", str(dump)]
     common = [*places, "--device", "cpu", "--batch-size", "4"]
     reader = ["--encoder", "models/encoder", "--projector", "exp/projector", "--llm", "models/llm", "--layers", "-2"]
-    recognize.main([*common, "--model", "models/ctc"])
+    level = ["--speech-test", "level"]  # the clips are noise
+    recognize.main([*common, "--model", "models/ctc", *level])
     finish_dump.main([*places, "--name", "asr_hyp"])
-    simulate_text.main([*common, *reader, "--max-new-tokens", "12"])
+    simulate_text.main([*common, *reader, "--max-new-tokens", "12", *level])
     extract_audio.main([*common, "--model", "models/encoder", "--layer", "-2"])
     extract_text.main([*common, *reader])
     extract_video.main([*common, "--model", "models/vision", "--fps", "5"])

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import yaml
 from helpers import shared
 from helpers.browser import Tab, find_browser
 from helpers.commands import call_here
@@ -93,6 +94,31 @@ def test_scores_are_those_of_decoding(exp, scorer, clips):
         assert only.score == pytest.approx(decoded[utt], abs=1e-4)
         assert only.modalities == ("audio", "text", "video") and only.text == "simulated"
         assert (only.start, only.end) == (0, pytest.approx(scored.duration))
+
+
+def test_text_that_is_far_less_likely_than_the_train_set_s_is_flagged(exp, clips, capsys, tmp_path, monkeypatch):
+    """Below the first percentile of the train set's mean log-probabilities, which extractors.yaml and packs carry."""
+    pack.main(["--exp-dir", str(exp), "--output", str(tmp_path / "tiny")])
+    record = yaml.safe_load((tmp_path / "tiny/extractors.yaml").read_text())
+    quality = json.loads((exp.parents[1] / "dump/all/text_sim.quality.json").read_text())
+    assert record["text_sim"]["log_probability"] == quality["log_probability"]
+    scorer = Scorer.load(tmp_path / "tiny", device="cpu")
+    rows = (exp.parents[1] / "dump/all/text_sim.status.tsv").read_text().splitlines()[1:]
+    sure = {utt: float(p) for utt, _, _, p, _ in (row.split("\t") for row in rows)}
+    assert len(set(sure.values())) > 2  # or the comparison would say nothing
+    middle = float(np.median(list(sure.values())))
+    scorer.extractors.record.features["text_sim"]["log_probability"]["p1"] = middle
+    for utt, path in clips.items():
+        scored = scorer.score(path)
+        (only,) = scored.utterances
+        assert only.log_probability == pytest.approx(sure[utt], abs=2e-3)
+        if abs(sure[utt] - middle) > 2e-3:
+            assert only.unlikely == (sure[utt] < middle) == any("less likely" in n for n in scored.notes)
+    record["text_sim"]["log_probability"]["p1"] = 0.0
+    (tmp_path / "tiny/extractors.yaml").write_text(yaml.safe_dump(record))
+    assert run(capsys, "--exp-dir", tmp_path / "tiny", clips["spk0-002"])[0] == 0
+    code, out, _ = run(capsys, "--exp-dir", tmp_path / "tiny", clips["spk0-002"], "--json")
+    assert code == 0 and json.loads(out)["files"][0]["utterances"][0]["unlikely"] is True
 
 
 def test_a_transcript_takes_the_complete_flow(exp, scorer, clips):
@@ -370,7 +396,7 @@ def asr_exp(exp):
         patch.chdir(root)
         places = ["--data-dir", "data/all", "--dump-dir", "dump/asr"]
         common = [*places, "--device", "cpu", "--batch-size", "4"]
-        recognize.main([*common, "--model", "models/ctc"])
+        recognize.main([*common, "--model", "models/ctc", "--speech-test", "level"])
         finish_dump.main([*places, "--name", "asr_hyp"])
         extract_audio.main([*common, "--model", "models/encoder", "--layer", "-2"])
         llm = ["--llm", "models/llm", "--layers", "-2", "--context", "prompt"]

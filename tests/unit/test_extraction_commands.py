@@ -46,6 +46,10 @@ def work(tmp_path_factory):
     return root
 
 
+# The clips are noise, in which the detector of speech rightly finds none.
+NOISE = ["--speech-test", "level"]
+
+
 def common(work, dump, *more):
     return ["--data-dir", str(work / "data"), "--dump-dir", str(dump), "--device", "cpu", "--batch-size", "3", *more]
 
@@ -53,7 +57,7 @@ def common(work, dump, *more):
 def simulation(work, dump, *more):
     models = ["--encoder", "encoder", "--projector", "projector.safetensors", "--llm", "llm"]
     models = [str(work / m) if not m.startswith("--") else m for m in models]
-    return common(work, dump, *models, "--layers", "-2", "--max-new-tokens", "12", *more)
+    return common(work, dump, *models, "--layers", "-2", "--max-new-tokens", "12", *NOISE, *more)
 
 
 def finish(work, dump, name, jobs_=1):
@@ -69,7 +73,7 @@ def contents(folder):
 def test_whole_stage_2_and_3(work, tmp_path):
     dump = tmp_path / "dump"
     for job in ("1/2", "2/2"):
-        recognize.main(common(work, dump, "--model", str(work / "ctc"), "--shard", job))
+        recognize.main(common(work, dump, "--model", str(work / "ctc"), "--shard", job, *NOISE))
     finish(work, dump, "asr_hyp", 2)
     for job in ("1/2", "2/2"):
         simulate_text.main(simulation(work, dump, "--shard", job))
@@ -78,7 +82,7 @@ def test_whole_stage_2_and_3(work, tmp_path):
     finish(work, dump, "audio", 2)
     for name in ("text", "text_asr"):
         options = ["--name", name, "--text", str(work / "data" / name)]
-        arguments = [a for a in simulation(work, dump, *options) if a not in ("--max-new-tokens", "12")]
+        arguments = [a for a in simulation(work, dump, *options) if a not in ("--max-new-tokens", "12", *NOISE)]
         extract_text.main(arguments)
         finish(work, dump, name)
     found = load_dump(dump)
@@ -96,13 +100,20 @@ def test_whole_stage_2_and_3(work, tmp_path):
         assert quality["wer"] > 0
         assert len((work / "data" / name).read_text().splitlines()) == 9
     status = (dump / "text_sim.status.tsv").read_text().splitlines()
-    assert status[0].split("\t") == ["utt_id", "status", "fallback", "raw"]
+    assert status[0].split("\t") == ["utt_id", "status", "fallback", "log_probability", "raw"]
+    sure = [float(row.split("\t")[3]) for row in status[1:] if row.split("\t")[1] in ("ok", "limit")]
+    likely = json.loads((dump / "text_sim.quality.json").read_text())["log_probability"]
+    assert likely["n"] == len(sure) >= 3 and likely["mean"] == pytest.approx(np.mean(sure), abs=1e-3)
+    assert (
+        min(sure) - 1e-3 <= likely["p1"] <= likely["p50"] == pytest.approx(np.median(sure), abs=1e-3) and max(sure) < 0
+    )
     assert len(status) == 10
     described = yaml.safe_load((dump / "text_sim.yaml").read_text())
     assert described["layers"] == [-2]
     assert described["prompt"] == "Transcribe speech to text. "
     assert described["prompt_template"] == "released"
     assert described["dim"] == 48
+    assert described["log_probability"] == likely
     assert described["versions"] == described["asr"]["versions"] == installed_versions()
     assert (dump / "utt2label").read_bytes() == (work / "data/utt2label").read_bytes()
 
@@ -118,15 +129,15 @@ def test_real_text_equals_simulated_text_of_the_same_words(work, tmp_path):
     simulate_text.main(simulation(work, dump))
     finish(work, dump, "text_sim")
     written = work / "data" / "text_sim"
-    arguments = [a for a in simulation(work, dump, "--name", "text_asr", "--text", str(written)) if a != "12"]
-    extract_text.main([a for a in arguments if a != "--max-new-tokens"])
+    arguments = simulation(work, dump, "--name", "text_asr", "--text", str(written))
+    extract_text.main([a for a in arguments if a not in ("--max-new-tokens", "12", *NOISE)])
     finish(work, dump, "text_asr")
     found = load_dump(dump)
     from sdumc.data.ark import load_matrix
 
     compared = 0
     rows = [r.split("\t") for r in (dump / "text_sim.status.tsv").read_text().splitlines()[1:]]
-    for utt, status, _, _ in rows:
+    for utt, status, *_ in rows:
         a = load_matrix(found.features["text_sim"].entries[utt])
         b = load_matrix(found.features["text_asr"].entries[utt])
         if status in ("ok", "limit") and len(b) - len(a) == (status == "limit"):
@@ -140,8 +151,8 @@ def test_killed_job_goes_on_to_identical_files(work, tmp_path, monkeypatch, name
     command, arguments = {
         "simulate": (simulate_text, lambda d: simulation(work, d)),
         "audio": (extract_audio, lambda d: common(work, d, "--model", str(work / "encoder"), "--layer", "1")),
-        "recognize": (recognize, lambda d: common(work, d, "--model", str(work / "ctc"))),
-        "text": (extract_text, lambda d: simulation(work, d)[:-2]),
+        "recognize": (recognize, lambda d: common(work, d, "--model", str(work / "ctc"), *NOISE)),
+        "text": (extract_text, lambda d: simulation(work, d)[:-4]),
     }[name]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     calls, commit = [], ShardWriter.commit
@@ -230,6 +241,20 @@ def test_a_clip_without_speech_gives_no_opinion():
     assert all(float(r.states[0, 0]) == -1 for r in results[1:])  # of a pass without an answer
 
 
+def test_noise_gives_no_opinion_by_either_command(work, tmp_path):
+    """What the recogniser and the LLM would write for it is in the other tests: with --speech-test level."""
+    dump = tmp_path / "dump"
+    recognize.main(common(work, dump, "--model", str(work / "ctc")))
+    finish(work, dump, "asr_hyp")
+    simulate_text.main([a for a in simulation(work, dump) if a not in NOISE])
+    finish(work, dump, "text_sim")
+    for name in ("text_asr", "text_sim"):
+        quality = json.loads((dump / f"{name}.quality.json").read_text())
+        assert quality["counts"]["no-speech"] == quality["n"] == 9 and "log_probability" not in quality
+        assert set((work / "data" / name).read_text().split()) == set(load_dump(dump, ["text_sim"]).utterances)
+    assert set(load_dump(dump, ["text_sim"]).features["text_sim"].frames.values()) == {1}
+
+
 def test_out_of_memory_halves_the_batch(caplog):
     sizes = []
 
@@ -260,9 +285,9 @@ def test_every_command_goes_on_when_the_gpu_s_memory_is_too_small(work, tmp_path
 
     target, method, command, arguments = {
         "audio": (SpeechEncoder, "__call__", extract_audio, ["--model", str(work / "encoder"), "--layer", "1"]),
-        "recognize": (CtcRecogniser, "hear", recognize, ["--model", str(work / "ctc")]),
+        "recognize": (CtcRecogniser, "hear", recognize, ["--model", str(work / "ctc"), *NOISE]),
         "simulate": (SpeechLLM, "transcribe", simulate_text, simulation(work, tmp_path)[8:]),
-        "text": (SpeechLLM, "encode", extract_text, simulation(work, tmp_path)[8:-2]),
+        "text": (SpeechLLM, "encode", extract_text, simulation(work, tmp_path)[8:-4]),
         "video": (VisionExtractor, "_vectors", extract_video, ["--fps", "5"]),
     }[name]
     if name == "video":

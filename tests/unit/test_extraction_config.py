@@ -22,12 +22,12 @@ COMMANDS = {
 
 def parse(recipe, name, *more):
     command, needed = COMMANDS[name]
-    return command.get_parser().parse_args([*needed, "--config", str(EGS / recipe / "conf" / f"{name}.yaml"), *more])
+    return command.get_parser().parse_args([*needed, "--config", str(EGS / recipe / f"{name}.yaml"), *more])
 
 
-@pytest.mark.parametrize("recipe", ["mini", "mosei"])
+@pytest.mark.parametrize("recipe", ["mini/conf", "mosei/conf", "mosei/conf/small", "mosi/conf/small"])
 def test_settings_are_accepted_and_agree(recipe):
-    found = {name: parse(recipe, name) for name in COMMANDS if (EGS / recipe / "conf" / f"{name}.yaml").exists()}
+    found = {name: parse(recipe, name) for name in COMMANDS if (EGS / recipe / f"{name}.yaml").exists()}
     assert set(found) >= set(COMMANDS) - {"text_released"}
     text, simulated = found["text"], found["simulation"]
     for option in ("prompt", "prompt_template", "layers", "first_state", "dtype", "encoder_layer"):
@@ -39,8 +39,8 @@ def test_settings_are_accepted_and_agree(recipe):
 
 
 def test_layers_on_the_command_line():
-    assert parse("mini", "simulation", "--layers", "-4", "-3", "-2", "-1").layers == [-4, -3, -2, -1]
-    assert parse("mosei", "text_released").first_state == "keep"
+    assert parse("mini/conf", "simulation", "--layers", "-4", "-3", "-2", "-1").layers == [-4, -3, -2, -1]
+    assert parse("mosei/conf", "text_released").first_state == "keep"
 
 
 def test_unknown_keys_are_refused(tmp_path, capsys):

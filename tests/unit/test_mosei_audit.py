@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -116,6 +117,46 @@ def test_without_recognised_text(tmp_path):
     (data / "text_asr").unlink()
     with pytest.raises(UserError, match="stage 2"):
         audit_transcripts.main(["--data-dir", str(data), "--output-dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize("profile", ["large", "small"])
+def test_the_recipe_s_models_are_those_that_are_fetched(tmp_path, profile):
+    """`--models` of the recipe and `--profile` name the same folders, and settings that are there."""
+    fetched = subprocess.run(
+        [ROOT / "tools/fetch_models.sh", "--dry-run", "--profile", profile, "--dir", "/m"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    folders = [line.split("--local-dir /m/")[1].split()[0] for line in fetched.splitlines()]
+    recipe = tmp_path / "egs/r"
+    (tmp_path / "tools").mkdir()
+    recipe.mkdir(parents=True)
+    (tmp_path / "tools/setup_env.sh").write_text("")
+    (recipe / "sdumc.sh").write_text('#!/usr/bin/env bash\n[[ $1 == --help ]] || printf "%s\\n" "$@"\n')
+    for path in (tmp_path / "tools/setup_env.sh", recipe / "sdumc.sh"):
+        path.chmod(0o755)
+    for name in ("conf", "utils"):
+        (recipe / name).symlink_to((ROOT / "egs/mosei" / name).resolve())
+    shutil.copy(ROOT / "egs/mosei/run.sh", recipe / "run.sh")
+
+    def words(*options: str) -> list[str]:
+        done = subprocess.run([recipe / "run.sh", *options], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    given = words("--source", "raw", "--models", profile)
+    options = dict(zip(given[::2], given[1::2], strict=True))
+    names = ("--encoder", "--llm", "--asr-model", "--vision-model")
+    assert [Path(options[name]).name for name in names] == folders
+    small = profile == "small"
+    assert (options.get("--missing-text"), options.get("--dumpdir")) == (
+        ("asr", "dump/small") if small else (None, None)
+    )
+    configs = [value for name, value in options.items() if name.endswith("-config")]
+    assert len(configs) == (6 if small else 0) and all((recipe / c).is_file() for c in configs)
+    without = words("--source", "toolkit", "--pickle", "p", "--models", profile)
+    assert "--missing-text" not in without and "dump/toolkit" in without
 
 
 def test_fetch_models_dry_run():

@@ -604,3 +604,7 @@ def test_plan_by_hand():
     assert lines["2 text_sim N / s"] == "0.1"  # 250 s
     assert lines["4 train, each seed epochs (N_train / 96) b"] == "0.0"  # 25 x 8 batches x 0.5 s = 100 s
     assert lines["2 text_asr H / a"] == "?"
+    words = [sys.executable, plan, "--models", "small", "--clips", "1000", "--hours", "2", "--tokens", "250"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    lines = {" ".join(line.split()[:-1]): line.split()[-1] for line in done.stdout.splitlines() if line.strip()}
+    assert lines["audio H 3600 50 D"] == "1.1" and lines["text N L D"] == "0.6"  # 768 and 576 numbers

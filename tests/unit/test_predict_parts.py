@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers.shared import MEDIA
 
+from sdumc.data.media import read_audio
 from sdumc.errors import UserError
 from sdumc.prediction import activity, extractors, inputs, package, subtitles
 from sdumc.prediction.output import table
@@ -157,6 +159,30 @@ def test_without_the_weights_of_the_detector(tmp_path, monkeypatch):
 def test_speech_goes_on_below_the_probability_at_which_it_begins():
     found = activity._hysteresis(np.array([0.1, 0.3, 0.5, 0.3, 0.26, 0.2, 0.3, 0.9]))
     assert found.tolist() == [False, False, True, True, True, False, False, True]
+
+
+def test_who_is_not_speaking_in_noise_and_music():
+    """By the detector; by level alone they pass for speech."""
+    rng, t = np.random.default_rng(0), np.arange(48000) / 16000
+    notes = rng.choice([220.0, 262.0, 330.0, 392.0, 440.0], (12, 3))
+    music = np.zeros_like(t)
+    for i, chord in enumerate(notes):
+        fading = np.exp(-5 * (t - i / 4)) * (t >= i / 4)
+        music += fading * sum(np.sin(2 * np.pi * f * h * t) / h for f in chord for h in range(1, 5))
+    sounds = [s * rng.normal(size=48000) for s in (0.003, 0.03, 0.3)] + [0.3 * music / np.abs(music).max()]
+    for sound in sounds:
+        assert activity.lacks_speech(sound.astype(np.float32)) and not activity.lacks_speech(sound, "level")
+    assert activity.lacks_speech(np.zeros(300, np.float32)) and activity.lacks_speech(np.zeros(48000), "level")
+
+
+@pytest.mark.skipif(not MEDIA.is_dir(), reason=f"no real recordings: no folder {MEDIA}")
+def test_people_who_speak_are_heard_short_and_quiet():
+    for path in sorted(MEDIA.glob("*.mpg")):
+        wave = read_audio(path)
+        assert not activity.lacks_speech(wave) and not activity.lacks_speech(wave * 0.02)
+        (start, end), *_ = activity.cut_speech(wave, 20)
+        middle = round(16000 * (start + end) / 2)
+        assert not activity.lacks_speech(wave[middle - 3200 : middle + 3200])  # a word of 0.4 s
 
 
 def test_silence_and_steady_noise_are_no_speech():

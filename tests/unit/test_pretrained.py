@@ -220,6 +220,21 @@ def test_prompt_layout(llm):
     assert llm.decode(llm.answer_ids("the film")) == "the film"
 
 
+@pytest.mark.parametrize("penalty", [1.0, 0.5])
+def test_how_sure_the_llm_was(llm, penalty):
+    """The mean log-probability of the winner's tokens, its end among them: that of one plain pass over them."""
+    contexts = random_contexts(llm, 3, seed=4)
+    for context, found in zip(
+        contexts, llm.transcribe(contexts, max_new_tokens=30, length_penalty=penalty), strict=True
+    ):
+        answer = found.tokens + (llm.eos_ids[:1] if found.ended else [])
+        with torch.no_grad():
+            embeds = torch.cat([context, llm.embed(answer)])[None]
+            log_probs = llm.model(inputs_embeds=embeds).logits[0, len(context) - 1 : -1].log_softmax(-1)
+        mean = log_probs[torch.arange(len(answer)), torch.tensor(answer)].mean()
+        assert found.log_probability == pytest.approx(float(mean), abs=1e-4)
+
+
 @pytest.mark.parametrize("beam", [1, 4])
 def test_beam_search_equals_generate(llm, beam):
     contexts = random_contexts(llm, 12, seed=1)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 FLOAT = 4  # bytes
 AUDIO_RATE = 50  # WavLM's frames a second
+DIMS = {"large": (1024, 4096, 1024), "small": (768, 576, 768)}  # audio, text, video; of the recipe's --models
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -25,9 +26,10 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument("--train-share", type=float, default=0.714, help="share of the clips in the train set")
     g.add_argument("--tokens", type=float, default=26.0, help="L, tokens of the LLM a clip")
     g = parser.add_argument_group("features")
-    g.add_argument("--audio-dim", type=int, default=1024)
-    g.add_argument("--text-dim", type=int, default=4096)
-    g.add_argument("--video-dim", type=int, default=1024)
+    g.add_argument("--models", choices=DIMS, default="large", help="of the recipe; gives the dimensions")
+    for i, name in enumerate(("audio", "text", "video")):
+        dims = ", ".join(f"{models} {d[i]}" for models, d in DIMS.items())
+        g.add_argument(f"--{name}-dim", type=int, help=f"of other models ({dims})")
     g.add_argument("--fps", type=float, default=5.0)
     g = parser.add_argument_group("throughput of one GPU (0: not known)")
     g.add_argument("--asr", type=float, default=0.0, help="a, recognition: hours of sound an hour")
@@ -50,7 +52,7 @@ def gpu_hours(a: argparse.Namespace) -> dict[str, float | None]:
 
     batches = -(-a.clips * a.train_share // 96)
     return {
-        "2 projector (only if none is given)": a.projector_steps * a.projector_step / 3600 or None,
+        "2 projector (if none is given; not for ASR text)": a.projector_steps * a.projector_step / 3600 or None,
         "2 text_asr            H / a": over(a.hours, a.asr),
         "2 text_sim            N / s": over(a.clips / 3600, a.simulation),
         "3 audio               H / w": over(a.hours, a.audio),
@@ -74,6 +76,9 @@ def gigabytes(a: argparse.Namespace) -> dict[str, float]:
 
 def main() -> None:
     a = get_parser().parse_args()
+    for name, dim in zip(("audio", "text", "video"), DIMS[a.models], strict=True):
+        if getattr(a, f"{name}_dim") is None:
+            setattr(a, f"{name}_dim", dim)
     if a.data_dir:
         lines = [
             line.split() for f in sorted(Path(a.data_dir).glob("*/utt2dur")) for line in f.read_text().splitlines()
@@ -85,7 +90,7 @@ def main() -> None:
     sizes = gigabytes(a)
     for name, size in sizes.items():
         print(f"  {name:<46} {size:6.1f}")
-    print(f"  {'all':<46} {sum(sizes.values()):6.1f}\n\nGPU-hours")
+    print(f"  {'all':<46} {sum(sizes.values()):6.1f}\n\nhours of one GPU (or of one machine without)")
     for name, hours in gpu_hours(a).items():
         print(f"  {name:<46} {'     ?' if hours is None else f'{hours:6.1f}'}")
 
