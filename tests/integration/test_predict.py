@@ -288,8 +288,8 @@ def test_subtitles_give_words_and_times(scorer, capsys, exp, tmp_path):
 def test_a_refusal_is_replaced_as_in_the_recipe(scorer, clips, monkeypatch):
     from sdumc.prediction import extractors as module
 
-    def refusing(reader, waves, texts, search, keep):
-        results = simulate(reader, waves, texts, search, keep)
+    def refusing(reader, waves, texts, search, keep, **options):
+        results = simulate(reader, waves, texts, search, keep, **options)
         for r, text in zip(results, texts, strict=True):
             r.fallback, r.text = ("prompt", "") if text is None else ("asr", text)
         return results
