@@ -19,7 +19,7 @@ from torch import Tensor
 from sdumc.errors import UserError
 from sdumc.pretrained.attention import Attention, longest_context
 from sdumc.pretrained.beam_search import Winner, beam_search, call_with_cache, new_cache, prompt_positions
-from sdumc.pretrained.folders import load_model, load_tokenizer, model_folder
+from sdumc.pretrained.folders import load_model, load_tokenizer, model_folder, read_model_config
 from sdumc.pretrained.prompts import BOS, PROMPTS, RELEASED, around_sound, resolve_template
 from sdumc.pretrained.states import StateTap, decoder_layers, embedding_scale, layer_index
 from sdumc.pretrained.trial import find_attention
@@ -77,6 +77,16 @@ class _Prompted:
         return cache
 
 
+def _check_kind(folder: Path) -> None:
+    """Refuse the folder of another kind of model by its name: what is wrong with its tokenizer says little."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    config = read_model_config(folder)
+    kind = config["model_type"]
+    if kind not in CAUSAL or config.get("is_encoder_decoder"):
+        raise UserError(f"{folder}: a {kind} model is no causal LLM; give the folder of a decoder-only language model")
+
+
 class SpeechLLM:
     """A causal LM of transformers (Vicuna, Llama, Qwen2, ...) with its tokenizer, for inference.
 
@@ -104,6 +114,7 @@ class SpeechLLM:
 
         self.folder: Path = model_folder(name)
         self.device, self.dtype, self.layers = torch.device(device), dtype, list(layers)
+        _check_kind(self.folder)
         self.tokenizer = load_tokenizer(self.folder)
         self.bos_id: int | None = self.tokenizer.bos_token_id
         self._set_prompt(prompt, template)

@@ -158,6 +158,14 @@ def test_projector_files_are_loaded_strictly(tmp_path):
 # ---- incomplete checkpoints
 
 
+@pytest.mark.parametrize("kind", ["wavlm", "vit", "clip", "whisper"])
+def test_a_folder_of_another_kind_is_no_llm(kind, tmp_path):
+    getattr(tiny_models, kind)(tmp_path / kind)
+    with pytest.raises(UserError, match=rf"{kind}: a {kind} model is no causal LLM; give the folder") as e:
+        SpeechLLM(str(tmp_path / kind))
+    assert "\n" not in str(e.value)
+
+
 def test_incomplete_folders_are_named(folders, tmp_path):
     with pytest.raises(UserError, match="nowhere"):
         model_folder(str(tmp_path / "nowhere"))
