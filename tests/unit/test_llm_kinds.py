@@ -116,7 +116,7 @@ REFUSED = {
         {**EXPERTS, **HEADS, "num_experts_per_tok": 1, "intermediate_size_mlp": 48, "attention_chunk_size": 6},
         "chunked_attention",
     ),
-    "t5": ("T5", {}, "AutoModelForCausalLM"),
+    "t5": ("T5", {}, "a t5 model is no causal LLM"),
 }
 
 
