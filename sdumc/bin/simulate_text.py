@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdumc.cli import Parser, run, setup_logging
+from sdumc.cli import Parser, at_least, run, setup_logging
 from sdumc.extraction.options import (
     add_job_options,
     add_reader_options,
@@ -26,8 +26,8 @@ def get_parser() -> Parser:
     group.add_argument("--llm", required=True, metavar="DIR", help="causal LLM: a transformers folder")
     add_state_options(parser)
     group = parser.add_argument_group("search")
-    group.add_argument("--beam", type=int, default=4, metavar="N", help="hypotheses kept at each step")
-    group.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="longest answer")
+    group.add_argument("--beam", type=at_least(1, int), default=4, metavar="N", help="hypotheses kept at each step")
+    group.add_argument("--max-new-tokens", type=at_least(1, int), default=200, metavar="N", help="longest answer")
     group.add_argument("--length-penalty", type=float, default=1.0, metavar="X", help="score is divided by length**X")
     group = parser.add_argument_group("failures")
     group.add_argument(
@@ -43,14 +43,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     setup_logging(args.verbose)
     from sdumc.data.tables import read_table
-    from sdumc.errors import UserError
     from sdumc.extraction.finishing import without_speech
     from sdumc.extraction.job import data_hash, load_job, load_reader, open_shard, sound_batches
     from sdumc.extraction.simulation import Search, extract_simulated_text
     from sdumc.pretrained.speech_reader import projector_data
 
-    if args.beam < 1 or args.max_new_tokens < 1:
-        raise UserError("--beam and --max-new-tokens must be at least 1")
     data, utterances = load_job(args)
     asr_file = Path(args.asr_text) if args.asr_text else Path(args.data_dir) / "text_asr"
     asr_texts = read_table(asr_file, allow_empty=True) if args.asr_text or asr_file.is_file() else {}
