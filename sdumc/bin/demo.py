@@ -23,7 +23,7 @@ def get_parser() -> Parser:
         "--exp-dir",
         required=True,
         metavar="PATH",
-        help="folder that training wrote, or a model packed by sdumc.bin.pack",
+        help="folder that training wrote, or a model packed by sdumc pack",
     )
     group.add_argument("--model-dir", metavar="DIR", help="folder of the pretrained models, if they were moved")
     group = parser.add_argument_group("server")

@@ -12,7 +12,7 @@ from sdumc.errors import UserError
 def get_parser() -> Parser:
     parser = Parser(
         "Pack a trained model, its settings, the pretrained models of its extractors and a model card into one folder "
-        "or archive,\nwhich `sdumc.bin.predict --exp-dir` and `sdumc.Scorer.load` take on any machine."
+        "or archive,\nwhich `sdumc predict --exp-dir` and `sdumc.Scorer.load` take on any machine."
     )
     group = parser.add_argument_group("input and output")
     group.add_argument("--exp-dir", required=True, metavar="DIR", help="folder that training wrote")
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model_dir=Path(args.model_dir) if args.model_dir else None,
     )
     files = [output] if output.is_file() else [p for p in output.rglob("*") if p.is_file()]
-    log.info("%s: %.1f MB; score with: sdumc.bin.predict --exp-dir %s", output, _megabytes(files), output)
+    log.info("%s: %.1f MB; score with: sdumc predict --exp-dir %s CLIP", output, _megabytes(files), output)
 
 
 def _megabytes(files: Sequence[Path]) -> float:

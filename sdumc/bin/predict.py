@@ -33,7 +33,7 @@ def get_parser() -> Parser:
         "--exp-dir",
         required=True,
         metavar="PATH",
-        help="folder that training wrote, or a model packed by sdumc.bin.pack",
+        help="folder that training wrote, or a model packed by sdumc pack",
     )
     group.add_argument(
         "--checkpoint", choices=("valid-best", "averaged"), default="valid-best", help="both were chosen on valid"

@@ -9,6 +9,7 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Mapping
+from functools import cache
 
 Data = mmap.mmap
 # Programs that write to a pipe do not know the length, and write 0 or about the largest number.
@@ -22,6 +23,34 @@ _DISGUISED = (b"\x72\xf8\x1f\x4e", b"\xfe\x7f\x01\x80", b"\xff\x1f\x00\xe8")
 _MP3_FRAME = 1441  # bytes, of the largest; some programs count one frame too many
 _ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
 _ASF_FILE = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+
+
+# Formats of FFmpeg whose files name other files, or addresses, which it would open; and its devices.
+_NAMING = {
+    *(
+        "concat",
+        "hls",
+        "hds",
+        "dash",
+        "webm_dash_manifest",
+        "smoothstreaming",
+        "imf",
+        "sdp",
+        "rtsp",
+        "rtp",
+        "sap",
+        "mlv",
+    ),
+    *("vobsub", "lavfi", "avisynth", "vapoursynth", "alsa", "fbdev", "kmsgrab", "oss", "video4linux2,v4l2"),
+}
+
+
+@cache
+def open_options() -> dict[str, str]:
+    """Options of FFmpeg with which a file is opened: a play list is not followed to what it names."""
+    import av
+
+    return {"format_whitelist": ",".join(sorted(av.formats_available - _NAMING)), "protocol_whitelist": "file"}
 
 
 def is_plain_sound(path: str) -> bool:

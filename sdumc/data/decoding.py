@@ -16,7 +16,7 @@ from typing import Any
 import av
 import numpy as np
 
-from sdumc.data.containers import bytes_missing, is_plain_sound
+from sdumc.data.containers import bytes_missing, is_plain_sound, open_options
 from sdumc.data.sound import Mixer, Resampler
 from sdumc.data.tables import MediaInfo, MediaSpan, PastEnd
 from sdumc.errors import UserError
@@ -92,7 +92,7 @@ class MediaFile:
             self._descriptor = os.open(self.path, os.O_RDONLY)
             name = f"file:/dev/fd/{self._descriptor}"
         try:
-            self.container = av.open(name)
+            self.container = av.open(name, options=open_options())
         except (av.error.FFmpegError, OSError, ValueError) as e:
             self.close()
             raise UserError(
@@ -636,6 +636,31 @@ def probe(span: MediaSpan) -> MediaInfo:
             pass
         duration = max(decoder.clock.until.values())
     return MediaInfo(duration, has_audio=file.has("audio"), has_video=file.has("video"))
+
+
+def describe(span: MediaSpan, most_seconds: float) -> dict[str, Any]:
+    """What a file is made of: the values of :class:`sdumc.data.media.Contents`."""
+    check_file(span)
+    file = MediaFile(span)
+    try:
+        coded = [(s.type, s.codec_context) for s in file.tracks()]
+        codecs: dict[str, list] = {"audio": [], "video": []}
+        for kind, context in coded:
+            codecs[kind].append(
+                ["", ""] if context is None else [context.name, getattr(context, "pix_fmt", None) or ""]
+            )
+        first, last = math.inf, -math.inf
+        for packet in file.container.demux() if most_seconds else ():
+            if packet.pts is not None and packet.time_base is not None:
+                at = float(packet.pts * packet.time_base)
+                first, last = min(first, at), max(last, at + float((packet.duration or 0) * packet.time_base))
+            if last - first > most_seconds:
+                break
+        return {"format": file.format, **codecs, "seconds": max(last - first, 0.0)}
+    except (av.error.FFmpegError, IndexError) as e:
+        raise UserError(f"{span}: cut short or damaged ({getattr(e, 'strerror', None) or e}); {_AGAIN}") from None
+    finally:
+        file.close()
 
 
 def check(span: MediaSpan, audio: bool, video: bool) -> MediaInfo:

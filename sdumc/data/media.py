@@ -10,6 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,7 +19,18 @@ from sdumc.data.sound import resample
 from sdumc.data.tables import MediaInfo, MediaSpan, PastEnd
 from sdumc.errors import UserError
 
-__all__ = ["MediaInfo", "PastEnd", "check_media_file", "probe", "read_audio", "read_frames", "read_sound", "resample"]
+__all__ = [
+    "Contents",
+    "MediaInfo",
+    "PastEnd",
+    "check_media_file",
+    "describe",
+    "probe",
+    "read_audio",
+    "read_frames",
+    "read_sound",
+    "resample",
+]
 log = logging.getLogger(__name__)
 
 
@@ -76,6 +88,30 @@ def probe(path: str | os.PathLike) -> MediaInfo:
         UserError: the file is absent, empty or not media.
     """
     return _info(_as_span(path), "probe")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file is made of: FFmpeg's name of its container, and (codec, pixel format) of each track of sound and of
+    pictures, empty names where nothing decodes it. ``seconds`` is its length by the times of its packets, if that was
+    asked for: of a file that is longer than was asked, what was looked at."""
+
+    format: str
+    audio: list[tuple[str, str]]
+    video: list[tuple[str, str]]
+    seconds: float
+
+
+def describe(path: str | os.PathLike, most_seconds: float = 0.0) -> Contents:
+    """What a media file is made of, and up to ``most_seconds`` how long it is.
+
+    Raises:
+        UserError: the file is absent, empty, cut short or not media.
+    """
+    *_, (head, _) = worker.ask(_as_span(path), "describe", most_seconds=most_seconds)
+    found = head["contents"]
+    tracks = {kind: [(name, pixels) for name, pixels in found[kind]] for kind in ("audio", "video")}
+    return Contents(found["format"], tracks["audio"], tracks["video"], found["seconds"])
 
 
 def check_media_file(path: str | os.PathLike, *, audio: bool = True, video: bool = False) -> MediaInfo:

@@ -332,6 +332,8 @@ def _answer(decoding: Any, answers: _Answers, request: dict[str, Any]) -> dict[s
             result = _pictures(decoding, answers, span, request)
         elif request["do"] == "check":
             result = _info(decoding.check(span, request["audio"], request["video"]))
+        elif request["do"] == "describe":
+            result = {"contents": decoding.describe(span, request["most_seconds"])}
         else:
             result = _info(decoding.probe(span))
         return {"done": True, **result}

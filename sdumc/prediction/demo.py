@@ -29,8 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
-import av
-
+from sdumc.data.media import describe
 from sdumc.errors import UserError
 from sdumc.prediction.clip_page import make_clip, page_html
 from sdumc.prediction.inputs import SOUND, VIDEO
@@ -49,8 +48,26 @@ HOST = "127.0.0.1"
 HEADER = "x-sdumc-name"  # the name of the file, percent-encoded
 # FFmpeg's names of the formats that are single files. Not there: those that name others (hls, dash, concat, sdp ...).
 FORMATS = (
-    "aac,ac3,aiff,amr,amrnb,amrwb,ape,asf,au,avi,caf,dts,dv,eac3,flac,flv,h264,hevc,ivf,m4v,matroska,mov,mp3,mpeg,"
-    "mpegts,mpegvideo,mxf,nut,ogg,rm,tta,voc,w64,wav,webm,wv"
+    *(
+        "aac",
+        "ac3",
+        "aiff",
+        "amr",
+        "amrnb",
+        "amrwb",
+        "ape",
+        "asf",
+        "au",
+        "avi",
+        "caf",
+        "dts",
+        "dv",
+        "eac3",
+        "flac",
+        "flv",
+    ),
+    *("h264", "hevc", "ivf", "m4v", "matroska", "mov", "mp3", "mpeg", "mpegts", "mpegvideo", "mxf", "nut", "ogg", "rm"),
+    *("tta", "voc", "w64", "wav", "webm", "wv"),
 )
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; "
 _HEADERS = {
@@ -170,22 +187,11 @@ def check_clip(path: Path, seconds: float) -> None:
     Raises:
         UserError: it is.
     """
-    try:
-        with av.open(f"file:{path}", options={"format_whitelist": FORMATS, "protocol_whitelist": "file"}) as container:
-            first, last = None, 0.0
-            for packet in container.demux():
-                if packet.pts is None or packet.time_base is None:
-                    continue
-                at = float(packet.pts * packet.time_base)
-                first = at if first is None else min(first, at)
-                last = max(last, at + float((packet.duration or 0) * packet.time_base))
-                if last - first > seconds:
-                    raise UserError(
-                        f"{path}: longer than {seconds:g} s, which is the most here; cut it, or use sdumc predict"
-                    )
-    except (av.error.FFmpegError, ValueError) as e:
-        reason = getattr(e, "strerror", None) or e
-        raise UserError(f"{path}: not a readable media file ({reason}); give a video or audio file") from None
+    found = describe(path, seconds)
+    if not set(found.format.split(",")) & set(FORMATS):
+        raise UserError(f"{path}: {found.format} files are not taken here; convert it, or use sdumc predict")
+    if found.seconds > seconds:
+        raise UserError(f"{path}: longer than {seconds:g} s, which is the most here; cut it, or use sdumc predict")
 
 
 def make_app(jobs: Jobs, title: str) -> Starlette:

@@ -105,7 +105,7 @@ def load_record(folder: Path) -> Record:
     """
     path = folder / RECORD
     if not path.is_file():
-        raise UserError(f"{path}: no such file; was {folder} written by training (stage 4) or by sdumc.bin.pack?")
+        raise UserError(f"{path}: no such file; was {folder} written by training (stage 4) or by `sdumc pack`?")
     features, left_out = {}, {}
     for name, settings in read_yaml(path).items():
         if name not in _NEEDED:

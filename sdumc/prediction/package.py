@@ -82,7 +82,7 @@ def model_card(
         f"Experiment `{experiment}`, {chosen}. Made with sdumc {__version__}.\n",
         "## Use\n",
         f"{needs} Install sdumc, then, in the folder that holds this one:\n",
-        f"```\npython -m sdumc.bin.predict --exp-dir {name} clip.mp4\n```\n",
+        f"```\nsdumc predict --exp-dir {name} clip.mp4\n```\n",
         f'```python\nfrom sdumc import Scorer\nscorer = Scorer.load("{name}")\n'
         'print(scorer.score("clip.mp4").overall)\n```\n',
         "## Measured scores\n",
@@ -235,14 +235,14 @@ def open_experiment(path: Path) -> tuple[Path, Any]:
         _unpack(path, Path(keep.name))
     except (tarfile.TarError, EOFError, OSError) as e:
         keep.cleanup()
-        raise UserError(f"{path}: cannot be unpacked ({e}); is it an archive of sdumc.bin.pack, and whole?") from None
+        raise UserError(f"{path}: cannot be unpacked ({e}); is it an archive of `sdumc pack`, and whole?") from None
     except BaseException:
         keep.cleanup()
         raise
     folders = [p.parent for p in sorted(Path(keep.name).rglob(RECORD), key=lambda p: len(p.parts))]
     if not folders:
         keep.cleanup()
-        raise UserError(f"{path}: no {RECORD} in it; is it an archive of sdumc.bin.pack?")
+        raise UserError(f"{path}: no {RECORD} in it; is it an archive of `sdumc pack`?")
     return folders[0], keep
 
 

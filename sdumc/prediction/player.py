@@ -16,7 +16,7 @@ from urllib.parse import quote
 import av
 import numpy as np
 
-from sdumc.data.media import read_frames, read_sound
+from sdumc.data.media import describe, read_frames, read_sound
 from sdumc.errors import UserError
 from sdumc.files import atomic_write
 
@@ -80,22 +80,20 @@ def _link(file: Path, page: Path) -> str:
 def _playable(file: Path) -> str:
     """The media type with which browsers play a file as it is; empty if they do not."""
     try:
-        with av.open("file:" + os.fspath(file)) as container:
-            kinds = {kind: [s for s in container.streams if s.type == kind] for kind in ("video", "audio")}
-            form = container.format.name
-            names = {kind: [s.codec_context.name for s in streams] for kind, streams in kinds.items()}
-            pixels = [s.codec_context.pix_fmt for s in kinds["video"]]
-    except (av.error.FFmpegError, OSError, ValueError, AttributeError):  # no decoder: no codec_context
+        found = describe(file)
+    except UserError:
         return ""
+    form, tracks = found.format, {"video": found.video, "audio": found.audio}
     if form not in _PLAYABLE or (form == _WEBM and file.suffix.lower() != ".webm"):
         return ""
     for kind, known in zip(("video", "audio"), _PLAYABLE[form], strict=True):
         # Of several tracks a browser may take another one than was scored; cover pictures are rare enough.
-        if len(names[kind]) > 1 or not set(names[kind]) <= {*known, *(f"lib{name}" for name in known)}:
+        names = {name for name, _ in tracks[kind]}
+        if len(tracks[kind]) > 1 or not names <= {*known, *(f"lib{name}" for name in known)}:
             return ""
-    if any(p not in ("yuv420p", "yuvj420p") for p in pixels):
+    if any(pixels not in ("yuv420p", "yuvj420p") for _, pixels in found.video):
         return ""
-    return f"{'video' if kinds['video'] else 'audio'}/{_TYPES.get(form, form)}"
+    return f"{'video' if found.video else 'audio'}/{_TYPES.get(form, form)}"
 
 
 def encode(file: Path) -> tuple[str, bytes]:

@@ -117,7 +117,7 @@ class _Part:
 class Scorer:
     """A trained model together with the feature extractors of its recipe; scores single files.
 
-    >>> scorer = Scorer.load("exp/train_seed1")         # or a packed model (sdumc.bin.pack)
+    >>> scorer = Scorer.load("exp/train_seed1")         # or a packed model (sdumc pack)
     >>> print(scorer.score("clip.mp4").overall)
     """
 

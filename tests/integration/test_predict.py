@@ -548,7 +548,7 @@ def test_error_streams_have_our_own_lines_only(exp, tmp_path, monkeypatch):
         f"{tmp_path}/exp/model.valid-best.safetensors",
         "WARNING the best epoch is the last one (1): still improving; train longer",
         f"INFO full: 6 utterances (audio, real text, video) -> {tmp_path}/out",
-        f"INFO {tmp_path}/tiny.tar: # MB; score with: sdumc.bin.predict --exp-dir {tmp_path}/tiny.tar",
+        f"INFO {tmp_path}/tiny.tar: # MB; score with: sdumc predict --exp-dir {tmp_path}/tiny.tar CLIP",
     ]
     lines = [line for line in lines if "beat predicting the median" not in line]  # as the rounding of one epoch falls
     for line, form in zip(lines, expected, strict=True):
