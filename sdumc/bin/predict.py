@@ -89,9 +89,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.setLevel(logging.WARNING)
     if args.batch_size < 1:
         raise UserError("--batch-size must be at least 1")
+    from sdumc.data import worker
     from sdumc.prediction.inputs import media_files, transcripts
 
     files, failures = media_files(args.files, args.list)
+    if files:
+        worker.start_early()  # while torch is loaded
     texts = transcripts(args.text, files)
     results: list[dict] = []
     for path, reason in failures:

@@ -26,7 +26,6 @@ from sdumc.conditions import CONDITIONS, SIMULATED, by_condition, condition_of
 from sdumc.errors import UserError
 from sdumc.files import atomic_write, read_json, read_yaml, write_text
 from sdumc.prediction.extractors import RECORD, ModelUse, Record, find_model, load_record
-from sdumc.reporting.results import markdown_table
 from sdumc.scale import CMU, SCALE, LabelScale, from_dict, scale_of
 from sdumc.scoring.metrics import format_measure
 from sdumc.training.checkpoint import PACKED
@@ -130,6 +129,8 @@ def _front_matter(name: str, scores: Mapping[str, Mapping[str, Mapping[str, Any]
 def _score_table(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], missing_text: str) -> str:
     if not scores:
         return "None were measured with this checkpoint.\n"
+    from sdumc.reporting.results import markdown_table  # loads matplotlib, which reading a pack does not need
+
     shown = _shown(next(iter(next(iter(scores.values())).values())))
     rows = [
         (
@@ -171,6 +172,8 @@ def _model_table(models: Sequence[Mapping[str, Any]]) -> str:
         )
         for m in models
     ]
+    from sdumc.reporting.results import markdown_table
+
     return markdown_table(("model", "for", "size"), rows, left=2) + "\n"
 
 

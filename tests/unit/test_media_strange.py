@@ -391,6 +391,21 @@ def test_the_trials(media_dir):
         list(read_frames(folder / "no_decoder_video.mp4"))
 
 
+def test_damaged_files_of_twelve_containers(tmp_path):
+    """For an hour by hand: ``python tests/fuzz_media.py --minutes 60``."""
+    import fuzz_media
+
+    fuzz = fuzz_media.Fuzz(seed=1, folder=tmp_path)
+    used = 0
+    for number in range(130):
+        fuzz.case()
+        if number == 40:
+            used = fuzz_media.memory()
+    assert fuzz.wrong == []
+    assert fuzz.counts["read"] > 100 and fuzz.counts["refused"] > 100
+    assert fuzz_media.memory() < used + (200 << 20)
+
+
 # ------------------------------------------------------------------------------------------ processes that decode
 
 
