@@ -15,8 +15,9 @@ from sdumc.errors import EXIT_USAGE, UserError
 USAGE = """usage:
   python3 -m sdumc.conditions check "NAME ..."              exit code 2 for an unknown name, with a list of the known
   python3 -m sdumc.conditions check-protocols "NAME ..."    the same for protocols
-  python3 -m sdumc.conditions possible DUMP_DIR "NAME ..." [MISSING_TEXT]
-                                                            the conditions that the dump's features allow, one a line"""
+  python3 -m sdumc.conditions possible DUMP_DIR "NAME ..." [MISSING_TEXT [EXP_DIR]]
+                                                            the conditions that the dump's features and the model
+                                                            allow, one a line"""
 
 MODALITIES = ("audio", "text", "video")
 
@@ -127,6 +128,17 @@ _MISSING_WITH = {
 }
 
 
+def in_words(features: Iterable[str]) -> str:
+    """Features as people call them: ``audio, real text, video``; ``real text only``; ``audio and video, no text``."""
+    found = sorted(set(features), key=FEATURES.index)
+    names = [TEXTS.get(f, f) for f in found]
+    if len(names) == 1:
+        return f"{names[0]} only"
+    if any(f in TEXTS for f in found):
+        return ", ".join(names) if len(names) > 2 else " and ".join(names)
+    return f"{' and '.join(names)}, no text"
+
+
 def condition_of(name: str, missing_text: str = SIMULATED) -> Condition:
     """A condition for a model whose missing flow reads ``missing_text``, one of :data:`MISSING_TEXTS`."""
     return _MISSING_WITH[missing_text] if name == "missing" and missing_text != SIMULATED else CONDITIONS[name]
@@ -185,14 +197,26 @@ def by_condition(name: str) -> tuple[int, str]:
     return (list(CONDITIONS).index(name), "") if name in CONDITIONS else (len(CONDITIONS), name)
 
 
-def possible_conditions(dump_dir: Path, names: Iterable[str], missing_text: str = SIMULATED) -> list[str]:
+def possible_conditions(
+    dump_dir: Path, names: Iterable[str], missing_text: str = SIMULATED, exp_dir: str | None = None
+) -> list[str]:
     """Those of the named conditions that the features of a dump folder allow; see :func:`condition_of`.
 
     A feature that all utterances lack has an empty table, and counts as not there.
+
+    Args:
+        exp_dir: only conditions that are about what this model was made with.
     """
     scps = {f: dump_dir / f"{f}.scp" for f in FEATURES}
     features = [f for f, scp in scps.items() if scp.is_file() and scp.stat().st_size]
-    return [c.name for c in known_conditions(names) if condition_of(c.name, missing_text).is_possible(features)]
+    wanted = [condition_of(c.name, missing_text) for c in known_conditions(names)]
+    if exp_dir is not None:
+        from sdumc.files import read_yaml
+
+        config = read_yaml(Path(exp_dir, "config.yaml"))
+        features = [f for f in features if config.get(f"{modality(f)}-dim", 1)]
+        wanted = [c for c in wanted if c.flow == MISSING or config.get("flows") != MISSING]
+    return [c.name for c in wanted if c.is_possible(features)]
 
 
 def main(arguments: list[str]) -> int:
@@ -203,7 +227,7 @@ def main(arguments: list[str]) -> int:
                 known_conditions(" ".join(words).split())
             case ["check-protocols", *words]:
                 known_protocols(" ".join(words).split())
-            case ["possible", dump_dir, words, *rest] if rest in ([], *([t] for t in MISSING_TEXTS)):
+            case ["possible", dump_dir, words, *rest] if rest[2:] == [] and {*rest[:1]} <= {*MISSING_TEXTS}:
                 for name in possible_conditions(Path(dump_dir), words.split(), *rest):
                     print(name)
             case _:

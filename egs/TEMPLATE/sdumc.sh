@@ -228,7 +228,7 @@ prepare_data() {
       continue
     fi
     step "check ${data}" --inputs "${data}/wav.scp" "${data}/utt2spk" --optional-inputs \
-      "${data}"/{segments,video.scp,text,utt2label,spk2utt,utt2dur,scale.yaml} \
+      "${data}"/{segments,video.scp,text,text.absent,utt2label,spk2utt,utt2dur,scale.yaml} \
       -- ${train_cmd} "${data}/log/check.log" -- python3 utils/validate_data_dir.py "${data}"
   done
 }
@@ -247,6 +247,8 @@ make_text() {
     no_feature text_sim "" "the missing flow reads other text (missing-text: ${reads})"
   elif [[ -z ${encoder} || -z ${llm} ]]; then
     no_feature text_sim "" "needs --encoder and --llm"
+  elif [[ -z ${projector} && ! -f ${datadir}/${train_set}/text && ! -e ${speech_projector} ]]; then
+    no_feature text_sim "" "needs --projector: there are no transcripts in ${datadir}/${train_set} to train one"
   else
     simulates=true
     if [[ -z ${projector} ]]; then train_projector; fi
@@ -350,7 +352,7 @@ extract_text() { # NAME: text or text_asr
     elif [[ ! -f ${text} ]]; then
       no_feature "${name}" "${set}" "there is no ${text}"
     else
-      plan_feature "${name}" "${set}" --inputs "${text}" --optional-inputs "${llm}" "${files[@]}" "${settings[@]}" \
+      plan_feature "${name}" "${set}" --inputs "${text}" --optional-inputs "${text}.absent" "${llm}" "${files[@]}" "${settings[@]}" \
         --outputs "${dumpdir}/${set}/${name}.scp" -- sdumc.bin.extract_text "${config[@]}" "${models[@]}" \
         --llm "${llm}" --name "${name}" --text "${text}"
     fi
@@ -422,8 +424,8 @@ train_all_seeds() {
   done
 }
 
-# possible_conditions SET: those of --conditions that the set's features allow.
-possible_conditions() { python3 -m sdumc.conditions possible "${dumpdir}/$1" "${conditions}" "${reads}"; }
+# possible_conditions SET EXP: those of --conditions that the set's features and the model allow.
+possible_conditions() { python3 -m sdumc.conditions possible "${dumpdir}/$1" "${conditions}" "${reads}" "$2"; }
 
 decode_all_seeds() {
   local seed set
@@ -438,7 +440,7 @@ decode_all_seeds() {
 decode_set() { # EXP SET: decodes under all conditions in one process, then scores each
   local exp=$1 set=$2 condition possible outputs=() scores=() speakers=()
   local output=${exp}/decode_${set} decode_output file
-  mapfile -t possible < <(possible_conditions "${set}")
+  mapfile -t possible < <(possible_conditions "${set}" "${exp}")
   ((${#possible[@]} > 0)) || die "${dumpdir}/${set} has the features for none of the conditions ${conditions}"
   if ((${#possible[@]} < $(wc -w <<<${conditions}))); then
     echo "  none   some conditions ${set}: its features allow only ${possible[*]}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdumc.cli import Parser, at_least, log, run, setup_logging
-from sdumc.conditions import CONDITIONS, MISSING_TEXTS, PROTOCOLS, SIMULATED, condition_of
+from sdumc.conditions import CONDITIONS, MISSING_TEXTS, PROTOCOLS, SIMULATED, in_words
 from sdumc.device import add_device_option, pick_device
 from sdumc.errors import UserError
 
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not (args.condition or args.protocol):
         raise UserError("give --condition, or --protocol; --help lists both")
     from sdumc.data.dump import load_dump
-    from sdumc.scoring.decoding import load_for
+    from sdumc.scoring.decoding import inputs_for, load_for
     from sdumc.training.experiment import load_model
 
     device = pick_device(args.device)
@@ -86,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = Path(args.output_dir) / (condition if len(args.condition) > 1 else "")
         count = decode_condition(models, dump, condition, folder, args.batch_size, args.num_workers)
         of = f", mean of {len(models)} models" if len(models) > 1 else ""
-        given = " or ".join(sorted({condition_of(condition, text).given for text in missing_text}))
+        reads = [inputs_for(condition, dump, m.available, m.config.missing_text).values() for m in models.values()]
+        given = " or ".join(sorted({in_words(features) for features in reads}))
         log.info("%s: %d utterances (%s%s) -> %s", condition, count, given, of, folder)
 
 

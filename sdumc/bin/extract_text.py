@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup_logging(args.verbose)
     from pathlib import Path
 
+    from sdumc.data.kaldi_dir import TEXT_ABSENT
     from sdumc.data.tables import read_table
     from sdumc.extraction.job import data_hash, load_job, load_llm, load_reader, open_shard, sound_batches
     from sdumc.extraction.loop import make_batches
@@ -44,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     data, utterances = load_job(args)
     text_file = Path(args.text) if args.text else Path(args.data_dir) / "text"
     texts = read_table(text_file, allow_empty=args.name != "text")
+    absent_file = text_file.with_name(TEXT_ABSENT)
+    without = read_table(absent_file) if args.name == "text" and absent_file.is_file() else {}
     if args.text_case == "lower":
         texts = {u: t.lower() for u, t in texts.items()}
     reader = None
@@ -66,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         spoken = {u: float(len(texts.get(u, ""))) / 15 for u in utterances}  # as long as it takes to say them
         batches = make_batches(spoken, args.batch_size, args.batch_seconds)
     with open_shard(args, settings, utterances) as writer:
-        extract_text(data, texts, batches, encoder, writer, args.bad_media)
+        extract_text(data, texts, batches, encoder, writer, args.bad_media, without)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from sdumc.cli import Parser
 from sdumc.conditions import FEATURES
 from sdumc.corpora.sets import Corpus, Fold, check_disjoint
 from sdumc.data.dump import load_dump
-from sdumc.data.kaldi_dir import MEDIA_TABLES, check_tables, first_problems, media_problems
+from sdumc.data.kaldi_dir import MEDIA_TABLES, TEXT_ABSENT, check_tables, first_problems, media_problems
 from sdumc.data.tables import Table, write_dropped, write_table
 from sdumc.errors import UserError
 from sdumc.files import write_text
@@ -100,7 +100,7 @@ def _kind(reason: str) -> str:
 SUMMARY = "folds.txt"
 STAGE = "data"  # the stage column of dropped.tsv
 # In the order of writing: the last one is there only when the set is whole.
-_TABLES = ("segments", "video.scp", "text", "utt2label", "utt2spk", "spk2utt", "utt2dur", "wav.scp")
+_TABLES = ("segments", "video.scp", "text", TEXT_ABSENT, "utt2label", "utt2spk", "spk2utt", "utt2dur", "wav.scp")
 
 
 def add_media_options(group: Any, required: bool = False) -> None:

@@ -97,7 +97,9 @@ class Fold:
             "spk2utt": utterances_by_speaker(speakers),
         }
         if any(u.text for u in found.values()):
-            tables["text"] = {utt: u.text for utt, u in found.items()}
+            tables["text"] = {utt: u.text for utt, u in found.items() if u.text}
+            if without := {utt: "no transcript" for utt, u in found.items() if not u.text}:
+                tables["text.absent"] = without
         for name, values in self.extra.items():
             tables[name] = {utt: value for utt, value in values.items() if utt in found}
         return tables | _media_tables({utt: u.media for utt, u in found.items() if u.media})

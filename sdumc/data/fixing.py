@@ -113,7 +113,7 @@ def _write_fixed(path: Path, tables: Mapping[str, Table], data: KaldiDir, kept: 
         fixed["video.scp"] = data.video
     for name, table in tables.items():
         if name not in MEDIA_TABLES:
-            fixed[name] = {utt: table.values[utt] for utt in kept}
+            fixed[name] = {utt: table.values[utt] for utt in kept if utt in table.values}
     fixed["spk2utt"] = utterances_by_speaker(data.utt2spk)
     if (path / "utt2dur").exists():
         durations, problems = read_tables(path, ["utt2dur"])

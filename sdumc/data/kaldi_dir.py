@@ -9,6 +9,7 @@ file           line                                       needed
 ``utt2spk``    utt speaker (a prefix of utt)              yes
 ``video.scp``  utt path of a media file with pictures     when there is video
 ``text``       utt words                                  when there are transcripts
+``text.absent`` utt reason                                of utterances that have none, where others have
 ``utt2label``  utt number                                 when there are labels
 ``scale.yaml`` lowest and highest label, classes          when labels are not CMU's, -3 to 3
 ``segments``   utt recording start end (seconds)          when clips are cut from longer files
@@ -43,8 +44,9 @@ from sdumc.data.tables import (
 from sdumc.errors import UserError
 from sdumc.scale import CMU, declared_scale, looks_like_classes
 
+TEXT_ABSENT = "text.absent"
 REQUIRED = ("wav.scp", "utt2spk")
-SOURCE_TABLES = ("wav.scp", "utt2spk", "video.scp", "text", "utt2label", "segments")
+SOURCE_TABLES = ("wav.scp", "utt2spk", "video.scp", "text", TEXT_ABSENT, "utt2label", "segments")
 DERIVED_TABLES = ("utt2dur", "spk2utt")
 MEDIA_TABLES = ("wav.scp", "video.scp")
 _TOLERANCE = 0.5  # seconds by which a segment may end after its recording, as stated lengths are not exact
@@ -287,8 +289,12 @@ def _differing_utterances(tables: Mapping[str, Table]) -> list[Problem]:
     names = ("segments", "wav.scp", "video.scp", "utt2spk", "text", "utt2label", "utt2dur")
     by_utterance = [tables[name] for name in names if name in tables and not tables[name].of_recordings]
     problems = []
+    without = tables[TEXT_ABSENT].values.keys() if TEXT_ABSENT in tables else frozenset()
+    for utt in sorted(without & tables["text"].values.keys() if "text" in tables else ()):
+        problems.append(tables[TEXT_ABSENT].problem(utt, "is in text too; remove one of the two lines"))
     for table in by_utterance:
-        for utt in sorted(set().union(*(t.values for t in by_utterance)) - table.values.keys()):
+        missing = set().union(*(t.values for t in by_utterance)) - table.values.keys()
+        for utt in sorted(missing - without if table.file.name == "text" else missing):
             others = ", ".join(t.file.name for t in by_utterance if utt in t.values)
             problems.append(table.problem(utt, f"missing here, but is in {others}"))
     return problems

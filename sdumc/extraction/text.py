@@ -72,8 +72,11 @@ def extract_text(
     encoder: TextEncoder,
     writer: ShardWriter,
     bad_media: str = "stop",
+    without: Mapping[str, str] | None = None,
 ) -> None:
     """Write the states of the utterances in ``batches``: :func:`sdumc.extraction.loop.extract_shard`.
+
+    An utterance in ``without`` (id -> reason) has no text: the feature is absent.
 
     An empty text (a recogniser that heard nothing) gives one frame, the state before the first token. Sound that
     cannot be read, with ``bad_media`` "absent", is left out of the context.
@@ -82,16 +85,18 @@ def extract_text(
         UserError: a text is absent, and as there.
     """
     for utt in (u for b in batches for u in b):
-        if utt not in texts:
+        if utt not in texts and utt not in (without or {}):
             raise UserError(f"{data.path}: utterance {utt!r} has no text to encode")
 
     def read(utt: str) -> np.ndarray | None:
-        return read_wave(data, utt) if encoder.reads_sound else None
+        return read_wave(data, utt) if encoder.reads_sound and utt in texts else None
 
     def compute(items: Sequence[tuple[str, Any]]) -> list[Output]:
-        waves = [None if isinstance(x, _Unreadable) else x for _, x in items]
-        states = encoder([texts[utt] for utt, _ in items], waves)
-        notes = [{BAD_MEDIA: x.reason} if isinstance(x, _Unreadable) else {} for _, x in items]
-        return [Output(s.cpu().numpy(), notes=n) for s, n in zip(states, notes, strict=True)]
+        said = [(utt, x) for utt, x in items if utt in texts]
+        waves = [None if isinstance(x, _Unreadable) else x for _, x in said]
+        states = encoder([texts[utt] for utt, _ in said], waves) if said else []
+        notes = [{BAD_MEDIA: x.reason} if isinstance(x, _Unreadable) else {} for _, x in said]
+        found = {u: Output(s.cpu().numpy(), notes=n) for (u, _), s, n in zip(said, states, notes, strict=True)}
+        return [found[utt] if utt in found else Output(absent=(without or {})[utt]) for utt, _ in items]
 
     extract_shard(batches, writer, read, compute, bad_media, _Unreadable)

@@ -44,6 +44,8 @@ def inputs_for(
             "another condition"
         )
     modalities = set(available)
+    if wanted.required and "text" not in modalities:
+        raise UserError(f"condition {condition} is about text, and the model was made without; decode another one")
     found = {n: f for n, f in wanted.inputs.items() if f in present and modality(f) in modalities}
     if not found:
         needed = ", ".join(wanted.features)

@@ -14,7 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdumc.conditions import MISSING, MISSING_TEXTS, MODALITIES, TEXT_OF_FLOW, TEXTS
+from sdumc.conditions import (
+    COMPLETE,
+    MISSING,
+    MISSING_TEXTS,
+    MODALITIES,
+    TEXT_OF_FLOW,
+    TEXTS,
+    VALID_CONDITIONS,
+    modality,
+)
 from sdumc.data.dump import Dump, load_dump
 from sdumc.data.kaldi_dir import KaldiDir
 from sdumc.data.loader import UtteranceDataset
@@ -43,20 +52,22 @@ def load_sets(settings: Namespace) -> tuple[Dump, Dump]:
     check_scales(train, valid)
     # A model cannot learn to read what no train utterance has: it is made without.
     train.features = {name: feature for name, feature in train.features.items() if feature.entries}
-    if "text" not in train.features:
-        raise UserError(
-            f"{train.path}/text.scp: missing; the complete flow learns from real text, so a train set needs it"
-        )
+    if not train.features:
+        raise UserError(f"{train.path}: no utterance has audio, text or video; there is nothing to learn from")
+    if settings.flows == "complete" and "text" not in train.features:
+        raise UserError(f"{train.path}/text.scp: missing; the complete flow learns from real text")
     for name, feature in train.features.items():
         if name not in valid.features:
+            if name == "text" and settings.flows != "complete" and len(train.features) > 1:
+                continue  # the epoch is chosen without real text
             raise UserError(f"{valid.path}/{name}.scp: missing, but {train.path} has it; run stage 3 for both")
         dim = valid.features[name].dim
         if dim != feature.dim and valid.features[name].entries:
             raise UserError(
                 f"{valid.path}/{name}.scp: dimension {dim}, but {feature.dim} in {train.path}: other models?"
             )
-    text, other = train.features["text"], train.features.get(missing_text or "")
-    if other and other.dim != text.dim:
+    text, other = train.features.get("text"), train.features.get(missing_text or "")
+    if text and other and other.dim != text.dim:
         raise UserError(
             f"{train.path}: {missing_text} has dimension {other.dim}, text has {text.dim}; both must come from the "
             "same language model"
@@ -66,9 +77,27 @@ def load_sets(settings: Namespace) -> tuple[Dump, Dump]:
             f"{train.path}/{missing_text}.scp: missing, but --missing-text asr needs it; run stages 2 and 3 with a "
             "recogniser and an LLM"
         )
-    if settings.flows == "both":
+    if text and text.absent:
+        log.info("%d of %d train utterances have no real text", len(text.absent), len(train.utterances))
+    if flows_of(settings, train) != (COMPLETE,):
         log.info("text of the missing flow: %s", TEXTS[missing_text] if missing_text and other else "none")
     return train, valid
+
+
+def flows_of(settings: Namespace, train: Dump) -> tuple[str, ...]:
+    """The flows that a train set allows: the complete one reads real text, the missing one everything else.
+
+    A corpus of text alone has the first only, one without transcripts the second only.
+    """
+    asked = {"both": (COMPLETE, MISSING), "complete": (COMPLETE,), "missing": (MISSING,)}[settings.flows]
+    able = {COMPLETE: "text" in train.features, MISSING: bool(train.features.keys() - {"text"})}
+    return tuple(flow for flow in asked if able[flow])
+
+
+def valid_conditions(flows: Sequence[str], valid: Dump) -> list[str]:
+    """The conditions that choose the epoch: one for each flow, as far as the valid set has its text."""
+    has_text = "text" in valid.features and bool(valid.features["text"].entries)
+    return [VALID_CONDITIONS[flow] for flow in flows if flow != COMPLETE or has_text]
 
 
 def as_inputs(by_feature: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -93,17 +122,24 @@ def check_scales(train: Dump, valid: Dump) -> None:
 
 
 def with_dimensions(settings: Namespace, train: Dump) -> Namespace:
-    """The settings with the train set's features per frame filled in; 0 for a modality that it does not have.
+    """The settings with the train set's features per frame filled in, 0 for a modality that it does not have, and with
+    the flows that it allows.
 
     Raises:
         UserError: a dimension was asked for, and the train set has another one.
     """
     found = {m: train.features[m].dim if m in train.features else 0 for m in MODALITIES}
+    for name, feature in train.features.items():  # text of the missing flow alone
+        found[modality(name)] = found[modality(name)] or feature.dim
     for m, dim in found.items():
         asked = getattr(settings, f"{m}_dim")
         if asked and asked != dim:
             raise UserError(f"--{m}-dim {asked}, but {train.path}/{m}.scp has {dim}; leave the option out")
-    return Namespace(**{**vars(settings), **{f"{m}_dim": dim for m, dim in found.items()}})
+    flows = flows_of(settings, train)
+    if not flows:
+        raise UserError(f"{train.path}: --flows {settings.flows}, but the train set has not what this flow reads")
+    name = "both" if len(flows) == 2 else flows[0]
+    return Namespace(**{**vars(settings), "flows": name, **{f"{m}_dim": dim for m, dim in found.items()}})
 
 
 def set_normalisation(model: SDUMC, train: Dump) -> None:
@@ -113,11 +149,12 @@ def set_normalisation(model: SDUMC, train: Dump) -> None:
     spaced, are enough.
     """
     for m in model.available:
-        dataset = UtteranceDataset(train, [m])
+        name = m if m in train.features else next(f for f in train.features if modality(f) == m)
+        dataset = UtteranceDataset(train, [name])
         step = max(1, len(dataset) // _STATISTICS_UTTERANCES)
         frames, total, square = 0, torch.zeros(()), torch.zeros(())  # sums, broadcast over dimensions
         for i in range(0, len(dataset), step):
-            x = dataset[i].features[m]
+            x = dataset[i].features[name]
             if x is not None:
                 x = x.double()
                 frames, total, square = frames + len(x), total + x.sum(0), square + x.square().sum(0)
@@ -163,20 +200,21 @@ class TranscribedSpeech:
     """Utterances with sound and transcript; encoder outputs are kept in memory while there is room.
 
     Raises:
-        UserError: an utterance has no transcript. When reading: its sound cannot be read.
+        UserError: there are no transcripts. When reading: sound cannot be read.
     """
 
     def __init__(self, data: KaldiDir, texts: Mapping[str, str], encoder: SpeechEncoder, cache_bytes: int):
-        missing = [u for u in data.utterances if u not in texts]
-        if missing:
-            raise UserError(f"{data.path}: training a projector needs transcripts; {missing[0]!r} has none in text")
+        if not texts:
+            raise UserError(f"{data.path}: training a projector needs transcripts, and there is no text")
+        if missing := len(data.utterances) - len(texts):
+            log.info("%s: %d of %d utterances have no transcript", data.path, missing, len(data.utterances))
         self.data, self.texts, self.encoder = data, texts, encoder
         self.room = cache_bytes
         self._kept: dict[str, Tensor] = {}
 
     @property
     def utterances(self) -> list[str]:
-        return self.data.utterances
+        return [utt for utt in self.data.utterances if utt in self.texts]
 
     def batches(self, utterances: Sequence[str], seconds: float) -> list[list[str]]:
         """Fixed batches of similar length, at most so many seconds of sound each."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from sdumc.cli import setup_logging
-from sdumc.conditions import COMPLETE, MISSING, MODALITIES, VALID_CONDITIONS
+from sdumc.conditions import COMPLETE, MISSING, MODALITIES, in_words
 from sdumc.data.dump import Dump
 from sdumc.data.loader import Batch, BatchLoader, UtteranceDataset
 from sdumc.data.sampler import GlobalBatchSampler
@@ -50,7 +50,14 @@ from sdumc.training.checkpoint import (
     save_weights,
     set_rng,
 )
-from sdumc.training.data import as_inputs, drop_modalities, load_sets, set_normalisation, with_dimensions
+from sdumc.training.data import (
+    as_inputs,
+    drop_modalities,
+    load_sets,
+    set_normalisation,
+    valid_conditions,
+    with_dimensions,
+)
 from sdumc.training.distributed import Ranks, barrier, gather_objects, gather_rows, join, leave, sum_gradients
 from sdumc.training.experiment import lock_folder, log_to, write_extractors
 from sdumc.training.settings import (
@@ -77,7 +84,7 @@ def train(settings: Namespace, stop: StopSignal) -> int:
     open_folder(exp_dir, settings.verbose, ranks)
     train_set, valid_set = load_sets(settings)
     settings = with_dimensions(settings, train_set)
-    flows = (COMPLETE, MISSING) if settings.flows == "both" else (COMPLETE,)
+    flows = (COMPLETE, MISSING) if settings.flows == "both" else (settings.flows,)
 
     torch.manual_seed(settings.seed)  # the same weights on every rank
     model = SDUMC(model_config(settings)).to(ranks.device)
@@ -94,7 +101,7 @@ def train(settings: Namespace, stop: StopSignal) -> int:
     described = {**as_dict(settings), "train_labels": settings_hash(train_set.labels)}
     resumed = resume(state, exp_dir, described, ranks)
     if not resumed:
-        report_beginning(model, train_set, valid_set, sampler, ranks)
+        report_beginning(model, train_set, valid_set, flows, sampler, ranks)
     board = open_records(exp_dir, settings, train_set, state, resumed) if ranks.is_main else None
 
     # --- train --------------------------------------------------------------------------------------------------------
@@ -121,7 +128,7 @@ def train(settings: Namespace, stop: StopSignal) -> int:
                 save(state, exp_dir, described, ranks)
 
         if not stopped:
-            scores = evaluate(model, valid_set, [VALID_CONDITIONS[flow] for flow in flows], ranks)
+            scores = evaluate(model, valid_set, valid_conditions(flows, valid_set), ranks)
             seen = len(train_set.utterances) * sampler.passes
             record = epoch_record(state, scores, learning_rate(settings, state.epoch), seen)
             state.finish_epoch(record, settings.average_best)
@@ -239,7 +246,8 @@ def own_outputs(
     lengths = drop_modalities(as_inputs(batch.lengths), settings.modality_dropout)
     with torch.autocast(device.type, torch.bfloat16) if settings.precision == "bf16" else nullcontext():
         outputs = network(as_inputs(batch.features), lengths, flows)
-    return {f: outputs[f].loss_inputs() for f in flows}, lengths["text"] > 0
+    has_text = lengths["text"] > 0 if "text" in lengths else torch.zeros(len(batch), dtype=torch.bool, device=device)
+    return {f: outputs[f].loss_inputs() for f in flows}, has_text
 
 
 def check_finite(terms: Mapping[str, Tensor], state: TrainingState, utterances: Sequence[str]) -> None:
@@ -318,11 +326,21 @@ def mean_mae(scores: Mapping[str, Mapping[str, float]]) -> float:
     return sum(s["mae"] for s in scores.values()) / len(scores)
 
 
-def report_beginning(model: SDUMC, train_set: Dump, valid_set: Dump, sampler: GlobalBatchSampler, ranks: Ranks) -> None:
+def report_beginning(
+    model: SDUMC,
+    train_set: Dump,
+    valid_set: Dump,
+    flows: Sequence[str],
+    sampler: GlobalBatchSampler,
+    ranks: Ranks,
+) -> None:
     """Log what a run is about."""
     size, counts = sum(p.numel() for p in model.parameters()), [len(s.utterances) for s in (train_set, valid_set)]
     log.info("%d parameters; %d train and %d valid utterances", size, *counts)
     log.info("labels from %s", train_set.scale.named_ends)
+    chosen = " and ".join(valid_conditions(flows, valid_set))
+    names = " and ".join(flows) + (" flows" if len(flows) > 1 else " flow alone")
+    log.info("%s, of %s; the epoch is chosen under %s", names, in_words(train_set.features), chosen)
     passes = f" ({sampler.passes} passes over the train set)" if sampler.passes > 1 else ""
     log.info("%d steps an epoch%s on %d x %s", len(sampler), passes, ranks.size, ranks.device)
 
@@ -353,7 +371,7 @@ def finish(
         average_best(exp_dir, state.best_epochs)
     barrier(ranks)
     load_into(model, exp_dir / AVERAGED)
-    scores = evaluate(model, valid_set, [VALID_CONDITIONS[flow] for flow in flows], ranks)
+    scores = evaluate(model, valid_set, valid_conditions(flows, valid_set), ranks)
     if not ranks.is_main:
         return
     mae, epochs = choose(exp_dir, state.ranking, mean_mae(scores))
@@ -385,9 +403,9 @@ def dry_run(settings: Namespace) -> None:
     dims["text_sim"] = dims["text"]
     features = {name: torch.randn(_BATCH, _FRAMES, dim) for name, dim in dims.items()}
     lengths = {name: torch.full((_BATCH,), _FRAMES) for name in dims}
-    flows = (COMPLETE, MISSING) if settings.flows == "both" else (COMPLETE,)
+    flows = (COMPLETE, MISSING) if settings.flows == "both" else (settings.flows,)
     outputs = {flow: out.loss_inputs() for flow, out in model(features, lengths, flows).items()}
     labels, has_text = torch.linspace(-1, 2, _BATCH), torch.ones(_BATCH, dtype=torch.bool)
-    terms = sdumc_objective(outputs[COMPLETE], outputs.get(MISSING), labels, has_text, objective_weights(settings))
+    terms = sdumc_objective(outputs.get(COMPLETE), outputs.get(MISSING), labels, has_text, objective_weights(settings))
     terms["loss"].backward()
     print(f"settings are sound: {sum(p.numel() for p in model.parameters())} parameters, terms {', '.join(terms)}")

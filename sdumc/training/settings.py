@@ -110,7 +110,12 @@ def _add_model(g: Any) -> None:
 
 def _add_objective(g: Any) -> None:
     default = ObjectiveWeights()
-    g.add_argument("--flows", choices=("both", "complete"), default="both", help="complete: no missing flow (ablation)")
+    g.add_argument(
+        "--flows",
+        choices=("both", "complete", "missing"),
+        default="both",
+        help="complete: real text only; missing: no real text; both: what the train set allows",
+    )
     terms = {
         "mse_complete": "squared error of the complete flow",
         "mse_missing": "squared error of the missing flow",

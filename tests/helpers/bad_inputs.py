@@ -259,7 +259,12 @@ GROUPS: dict[str, list[Case]] = {
         ),
         Case("a label is missing", without("dump/train/utt2label", "spk0-000"), TRAIN, ("utt2label", "spk0-000")),
         Case("no labels at all", remove("dump/train/utt2label"), TRAIN, ("dump/train/utt2label",)),
-        Case("no real text to learn from", remove("dump/train/text.scp"), TRAIN, ("dump/train/text.scp",)),
+        Case(
+            "no real text to learn from, but asked to",
+            remove("dump/train/text.scp"),
+            f"{TRAIN} --flows complete",
+            ("dump/train/text.scp",),
+        ),
         Case("a feature of valid is missing", remove("dump/valid/video.scp"), TRAIN, ("dump/valid/video.scp",)),
         Case(
             "a job of a feature has not run",
