@@ -10,12 +10,10 @@ The public forward has the imagination (MIA) switched off and attends over paddi
 
 from __future__ import annotations
 
-import pickle
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -33,30 +31,11 @@ def get_parser() -> Parser:
     return parser
 
 
-def read_released(source: Path) -> dict[str, Any]:
-    """The ``state_dict`` of the released file.
-
-    Raises:
-        UserError: there is no such file, or it is not a checkpoint of plain tensors.
-    """
-    import torch
-
-    try:
-        content = torch.load(source, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{source}: no such file") from None
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as e:
-        raise UserError(f"{source}: not a checkpoint of plain tensors ({str(e).splitlines()[0]})") from None
-    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        raise UserError(f"{source}: has no `state_dict`; is it the released checkpoint?")
-    return content["state_dict"]
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     from sdumc.files import write_text
     from sdumc.model.network import SDUMC
-    from sdumc.model.released import import_released
+    from sdumc.model.released import import_released, read_released
     from sdumc.training.checkpoint import VALID_BEST, save_weights
     from sdumc.training.settings import get_parser as train_parser
     from sdumc.training.settings import write_config

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,6 +25,23 @@ _IMAGINE = {
     "imagine_utterance": "missing_text_imagination_mlp",
     "imagine_content": "missing_cross_text_query_imagination_mlp",
 }
+
+
+def read_released(source: Path) -> dict[str, Any]:
+    """The ``state_dict`` of the released file.
+
+    Raises:
+        UserError: there is no such file, or it is not a checkpoint of plain tensors.
+    """
+    try:
+        content = torch.load(source, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{source}: no such file") from None
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as e:
+        raise UserError(f"{source}: not a checkpoint of plain tensors ({str(e).splitlines()[0]})") from None
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        raise UserError(f"{source}: has no `state_dict`; is it the released checkpoint?")
+    return content["state_dict"]
 
 
 def _linears() -> dict[str, str]:

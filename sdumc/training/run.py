@@ -60,6 +60,7 @@ from sdumc.training.data import (
 )
 from sdumc.training.distributed import Ranks, barrier, gather_objects, gather_rows, join, leave, sum_gradients
 from sdumc.training.experiment import lock_folder, log_to, write_extractors
+from sdumc.training.initial import parameter_groups, start_from
 from sdumc.training.settings import (
     FREE_TO_CHANGE,
     as_dict,
@@ -91,7 +92,9 @@ def train(settings: Namespace, stop: StopSignal) -> int:
     if settings.normalise_features:
         set_normalisation(model, train_set)
     network: Any = torch.compile(model, dynamic=True) if settings.compile else model
-    optimiser = torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    loaded = start_from(model, settings, exp_dir, train_set, ranks.is_main) if settings.init else frozenset()
+    groups = parameter_groups(model, loaded, settings.init_lr_factor)
+    optimiser = torch.optim.Adam(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
     weights = objective_weights(settings)
     torch.manual_seed(settings.seed + 1000 * (ranks.rank + 1))  # dropout differs between ranks
     sampler, loader = open_batches(train_set, settings, ranks)
@@ -109,7 +112,7 @@ def train(settings: Namespace, stop: StopSignal) -> int:
     while state.epoch <= settings.epochs and not stopped:
         started = time.monotonic()
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(settings, state.epoch)
+            group["lr"] = learning_rate(settings, state.epoch) * group["factor"]
         sampler.set_epoch(state.epoch)
         sampler.start_batch = state.batches_done
         model.train()

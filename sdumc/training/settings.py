@@ -147,6 +147,19 @@ def _add_optimisation(g: Any) -> None:
     g.add_argument("--average-best", type=at_least(1, int), default=5, help="epochs in model.averaged, best on valid")
     g.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast of matrix products")
     g.add_argument("--compile", type=_boolean, default=False, help="torch.compile the network")
+    g.add_argument(
+        "--init",
+        default="",
+        metavar="PATH",
+        help="weights to start from: an exp folder, a packed model, or the authors' released checkpoint (.pt)",
+    )
+    g.add_argument(
+        "--init-lr-factor",
+        type=at_least(0),
+        default=1.0,
+        metavar="X",
+        help="factor on the step size of loaded weights",
+    )
     g.add_argument("--seed", type=at_least(0, int), default=1, help="of weights, order and dropout")
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from helpers.commands import call_here
 from helpers.dumps import make_dump
@@ -157,3 +159,50 @@ def test_a_corpus_of_another_scale(tmp_path):
     decode(home, tmp_path / "cmu/valid", "full", "missing")
     other = read_predictions(home / "out/full/predictions.tsv").predictions
     assert stars.from_network(other) == pytest.approx(found["nearest"], abs=1e-4)
+
+
+def test_starting_from_a_model(tmp_path):
+    """Weights of a training on another corpus; a feature of another dimension starts anew and is named."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    for home, names in ((first, ("audio", "text", "video")), (second, ("audio", "text"))):
+        for number, name in enumerate(("train", "valid")):
+            make_dump(home / name, 16, number + 5 * len(names), names)
+    train(first)
+    log, config = train(second, "--init", str(first / "exp"), "--lr", "0")
+    assert config["init"] == str(first / "exp") and "not used here: " in log and "frame_projection.video" in log
+    record = yaml.safe_load((second / "exp/init.yaml").read_text())
+    assert record["from"] == str(first / "exp") and not record["anew"]
+    theirs, ours = load_model(first / "exp").state_dict(), load_model(second / "exp").state_dict()
+    assert all(torch.equal(theirs[name], x) for name, x in ours.items())  # without steps nothing has changed
+
+    for number, name in enumerate(("train", "valid")):
+        make_dump(tmp_path / "third" / name, 16, number, ("text", "video"))
+        for table in (tmp_path / "third" / name).glob("text*"):  # a wider feature
+            table.rename(table.with_name(table.name.replace("text", "audio")))
+    (tmp_path / "third/exp").mkdir()
+    tar = tmp_path / "model.tar"
+    with tarfile.open(tar, "w") as archive:
+        archive.add(first / "exp/model.valid-best.safetensors", "m/model.safetensors")
+    log, _ = train(tmp_path / "third", "--init", str(tar), "--init-lr-factor", "0")
+    assert "starting anew: frame_projection.audio" in log
+    ours = load_model(tmp_path / "third/exp").state_dict()
+    assert torch.equal(theirs["output.weight"], ours["output.weight"])
+
+
+@pytest.mark.parametrize(
+    ("init", "message"),
+    [
+        ("nowhere", "no such exp folder, packed model or checkpoint"),
+        ("train/utt2label", "not an exp folder, packed model or released checkpoint"),
+        ("wide", "train with the settings of that model"),
+    ],
+)
+def test_what_cannot_be_started_from(tmp_path, init, message):
+    for number, name in enumerate(("train", "valid")):
+        make_dump(tmp_path / name, 8, number, ("audio", "text"))
+    places = ["--train-dir", tmp_path / "train", "--valid-dir", tmp_path / "valid"]
+    if init == "wide":
+        done = call_here("train", *places, "--exp-dir", tmp_path / "wide", *SMALL, "--epochs", 1, "--dim", 24)
+        assert done.returncode == 0, done.stderr
+    done = call_here("train", *places, "--exp-dir", tmp_path / "exp", *SMALL, "--init", tmp_path / init)
+    assert done.returncode == 1 and message in done.stderr
