@@ -19,6 +19,7 @@ from sdumc.errors import EXIT_USAGE
 GROUPS: dict[str, dict[str, str]] = {
     "data (stage 1)": {
         "prepare_mosei": "CMU-MOSEI or CMU-MOSI from raw videos: data directories",
+        "import_table": "any corpus from a CSV or TSV file with a line a clip: data directories",
         "import_toolkit": "CMU-MOSEI or CMU-MOSI from a feature pickle of the MMSA toolkit: dump folders",
         "import_authors": "CMU-MOSEI from the features that the SDUMC authors share: dump folders",
         "audit_transcripts": "find clips whose transcript is not what is said in them",

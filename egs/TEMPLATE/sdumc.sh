@@ -247,8 +247,8 @@ make_text() {
     no_feature text_sim "" "the missing flow reads other text (missing-text: ${reads})"
   elif [[ -z ${encoder} || -z ${llm} ]]; then
     no_feature text_sim "" "needs --encoder and --llm"
-  elif [[ -z ${projector} && ! -f ${datadir}/${train_set}/text && ! -e ${speech_projector} ]]; then
-    no_feature text_sim "" "needs --projector: there are no transcripts in ${datadir}/${train_set} to train one"
+  elif [[ -z ${projector} && ! -f ${datadir}/${projector_set}/text && ! -e ${speech_projector} ]]; then
+    no_feature text_sim "" "needs --projector: there are no transcripts in ${datadir}/${projector_set} to train one"
   else
     simulates=true
     if [[ -z ${projector} ]]; then train_projector; fi
