@@ -73,7 +73,7 @@ def protocol_tables(runs: Sequence[Run], test_set: TestSet) -> list[ProtocolTabl
             places = [f"{condition}/{rate:.1f}" for rate in rates] or names
             lost = list(record["lost"][condition]) if rates else []
             titles = [f"{r:.1f} ({100 * x:.0f}%)" for r, x in zip(rates, lost, strict=True)]
-            titles = titles or [CONDITIONS[n].given for n in names]
+            titles = titles or [CONDITIONS[n].given.partition(":")[0] for n in names]
             found = {
                 title: np.stack([_predictions(folder / place, test_set) for folder in folders])
                 for title, place in zip(titles, places, strict=True)
