@@ -92,7 +92,7 @@ class MediaFile:
             self._descriptor = os.open(self.path, os.O_RDONLY)
             name = f"file:/dev/fd/{self._descriptor}"
         try:
-            self.container = av.open(name, options=open_options())
+            self.container = av.open(name, container_options=open_options())
         except (av.error.FFmpegError, OSError, ValueError) as e:
             self.close()
             raise UserError(
@@ -294,6 +294,7 @@ class Decoder:
         self.span, self.file, self.stream = span, file, stream
         self.end = -math.inf  # of the last packet, in seconds on FFmpeg's clock
         self.packets = self.bad = 0
+        self.whole = from_start  # behind a seek, the first packets may be parts
         self.clock = _Clock(span, file.tracks(), from_start)
         self.clock.wanted.add(stream.index)
 
@@ -339,8 +340,9 @@ class Decoder:
             except av.error.FFmpegError:
                 if pauses and packet.size and bytes(packet)[0] >> 3 & 15 in pauses:
                     continue
-                self.bad += packet.size > 0
+                self.bad += self.whole and packet.size > 0
                 continue
+            self.whole |= bool(decoded)
             yield from decoded
         self.check_complete()
 

@@ -54,16 +54,21 @@ def read_sound(span: MediaSpan | str | os.PathLike, rate: int = 16000) -> tuple[
         PastEnd: the span goes more than half a second past its end.
     """
     span = _as_span(span)
-    parts: list[np.ndarray] = []
+    samples, size = np.empty(1 << 20, np.float32), 0
     notes: list[str] = []
     for head, body in worker.ask(span, "sound", rate=rate):
         if head.get("again"):
-            parts.clear()
+            size = 0
         elif "notes" in head:
             notes = head["notes"]
         elif body:
-            parts.append(np.frombuffer(body, np.float32))
-    return parts[0] if len(parts) == 1 else np.concatenate(parts), notes
+            part = np.frombuffer(body, np.float32)
+            if size + len(part) > len(samples):  # grown in place: an hour would need twice its memory otherwise
+                samples.resize(max(2 * len(samples), size + len(part)), refcheck=False)
+            samples[size : size + len(part)] = part
+            size += len(part)
+    samples.resize(size, refcheck=False)
+    return samples, notes
 
 
 def read_audio(span: MediaSpan | str | os.PathLike, rate: int = 16000) -> np.ndarray:
