@@ -65,14 +65,15 @@ def quality_rows(names: Sequence[str], dump_root: Path) -> list[dict[str, str]]:
             for text in ("text_sim", "text_asr")
         )
         if simulated or recognised:
-            counts = simulated.get("counts", {})
+            shown = simulated or recognised  # where none is simulated, the missing flow may read recognised text
+            counts = shown.get("counts", {})
             rows.append(
                 {
                     "set": name,
-                    "utterances": str((simulated or recognised)["n"]),
+                    "utterances": str(shown["n"]),
                     "WER simulated": _per_cent(simulated.get("wer")),
                     **{status: str(counts.get(status, UNKNOWN)) for status in TEXT_STATUSES},
-                    "fell back": _fallbacks(simulated["fallbacks"]) if simulated else UNKNOWN,
+                    "fell back": _fallbacks(shown.get("fallbacks", {})),
                     "WER recogniser": _per_cent(recognised.get("wer")),
                 }
             )
