@@ -540,8 +540,11 @@ def test_error_streams_have_our_own_lines_only(exp, tmp_path, monkeypatch):
         f"INFO {tmp_path}/video.scp: 6 utterances, # frames, 24 dimensions, 0 absent",
         "INFO 6 utterances, # parameters, 2 steps",
         "INFO step 2 of 2: train loss #, # steps a second",
+        "INFO text of the missing flow: simulated text",
         "INFO # parameters; 6 train and 6 valid utterances",
-        "INFO labels from # (very negative) to # (very positive)",
+        "INFO labels from -# (very negative) to # (very positive)",
+        f"INFO complete and missing flows, of {', '.join(('audio', 'real text', 'simulated text', 'video'))}; "
+        + "the epoch is chosen under full and missing",
         "INFO 1 steps an epoch on 1 x cpu",
         "INFO epoch   1/1  loss #  valid MAE: full #  missing #  best  (# s)",
         "INFO done: epoch 1 is taken (mean MAE on valid #; best epoch 1: #) -> "
