@@ -36,8 +36,9 @@ def main(name: str) -> None:
     elif name == "train_projector":
         write(Path(option("output")) / "projector.safetensors")
     elif name == "train":
-        write(exp / "config.yaml", exp / "model.valid-best.safetensors", exp / "model.averaged.safetensors")
+        write(exp / "model.valid-best.safetensors", exp / "model.averaged.safetensors")
         write(exp / "checkpoint.pt", exp / "metrics.jsonl")
+        (exp / "config.yaml").write_text("audio-dim: 1\n")
     elif name == "decode" and "--protocol" in sys.argv:
         for protocol in sys.argv[sys.argv.index("--protocol") + 1 : sys.argv.index("--output-dir")]:
             write(Path(option("output-dir")) / protocol / "protocol.yaml")
