@@ -381,8 +381,8 @@ def finish(
     best, epoch = state.ranking[0]
     what, weights = f"epoch {epoch} is", exp_dir / VALID_BEST
     if len(epochs) > 1:
-        what = f"the average of epochs {', '.join(map(str, epochs))}, the best on valid, is"
-    log.info("done: %s taken (mean MAE on valid %.4f; best epoch %d: %.4f) -> %s", what, mae, epoch, best, weights)
+        what = f"the average of the best {len(epochs)} epochs on valid ({', '.join(map(str, epochs))}) is"
+    log.info("done: %s taken, mean MAE on valid %.4f (epoch %d alone: %.4f) -> %s", what, mae, epoch, best, weights)
     for doubt in doubts(epoch, state.epoch - 1, best, median_mae(train_set.labels.values(), valid_set.labels.values())):
         log.warning(doubt)
 

@@ -547,7 +547,7 @@ def test_error_streams_have_our_own_lines_only(exp, tmp_path, monkeypatch):
         + "the epoch is chosen under full and missing",
         "INFO 1 steps an epoch on 1 x cpu",
         "INFO epoch   1/1  loss #  valid MAE: full #  missing #  best  (# s)",
-        "INFO done: epoch 1 is taken (mean MAE on valid #; best epoch 1: #) -> "
+        "INFO done: epoch 1 is taken, mean MAE on valid # (epoch 1 alone: #) -> "
         f"{tmp_path}/exp/model.valid-best.safetensors",
         "WARNING the best epoch is the last one (1): still improving; train longer",
         f"INFO full: 6 utterances (audio, real text, video) -> {tmp_path}/out",
