@@ -13,8 +13,6 @@ from pathlib import Path
 
 from sdumc.cli import Parser, run
 from sdumc.conditions import CONDITIONS
-from sdumc.reporting.results import markdown_table
-from sdumc.reporting.scores import compare
 from sdumc.scoring.metrics import EVERY_MEASURE, LOWER_IS_BETTER
 
 
@@ -45,6 +43,9 @@ def get_parser() -> Parser:
 
 def make_table(args) -> str:
     """The comparison as Markdown."""
+    from sdumc.reporting.results import markdown_table
+    from sdumc.reporting.scores import compare
+
     rows, notes = compare(args.experiments, args.conditions, args.measure, args.test_set, Path(args.data_root))
     better = "lower" if args.measure in LOWER_IS_BETTER else "higher"
     text = (

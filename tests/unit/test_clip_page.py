@@ -187,7 +187,8 @@ def test_one_page_for_all_or_one_for_each(clip, tmp_path):
 
 def test_attention_is_not_in_the_json(clip):
     (first, *_) = scored(clip).as_dict()["utterances"]
-    assert set(first) == {"start", "end", "score", "transcript", "modalities", "text", "status"}
+    known = {"start", "end", "score", "transcript", "modalities", "text", "status", "log_probability", "unlikely"}
+    assert set(first) == known
 
 
 # ------------------------------------------------------------------------------------------------------ in a browser

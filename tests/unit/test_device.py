@@ -17,6 +17,7 @@ JOB = ["--data-dir", "data", "--dump-dir", "dump"]
 READER = ["--encoder", "models/encoder", "--projector", "exp/projector", "--llm", "models/llm"]
 ARGUMENTS = {
     "decode": ["--exp-dir", "exp/a", "--data-dir", "dump", "--output-dir", "out", "--condition", "full"],
+    "demo": ["--exp-dir", "exp/a", "--port", "0"],
     "extract_audio": [*JOB, "--model", "models/encoder"],
     "extract_text": [*JOB, *READER],
     "extract_video": [*JOB, "--model", "models/vision"],

@@ -546,7 +546,7 @@ def test_authors_label_file(tmp_path, released):
     np.savez(tmp_path / "l.npz", **corpora)
     with pytest.raises(UserError, match="'a_0': has no number 'val'"):
         authors.read_labels(tmp_path / "l.npz", None)
-    (tmp_path / "t.csv").write_text("name,chinese\n")
+    (tmp_path / "t.csv").write_text("name,chinese\na_0,x\n")
     with pytest.raises(UserError, match="english"):
         authors.read_transcripts(tmp_path / "t.csv")
 
