@@ -145,9 +145,21 @@ class Tab:
             f"(b => [b.left + b.width / 2, b.top + b.height / 2])"
             f"(document.querySelector({json.dumps(selector)}).getBoundingClientRect())"
         )
+        # A page that has just been loaded may not take part in dragging yet: again until it has seen the drop, and let
+        # it see one only.
+        self.js(
+            "if (!('drops' in window)) addEventListener('drop', e => { if (window.drops++) "
+            "{ e.preventDefault(); e.stopImmediatePropagation(); } }, true); window.drops = 0"
+        )
         data = {"items": [], "files": [str(f) for f in files], "dragOperationsMask": 1}
-        for kind in ("dragEnter", "dragOver", "drop"):
-            self("Input.dispatchDragEvent", type=kind, x=x, y=y, data=data)
+        for _ in range(100):
+            for kind in ("dragEnter", "dragOver", "drop"):
+                self("Input.dispatchDragEvent", type=kind, x=x, y=y, data=data)
+            for _ in range(30):
+                if self.js("window.drops"):
+                    return
+                time.sleep(0.1)
+        raise AssertionError(f"{selector} has seen no drop")
 
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self("Page.captureScreenshot", captureBeyondViewport=False)["data"]))

@@ -207,9 +207,7 @@ def test_the_missing_flow_learns_from_asr_text(data, tmp_path):
     assert "missing: 12 utterances (audio, simulated text, video)" in scored(
         simulated, tmp_path / "dump/test", conditions
     )
-    assert "missing: 12 utterances (audio, ASR text in the missing flow" in scored(
-        asr, tmp_path / "dump/test", conditions
-    )
+    assert "missing: 12 utterances (audio, ASR text, video)" in scored(asr, tmp_path / "dump/test", conditions)
     said = {c: yaml.safe_load((asr / "decode_test" / c / "condition.yaml").read_text()) for c in conditions}
     assert said["missing"] == {
         "condition": "missing",
