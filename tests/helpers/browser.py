@@ -49,6 +49,7 @@ class Tab:
             ["bash", "-c", f'exec 3<&{high[3]} 4>&{high[4]}; exec "$@"', "bash", *command],
             pass_fds=high.values(),
             stderr=subprocess.DEVNULL,
+            env={**os.environ, "LC_ALL": "C.UTF-8"},  # in the C locale a dropped file with an é in its name is no file
         )
         for fd in (*wanted.values(), *high.values()):
             os.close(fd)
@@ -117,7 +118,9 @@ class Tab:
         """The value of the expression as soon as it is true; the time is a guard against waiting for ever."""
         end = time.monotonic() + seconds
         while not (value := self.js(expression)):
-            assert time.monotonic() < end, f"not in {seconds} s: {expression}"
+            if time.monotonic() > end:
+                shown = self.js("document.body.innerText.slice(0, 1000)")
+                raise AssertionError(f"not in {seconds} s: {expression}; {self.problems}; the page shows: {shown}")
             time.sleep(0.05)
         return value
 
