@@ -322,6 +322,8 @@ def _info(info: Any) -> dict[str, Any]:
 
 def _answer(decoding: Any, answers: _Answers, request: dict[str, Any]) -> dict[str, Any]:
     """Do what is asked; gives the last answer."""
+    from sdumc.data import streams
+
     path, start, end, utterance = request["span"]
     span = MediaSpan(path, start, end, utterance)
     try:
@@ -340,17 +342,17 @@ def _answer(decoding: Any, answers: _Answers, request: dict[str, Any]) -> dict[s
     except PastEnd as e:
         return {"error": str(e), "past": e.end}
     except UserError as e:
-        decoding.forget()
+        streams.forget()
         return {"error": str(e)}
     except ConnectionError:
         raise
     except MemoryError:
-        decoding.forget()
+        streams.forget()
         return {"error": f"{span}: needs more than {MOST_MEMORY >> 30} GB of memory to decode; convert the file"}
     except Exception as e:  # whatever PyAV does with a damaged file
         import traceback
 
-        decoding.forget()
+        streams.forget()
         reason = f"{type(e).__name__}: {e}"
         text = f"{span}: cannot be decoded ({reason}); convert it, or copy or make it again if it is damaged"
         return {"error": text, "trace": traceback.format_exc()}
