@@ -33,7 +33,7 @@ def add_device_option(group: Any) -> None:
     )
 
 
-def pick_device(name: str = "auto", local_rank: int = 0, ranks: int = 1) -> torch.device:
+def pick_device(name: str = "auto", local_rank: int = 0, ranks: int = 1, own_gpu_only: bool = True) -> torch.device:
     """The device that ``name`` means on this machine.
 
     Args:
@@ -42,6 +42,7 @@ def pick_device(name: str = "auto", local_rank: int = 0, ranks: int = 1) -> torc
         local_rank: number of this process among the ranks on its machine. Where several GPUs are visible, rank r gets
             GPU r. Slurm with --gpus-per-task shows each rank only its own GPU, which is then number 0.
         ranks: how many ranks there are in all.
+        own_gpu_only: a rank that sees one GPU may be a task to which Slurm shows no other; False: it sees them all.
 
     Raises:
         UserError: the name is none of these, or the GPU that is asked for is not visible here.
@@ -66,8 +67,9 @@ def pick_device(name: str = "auto", local_rank: int = 0, ranks: int = 1) -> torc
         if number >= gpus:
             raise UserError(f"--device {name}: the {gpus} GPUs that are visible here have the numbers 0 to {gpus - 1}")
         return torch.device("cuda", number)
-    if gpus > 1 and local_rank >= gpus:
-        raise UserError(f"rank {local_rank} of this machine has no GPU: only {gpus} are visible; start fewer ranks")
+    if local_rank >= gpus and (gpus > 1 or not own_gpu_only):
+        seen = "only one is" if gpus == 1 else f"only {gpus} are"
+        raise UserError(f"rank {local_rank} of this machine has no GPU: {seen} visible; start fewer ranks")
     return torch.device("cuda", local_rank % gpus)
 
 

@@ -59,7 +59,8 @@ def join(device: str = "auto") -> Ranks:
             where they meet.
     """
     rank, size, local_rank = _environment() or (0, 1, 0)
-    where = pick_device(device, local_rank, size)
+    # torchrun and utils/ranks.py show each rank all GPUs of the machine, and say how many ranks it has.
+    where = pick_device(device, local_rank, size, own_gpu_only="LOCAL_WORLD_SIZE" not in os.environ)
     if where.type == "cuda":
         torch.cuda.set_device(where)
     if size > 1:

@@ -118,3 +118,10 @@ def test_what_a_rank_cannot_have(gpus, visible, name, local_rank, ranks, said):
     gpus(visible)
     with pytest.raises(UserError, match=said):
         pick_device(name, local_rank, ranks)
+
+
+def test_ranks_that_see_every_gpu_do_not_share_one(gpus):
+    gpus(1)
+    assert pick_device("cuda", 0, 2, own_gpu_only=False) == torch.device("cuda:0")
+    with pytest.raises(UserError, match="rank 1 of this machine has no GPU: only one is visible; start fewer ranks"):
+        pick_device("cuda", 1, 2, own_gpu_only=False)
