@@ -136,6 +136,21 @@ def at_least(low: float, kind: type = float, below: float | None = None) -> Call
     return parse
 
 
+def add_model_options(group: Any) -> None:
+    """``--exp-dir`` and ``--model-dir`` of the commands that score clips."""
+    group.add_argument(
+        "--exp-dir", required=True, metavar="PATH", help="folder that training wrote, or a model packed by sdumc pack"
+    )
+    group.add_argument("--model-dir", metavar="DIR", help="folder of the pretrained models, if they were moved")
+
+
+def add_checkpoint_option(group: Any) -> None:
+    """``--checkpoint``: which of the weights that training keeps."""
+    group.add_argument(
+        "--checkpoint", choices=("valid-best", "averaged"), default="valid-best", help="both were chosen on valid"
+    )
+
+
 def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
     """Call ``main()`` as a command: a :class:`UserError` becomes one line on stderr and exit code 1."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)

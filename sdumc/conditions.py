@@ -6,11 +6,15 @@ Shell scripts ask this module, ``python3 -m sdumc.conditions``, instead of keepi
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from sdumc.errors import EXIT_USAGE, UserError
+from sdumc.errors import UserError
+from sdumc.processes import answer_shell
+
+T = TypeVar("T")
 
 USAGE = """usage:
   python3 -m sdumc.conditions check "NAME ..."              exit code 2 for an unknown name, with a list of the known
@@ -166,30 +170,17 @@ PROTOCOL_RECORD = "protocol.yaml"  # written last into decode_<set>/protocols/<p
 PROTOCOL_CONDITIONS = ("full", "missing")  # what frames and modalities are taken from, as far as a set has them
 
 
-def known_conditions(names: Iterable[str]) -> list[Condition]:
-    """The conditions of these names.
+def known(names: Iterable[str], table: Mapping[str, T], kind: str) -> list[T]:
+    """The entries of :data:`CONDITIONS` or :data:`PROTOCOLS` with these names; ``kind`` says in one word what they are.
 
     Raises:
         UserError: a name is unknown; the known ones are listed.
     """
     names = list(names)
     for name in names:
-        if name not in CONDITIONS:
-            raise UserError(f"there is no condition {name!r}; the conditions are: {', '.join(CONDITIONS)}")
-    return [CONDITIONS[name] for name in names]
-
-
-def known_protocols(names: Iterable[str]) -> list[Protocol]:
-    """The protocols of these names.
-
-    Raises:
-        UserError: a name is unknown; the known ones are listed.
-    """
-    names = list(names)
-    for name in names:
-        if name not in PROTOCOLS:
-            raise UserError(f"there is no protocol {name!r}; the protocols are: {', '.join(PROTOCOLS)}")
-    return [PROTOCOLS[name] for name in names]
+        if name not in table:
+            raise UserError(f"there is no {kind} {name!r}; the {kind}s are: {', '.join(table)}")
+    return [table[name] for name in names]
 
 
 def by_condition(name: str) -> tuple[int, str]:
@@ -209,7 +200,7 @@ def possible_conditions(
     """
     scps = {f: dump_dir / f"{f}.scp" for f in FEATURES}
     features = [f for f, scp in scps.items() if scp.is_file() and scp.stat().st_size]
-    wanted = [condition_of(c.name, missing_text) for c in known_conditions(names)]
+    wanted = [condition_of(c.name, missing_text) for c in known(names, CONDITIONS, "condition")]
     if exp_dir is not None:
         from sdumc.files import read_yaml
 
@@ -219,25 +210,20 @@ def possible_conditions(
     return [c.name for c in wanted if c.is_possible(features)]
 
 
-def main(arguments: list[str]) -> int:
-    """Answer a shell script; see :data:`USAGE`."""
-    try:
-        match arguments:
-            case ["check", *words]:
-                known_conditions(" ".join(words).split())
-            case ["check-protocols", *words]:
-                known_protocols(" ".join(words).split())
-            case ["possible", dump_dir, words, *rest] if rest[2:] == [] and {*rest[:1]} <= {*MISSING_TEXTS}:
-                for name in possible_conditions(Path(dump_dir), words.split(), *rest):
-                    print(name)
-            case _:
-                print(USAGE, file=sys.stderr)
-                return EXIT_USAGE
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return EXIT_USAGE
-    return 0
+def answer(arguments: list[str]) -> bool:
+    """Answer a shell script: :func:`sdumc.processes.answer_shell`."""
+    match arguments:
+        case ["check", *words]:
+            known(" ".join(words).split(), CONDITIONS, "condition")
+        case ["check-protocols", *words]:
+            known(" ".join(words).split(), PROTOCOLS, "protocol")
+        case ["possible", dump_dir, words, *rest] if rest[2:] == [] and {*rest[:1]} <= {*MISSING_TEXTS}:
+            for name in possible_conditions(Path(dump_dir), words.split(), *rest):
+                print(name)
+        case _:
+            return False
+    return True
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(answer_shell(answer, USAGE))

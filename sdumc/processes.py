@@ -1,4 +1,7 @@
-"""Signals that ask a process to stop, and how a process ends: with its exit code, or together with its parent."""
+"""This process: the versions it runs with, signals that ask it to stop, and how it ends.
+
+It ends with its exit code, or together with its parent.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,14 @@ import contextlib
 import ctypes
 import logging
 import os
+import platform
 import signal
 import sys
+from collections.abc import Callable, Mapping
 from typing import NoReturn
+
+from sdumc import __version__
+from sdumc.errors import EXIT_USAGE, UserError
 
 _PR_SET_PDEATHSIG = 1
 
@@ -58,3 +66,47 @@ class StopSignal:
 
     def _raise(self, number: int, frame) -> None:
         self.raised = True
+
+
+def answer_shell(answer: Callable[[list[str]], bool], usage: str) -> int:
+    """Let ``answer`` print what a shell script asks for on the command line; returns the exit code.
+
+    ``answer`` returns False if it does not understand the words of the command line.
+    """
+    try:
+        if answer(sys.argv[1:]):
+            return 0
+        print(usage, file=sys.stderr)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+    return EXIT_USAGE
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of sdumc, torch, transformers and Python; a package that is not installed is left out."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {"sdumc": __version__}
+    for package in ("torch", "transformers"):
+        try:
+            versions[package] = version(package)  # read from its metadata: importing it would take seconds
+        except PackageNotFoundError:
+            continue
+    return {**versions, "python": platform.python_version()}
+
+
+def different_major(a: Mapping[str, str], b: Mapping[str, str]) -> str | None:
+    """The first package of which ``a`` and ``b`` name versions with different first numbers, in words, or None."""
+    for package in a:
+        if package in b and a[package].split(".")[0] != b[package].split(".")[0]:
+            return f"{package} {a[package]} and {b[package]}"
+    return None
+
+
+def all_versions(a: Mapping[str, str], b: Mapping[str, str]) -> dict[str, str]:
+    """Both lists as one; where they differ, both versions with a comma: ``5.23.0, 5.24.0``."""
+    both = dict(a)
+    for package, new in b.items():
+        known = both.get(package, "").split(", ") if package in both else []
+        both[package] = ", ".join([*known, *(v for v in new.split(", ") if v not in known)])
+    return both

@@ -19,8 +19,9 @@ from typing import Any
 
 import yaml
 
-from sdumc.errors import EXIT_USAGE, UserError
+from sdumc.errors import UserError
 from sdumc.files import read_yaml, write_text
+from sdumc.processes import answer_shell
 
 SCALE = "scale.yaml"
 SCHEMES = ("cmu", "sims", "nearest", "none")
@@ -308,25 +309,20 @@ def ask_for_scale(labels: Iterable[float]) -> str | None:
     return None
 
 
-def main(arguments: list[str]) -> int:
-    """Answer a shell script; see :data:`USAGE`."""
-    try:
-        match arguments:
-            case ["check", text]:
-                parse_scale(text)
-            case ["write", text, *folders]:
-                scale = parse_scale(text)
-                for folder in folders:
-                    if Path(folder).is_dir():
-                        scale.write(folder)
-            case _:
-                print(USAGE, file=sys.stderr)
-                return EXIT_USAGE
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return EXIT_USAGE
-    return 0
+def answer(arguments: list[str]) -> bool:
+    """Answer a shell script: :func:`sdumc.processes.answer_shell`."""
+    match arguments:
+        case ["check", text]:
+            parse_scale(text)
+        case ["write", text, *folders]:
+            scale = parse_scale(text)
+            for folder in folders:
+                if Path(folder).is_dir():
+                    scale.write(folder)
+        case _:
+            return False
+    return True
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(answer_shell(answer, USAGE))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdumc.cli import Parser, at_least, log, run, setup_logging
+from sdumc.cli import Parser, add_checkpoint_option, at_least, log, run, setup_logging
 from sdumc.conditions import CONDITIONS, MISSING_TEXTS, PROTOCOLS, SIMULATED, in_words
 from sdumc.device import add_device_option, pick_device
 from sdumc.errors import UserError
@@ -52,9 +52,7 @@ def get_parser() -> Parser:
         "attention.npz (of the worst and some other utterances); with several conditions, DIR/<condition>/ does; of "
         "several models, predictions.tsv and condition.yaml only",
     )
-    g.add_argument(
-        "--checkpoint", choices=("valid-best", "averaged"), default="valid-best", help="both were chosen on valid"
-    )
+    add_checkpoint_option(g)
     g = parser.add_argument_group("running")
     add_device_option(g)
     g.add_argument(

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from sdumc.cli import Parser, at_least, run, setup_logging
+from sdumc.cli import Parser, add_model_options, at_least, run, setup_logging
 from sdumc.device import add_device_option
 from sdumc.errors import UserError
 
@@ -19,13 +19,7 @@ def get_parser() -> Parser:
         "network. Needs the extra `demo`: tools/setup_env.sh --extras demo, or pip install starlette uvicorn."
     )
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--exp-dir",
-        required=True,
-        metavar="PATH",
-        help="folder that training wrote, or a model packed by sdumc pack",
-    )
-    group.add_argument("--model-dir", metavar="DIR", help="folder of the pretrained models, if they were moved")
+    add_model_options(group)
     group = parser.add_argument_group("server")
     group.add_argument("--port", type=at_least(0, int), default=8765, metavar="N", help="0: any that is free")
     group.add_argument("--max-megabytes", type=at_least(0), default=200.0, metavar="N", help="largest clip")

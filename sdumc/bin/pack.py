@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdumc.cli import Parser, log, run, setup_logging
+from sdumc.cli import Parser, add_checkpoint_option, log, run, setup_logging
 from sdumc.errors import UserError
 
 
@@ -19,9 +19,7 @@ def get_parser() -> Parser:
     group.add_argument(
         "--output", required=True, metavar="PATH", help="folder to make, or archive: a name in .tar, .tar.gz or .tgz"
     )
-    group.add_argument(
-        "--checkpoint", choices=("valid-best", "averaged"), default="valid-best", help="both were chosen on valid"
-    )
+    add_checkpoint_option(group)
     group = parser.add_argument_group("pretrained models")
     group.add_argument(
         "--no-backbones",

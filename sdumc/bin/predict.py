@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdumc.cli import Parser, run, setup_logging
+from sdumc.cli import Parser, add_checkpoint_option, add_model_options, run, setup_logging
 from sdumc.device import add_device_option
 from sdumc.errors import EXIT_USER_ERROR, UserError
 from sdumc.scale import CMU
@@ -29,16 +29,8 @@ def get_parser() -> Parser:
         "by duration. When a file fails, the others are still scored, and the exit code is 1."
     )
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--exp-dir",
-        required=True,
-        metavar="PATH",
-        help="folder that training wrote, or a model packed by sdumc pack",
-    )
-    group.add_argument(
-        "--checkpoint", choices=("valid-best", "averaged"), default="valid-best", help="both were chosen on valid"
-    )
-    group.add_argument("--model-dir", metavar="DIR", help="folder of the pretrained models, if they were moved")
+    add_model_options(group)
+    add_checkpoint_option(group)
     group = parser.add_argument_group("files")
     group.add_argument("files", nargs="*", metavar="FILE", help="video or audio files, or folders of them")
     group.add_argument("--list", metavar="FILE", help="a text file with one such name per line")

@@ -23,7 +23,7 @@ from sdumc.data.ark import all_finite, matrix_bytes
 from sdumc.data.tables import check_id, write_table
 from sdumc.errors import UserError
 from sdumc.files import disk_full, read_json, settings_hash, write_json, write_text
-from sdumc.versions import all_versions, different_major
+from sdumc.processes import all_versions, different_major
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from sdumc.pretrained.llm import SpeechLLM
 from sdumc.pretrained.prompts import prompt_text
 from sdumc.pretrained.speech_encoder import SpeechEncoder
 from sdumc.pretrained.speech_reader import SpeechReader, check_projector_prompt, projector_file
-from sdumc.versions import installed_versions
+from sdumc.processes import installed_versions
 
 
 def load_job(args: argparse.Namespace) -> tuple[KaldiDir, list[str]]:

@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from helpers.small_mini import make_small_mini
+from helpers.recipes import make_small_mini
 
 # Small steps, saved often: there is much to be caught in the middle of.
 SETTINGS = {

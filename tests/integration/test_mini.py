@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
-from helpers.small_mini import make_small_mini
+from helpers.recipes import call_recipe, make_small_mini
 
 from sdumc import Scorer
 from sdumc.data.dump import load_dump
@@ -25,16 +23,7 @@ def recipe(tmp_path_factory) -> Path:
 
 
 def call(recipe: Path, *words: object) -> str:
-    done = subprocess.run(
-        ["./run.sh", "--ngpu", "0", "--nproc", "2", *map(str, words)],
-        cwd=recipe,
-        env=dict(os.environ, OMP_NUM_THREADS="1"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    return call_recipe(recipe, "--ngpu", 0, "--nproc", 2, *words)
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,13 +11,13 @@ import torch
 from helpers import mosei_miniature as mini
 from helpers import tiny_models
 from helpers.plain_network import released_weights
+from helpers.recipes import call_recipe, copy_recipes
 
 from sdumc.corpora.audit import leave_out
 from sdumc.data.dump import load_dump
 from sdumc.data.tables import read_table
 from sdumc.pretrained.speech_reader import Projector
 
-ROOT = Path(__file__).resolve().parents[2]
 CONF = {
     "projector": "steps: 2\nbatch-size: 2\nhidden: 16\nk: 5\nwarmup-steps: 1\ndtype: fp32\n",
     "asr": "language: en\nmax-new-tokens: 6\n",
@@ -45,32 +43,12 @@ def models(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def recipe(tmp_path) -> Path:
-    """egs/mosei in a repository of its own: what it writes does not come into this one."""
-    folder = tmp_path / "egs" / "mosei"
-    shutil.copytree(ROOT / "egs" / "mosei", folder, symlinks=True, ignore=shutil.ignore_patterns("data", "dump", "exp"))
-    shutil.rmtree(folder / ".done", ignore_errors=True)
-    for name in ("sdumc", "utils"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "egs" / "TEMPLATE").symlink_to(ROOT / "egs" / "TEMPLATE")
-    (tmp_path / "tools").mkdir()
-    for name in ("venv", "import_checkpoint.py"):
-        if (ROOT / "tools" / name).exists():
-            (tmp_path / "tools" / name).symlink_to(ROOT / "tools" / name)
-    (tmp_path / "tools" / "setup_env.sh").write_text("#!/bin/sh\nexit 0\n")
-    (tmp_path / "tools" / "setup_env.sh").chmod(0o755)
+    """egs/mosei in a repository of its own."""
+    folder = copy_recipes(tmp_path, "mosei")
     (folder / "tiny").mkdir()
     for name, text in CONF.items():
         (folder / "tiny" / f"{name}.yaml").write_text(text)
     return folder
-
-
-def call(recipe: Path, *words: object, script: str = "./run.sh", code: int = 0) -> str:
-    env = dict(os.environ, OMP_NUM_THREADS="1")
-    done = subprocess.run(
-        [script, *map(str, words)], cwd=recipe, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert done.returncode == code, done.stdout
-    return done.stdout
 
 
 def small(models: Path | None = None) -> list[object]:
@@ -97,7 +75,7 @@ def scores(folder: Path) -> dict[str, dict]:
 def test_raw(recipe, models, tmp_path):
     corpus = mini.make_raw(tmp_path / "corpus", "csd")
     words = ["--corpus-dir", corpus, "--folds", corpus / "cmu_mosei_std_folds.py", *small(models)]
-    output = call(recipe, *words, "--stop-stage", 1)
+    output = call_recipe(recipe, *words, "--stop-stage", 1)
     assert "train  2 (2249)  7 (16326)   1" in output
     assert "gone1234567-0" in (recipe / "data/train/dropped.tsv").read_text()
     # Two more sets: one without a single face, and one without a film: absent in all of it, and the stages go on.
@@ -106,7 +84,7 @@ def test_raw(recipe, models, tmp_path):
         leave_out(recipe / "data/test", recipe / "data" / name, gone)
     (recipe / "data/filmless/video.scp").unlink()
     words_2 = [*words, "--test-sets", "test faceless filmless", "--stage", 2]
-    call(recipe, *words_2)
+    call_recipe(recipe, *words_2)
     test = load_dump(recipe / "dump/test")
     assert set(test.features) == {"audio", "text", "text_sim", "text_asr", "video"}
     assert set(test.features["video"].absent) == {f"{mini.FACELESS}-0", f"{mini.FACELESS}-1"}
@@ -119,20 +97,20 @@ def test_raw(recipe, models, tmp_path):
         assert len(video.absent) == 2 and len(video.entries) == count - 2 and video.dim == 24
 
     audit = ["--sets", "train", "--leave-out", "--max-wer", "0.1", "--min-overlap", "0.2", "--min-words", "2"]
-    output = call(recipe, *audit, script="local/audit_transcripts.sh")
+    output = call_recipe(recipe, *audit, script="local/audit_transcripts.sh")
     assert "of 7 clips are suspicious" in output
     clean = load_dump(recipe / "dump/train_clean")
     left_out = (recipe / "data/train_clean/dropped.tsv").read_text().splitlines()
     assert len(clean.utterances) + len(left_out) == 7 and left_out
     for again in ([*words, "--stop-stage", 1], words_2):
-        output = call(recipe, *again)
+        output = call_recipe(recipe, *again)
         assert "nothing to do" in output, output
 
 
 @pytest.mark.slow
 def test_toolkit(recipe, tmp_path):
     pickle = mini.make_pickle(tmp_path / "unaligned_50.pkl")
-    output = call(recipe, "--source", "toolkit", "--pickle", pickle, *small())
+    output = call_recipe(recipe, "--source", "toolkit", "--pickle", pickle, *small())
     assert "SHA-256" in output and "audio: 3 values of 1 utterances were not finite, set to 0" in output
     assert "keep   audio (imported)" in output and "none   text_sim: needs --encoder and --llm" in output
     found = scores(recipe / "exp/toolkit/train_seed1/decode_test")
@@ -150,10 +128,10 @@ def test_toolkit_with_media(recipe, models, tmp_path):
     corpus = mini.make_raw(tmp_path / "corpus", segmented=True)
     pickle = mini.make_pickle(tmp_path / "aligned_50.pkl", aligned=True)
     words = ["--source", "toolkit", "--pickle", pickle]
-    call(recipe, *words, *small(), "--stop-stage", 1)  # before the media were there: the pickle's own text, too
+    call_recipe(recipe, *words, *small(), "--stop-stage", 1)  # before the media were there: the pickle's own text, too
     assert load_dump(recipe / "dump/toolkit/train").features["text"].dim == 768
     words += ["--corpus-dir", corpus, *small(models), "--projector", models / "model.pt"]
-    output = call(recipe, *words)
+    output = call_recipe(recipe, *words)
     assert "keep   audio train (imported)" in output and "keep   video train (imported)" in output
     train = load_dump(recipe / "dump/toolkit/train")
     dims = {name: feature.dim for name, feature in train.features.items()}
@@ -161,7 +139,7 @@ def test_toolkit_with_media(recipe, models, tmp_path):
     found = scores(recipe / "exp/toolkit/train_seed1/decode_test")
     assert set(found) == {"full", "missing", "asr", "none"} and found["missing"]["mae"] != found["none"]["mae"]
     assert "missing: simulated text" in (recipe / "RESULTS.toolkit.md").read_text()
-    output = call(recipe, *words)
+    output = call_recipe(recipe, *words)
     assert "nothing to do" in output, output
 
 
@@ -169,20 +147,20 @@ def test_toolkit_with_media(recipe, models, tmp_path):
 def test_authors(recipe, tmp_path):
     corpus = mini.make_authors(tmp_path / "authors")
     words = ["--source", "authors", "--features-dir", corpus / "features", "--labels", corpus / "label_official.npz"]
-    output = call(recipe, *words, "--transcripts", corpus / "transcription.csv", *small())
+    output = call_recipe(recipe, *words, "--transcripts", corpus / "transcription.csv", *small())
     assert "keep   text_sim (imported)" in output
     found = scores(recipe / "exp/authors/train_seed1/decode_test")
     assert set(found) == {"full", "missing", "none"} and found["missing"]["mae"] != found["none"]["mae"]
     weights = {f"model.{name}": value for name, value in released_weights().items()}
     torch.save({"state_dict": weights, "epoch": 3}, tmp_path / "released.pt")
-    output = call(recipe, "--checkpoint", tmp_path / "released.pt", script="local/decode_released.sh")
+    output = call_recipe(recipe, "--checkpoint", tmp_path / "released.pt", script="local/decode_released.sh")
     assert "0.5060" in output
     found = scores(recipe / "exp/authors/released_none_false/decode_test_batch1")
     assert set(found) == {"full", "missing"} and found["full"]["n"] == 4
 
 
 def test_stage_0_says_what_is_missing(recipe, models, tmp_path):
-    output = call(recipe, *small(models), "--stop-stage", 0, code=1)
+    output = call_recipe(recipe, *small(models), "--stop-stage", 0, code=1)
     assert "needs --corpus-dir" in output and "Traceback" not in output
     corpus = mini.make_raw(tmp_path / "corpus")
     damaged = Path(shutil.copytree(models, tmp_path / "damaged"))
@@ -192,18 +170,18 @@ def test_stage_0_says_what_is_missing(recipe, models, tmp_path):
     weights = damaged / "encoder/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     words = ["--corpus-dir", corpus, "--folds", corpus / "folds", "--stop-stage", 0]
-    output = call(recipe, *words, *small(damaged), code=1)
+    output = call_recipe(recipe, *words, *small(damaged), code=1)
     assert "error: --encoder" in output and "incomplete model, cut short: model.safetensors" in output
     assert "error: --llm" in output and "neither model.safetensors nor pytorch_model.bin" in output
     assert "error: --asr-model" in output and "there is no preprocessor_config.json" in output
     assert "error: --vision-model" not in output and "fetch_models.sh" in output and "Traceback" not in output
-    call(recipe, *words, *small(models))
+    call_recipe(recipe, *words, *small(models))
 
 
 def test_too_much_left_out_fails_stage_1_and_says_where_it_went(recipe, tmp_path):
     corpus = mini.make_raw(tmp_path / "corpus")
     words = ["--corpus-dir", corpus, "--folds", corpus / "folds", *small()[:-16], "--max-drop", 0.01]
-    output = call(recipe, *words, "--stage", 1, "--stop-stage", 1, code=1)
+    output = call_recipe(recipe, *words, "--stage", 1, "--stop-stage", 1, code=1)
     assert "1 of 8 labelled utterances (12.5%)" in output and "train  2 (2249)  7 (16326)" in output
     assert not (recipe / "data/train/wav.scp").exists()
     assert "gone1234567-0\tdata\tno media file" in (recipe / "data/train/dropped.tsv").read_text()

@@ -78,7 +78,7 @@ def test_a_feature_that_all_utterances_lack_is_not_there(tmp_path):
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
     with pytest.raises(UserError, match=r"no condition 'fulll'; the conditions are: full, missing, asr, none, audio,"):
-        c.known_conditions(["none", "fulll"])
+        c.known(["none", "fulll"], c.CONDITIONS, "condition")
 
 
 def ask(*words: str) -> tuple[int, str, str]:
@@ -122,11 +122,10 @@ def test_the_stage_script_uses_these_names():
     assert len(lists) >= 2 and all(set(names.split(",")) == set(c.FEATURES) for names in lists)
 
 
-def test_protocols_are_checked_for_the_stage_script(capsys):
-    assert c.main(["check-protocols", "patterns frames modalities"]) == 0
-    assert c.main(["check-protocols", ""]) == 0
-    assert c.main(["check-protocols", "frame"]) == 2
-    assert "there is no protocol 'frame'; the protocols are: patterns, frames, modalities" in capsys.readouterr().err
+def test_protocols_are_checked_for_the_stage_script():
+    assert c.answer(["check-protocols", "patterns frames modalities"]) and c.answer(["check-protocols", ""])
+    with pytest.raises(UserError, match="no protocol 'frame'; the protocols are: patterns, frames, modalities"):
+        c.answer(["check-protocols", "frame"])
     # The seven patterns are the seven sets of modalities.
     assert {frozenset(c.CONDITIONS[p].features) for p in c.PATTERNS} == {
         frozenset(x.features) for x in c.CONDITIONS.values() if set(x.features) <= set(c.MODALITIES)

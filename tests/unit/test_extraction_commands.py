@@ -22,7 +22,7 @@ from sdumc.extraction import loop
 from sdumc.extraction.loop import make_batches
 from sdumc.extraction.simulation import Search, simulate
 from sdumc.pretrained.speech_reader import Projector, SpeechReader, save_projector
-from sdumc.versions import installed_versions
+from sdumc.processes import installed_versions
 
 
 @pytest.fixture(scope="module", autouse=True)

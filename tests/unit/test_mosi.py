@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 from helpers import mosei_miniature as mini
+from helpers.recipes import call_recipe, copy_recipes
 
 from sdumc.bin import prepare_mosei
 from sdumc.corpora import labels, raw, transcripts
 from sdumc.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def make_mosi(folder: Path) -> Path:
@@ -96,38 +94,15 @@ def test_transcripts_without_times(tmp_path):
 
 @pytest.fixture
 def recipe(tmp_path) -> Path:
-    """egs/mosi and egs/mosei in a repository of their own."""
-    (tmp_path / "egs").mkdir()
-    for name in ("mosei", "mosi"):
-        ignored = shutil.ignore_patterns("data", "dump", "exp", ".done")
-        shutil.copytree(ROOT / "egs" / name, tmp_path / "egs" / name, symlinks=True, ignore=ignored)
-    for name in ("sdumc", "utils", "egs/TEMPLATE"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "tools").mkdir()
-    if (ROOT / "tools/venv").exists():
-        (tmp_path / "tools/venv").symlink_to(ROOT / "tools/venv")
-    (tmp_path / "tools/setup_env.sh").write_text("#!/bin/sh\nexit 0\n")
-    (tmp_path / "tools/setup_env.sh").chmod(0o755)
-    return tmp_path / "egs/mosi"
-
-
-def call(recipe: Path, *words: object) -> str:
-    done = subprocess.run(
-        ["./run.sh", *map(str, words), "--ngpu", "0"],
-        cwd=recipe,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    return copy_recipes(tmp_path, "mosei", "mosi")
 
 
 def test_raw_first_stages(recipe, tmp_path):
     corpus = make_mosi(tmp_path / "corpus")
     words = ["--corpus-dir", corpus, "--folds", corpus / "folds", "--max-drop", 0.3]
-    output = call(recipe, *words, "--encoder=", "--llm=", "--asr-model=", "--vision-model=", "--stop-stage", 1)
+    output = call_recipe(
+        recipe, *words, "--ngpu", 0, "--encoder=", "--llm=", "--asr-model=", "--vision-model=", "--stop-stage", 1
+    )
     assert "2 (52)  7 (1284)" in output and f"no media file (such as {mini.LOST}-0;" in output
     assert (recipe / "data/test/segments").exists()
     assert not (recipe.parent / "mosei/data").exists()
@@ -139,7 +114,7 @@ def test_toolkit(recipe, tmp_path):
     pickle = mini.make_pickle(tmp_path / "unaligned_50.pkl")
     (recipe / "small.yaml").write_text("base: conf/train.yaml\nepochs: 2\ndim: 16\ncontent-dim: 8\nbatch-size: 4\n")
     words = ["--source", "toolkit", "--pickle", pickle, "--nproc", 1, "--train-config", "small.yaml"]
-    output = call(recipe, *words)
+    output = call_recipe(recipe, *words, "--ngpu", 0)
     assert "3 (52)  8 (1284)" in output and "2 (31)  4 (686)" in output
     assert "SHA-256" in output and "not that of CMU-MOSI's unaligned_50.pkl as published" in output
     assert "not finite, set to 0" in output

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from sdumc.bin import simulate_text, train_projector
 from sdumc.errors import EXIT_REQUEUE, UserError
 from sdumc.pretrained.speech_reader import projector_data
+from sdumc.processes import installed_versions
 from sdumc.training import experiment
 from sdumc.training import projector as training
 from sdumc.training.experiment import hold_folder
-from sdumc.versions import installed_versions
 
 FILES = {"projector.safetensors", "config.yaml", "train.log", "train_utterances"}
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from helpers.recipes import call_recipe, copy_recipes
 from helpers.shared import FOLDER
 
 from sdumc.bin import import_table
@@ -18,8 +17,6 @@ from sdumc.data.kaldi_dir import load_kaldi_dir
 from sdumc.data.tables import read_dropped, read_table
 from sdumc.errors import UserError
 from sdumc.scale import SIMS, scale_of
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def sound(path: Path) -> Path:
@@ -204,27 +201,9 @@ def test_real_words():
 
 @pytest.mark.slow
 def test_the_recipe_of_sims(tmp_path):
-    (tmp_path / "egs").mkdir()
-    for name in ("mosei", "sims"):
-        ignored = shutil.ignore_patterns("data", "dump", "exp", ".done")
-        shutil.copytree(ROOT / "egs" / name, tmp_path / "egs" / name, symlinks=True, ignore=ignored)
-    for name in ("sdumc", "utils", "egs/TEMPLATE"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "tools").mkdir()
-    if (ROOT / "tools/venv").exists():
-        (tmp_path / "tools/venv").symlink_to(ROOT / "tools/venv")
-    (tmp_path / "tools/setup_env.sh").write_text("#!/bin/sh\nexit 0\n")
-    (tmp_path / "tools/setup_env.sh").chmod(0o755)
+    recipe = copy_recipes(tmp_path, "mosei", "sims")
     table = make_sims(tmp_path / "corpus", "as handed on")
-    no_models = ["--encoder=", "--llm=", "--asr-model=", "--vision-model=", "--stop-stage", "1", "--ngpu", "0"]
-    done = subprocess.run(
-        ["./run.sh", "--table", str(table), *no_models],
-        cwd=tmp_path / "egs/sims",
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout
-    assert "1 (-)   2 (1368)" in done.stdout
-    assert scale_of(tmp_path / "egs/sims/data/table/train") == SIMS
+    no_models = ["--encoder=", "--llm=", "--asr-model=", "--vision-model=", "--stop-stage", 1, "--ngpu", 0]
+    output = call_recipe(recipe, "--table", table, *no_models)
+    assert "1 (-)   2 (1368)" in output
+    assert scale_of(recipe / "data/table/train") == SIMS
