@@ -11,7 +11,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "egs/mini/local"))  # for the helpers that also run as scripts, without pytest's settings
-ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+PATHS = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+ENV = {**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 SECONDS = (0.7, 1.3, 0.9, 1.1, 0.6, 1.0)
 SMALL = ["--dim", "16", "--content-dim", "8", "--batch-size", "3", "--lr", "2e-2", "--epochs", "15"]
 SMALL += ["--warmup-epochs", "0", "--dropout", "0", "--attention-dropout", "0", "--modality-dropout", "0"]

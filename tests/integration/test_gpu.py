@@ -15,7 +15,7 @@ from helpers import tiny_models
 from helpers.commands import call_here
 from helpers.dumps import make_dump
 from helpers.stopping import at_step
-from helpers.tiny_recipe import ROOT, make_recipe
+from helpers.tiny_recipe import make_recipe
 from safetensors.torch import load_file
 
 from sdumc.bin import (
@@ -37,7 +37,7 @@ from sdumc.prediction.scorer import Scorer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible here")
 
-ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}  # conftest.py has put this repository on PYTHONPATH
 SMALL = ["--dim", "16", "--content-dim", "8", "--batch-size", "8", "--lr", "1e-3", "--epochs", "4", "--save-every", "2"]
 PLAIN = ["--dropout", "0", "--attention-dropout", "0", "--modality-dropout", "0"]
 GUARD = 600  # seconds: more than any command here needs

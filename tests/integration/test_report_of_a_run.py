@@ -18,7 +18,7 @@ from sdumc.bin import decode, report, score
 from sdumc.scoring.attention_file import read_attention
 
 ROOT = Path(__file__).resolve().parents[2]
-ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 SMALL = ["--dim", "16", "--content-dim", "8", "--batch-size", "8", "--epochs", "12", "--save-every", "2"]
 
 

@@ -19,7 +19,7 @@ from helpers.stopping import at_step
 from sdumc.data.loader import UtteranceDataset, collate
 
 ROOT = Path(__file__).resolve().parents[2]
-ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 SMALL = ["--dim", "16", "--content-dim", "8", "--batch-size", "8", "--lr", "1e-3", "--epochs", "4", "--save-every", "2"]
 GUARD = 900  # seconds: more than any command here needs on a busy machine
 

@@ -14,7 +14,7 @@ import pytest
 from sdumc.__main__ import COMMANDS, module_of, overview
 
 ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {**os.environ}
 
 
 def call(*words: str, **environment: str) -> subprocess.CompletedProcess:

@@ -116,7 +116,7 @@ def declared(script: Path) -> set[str]:
 def options_of(script: Path) -> frozenset[str]:
     """The long options that a script takes."""
     if script.suffix == ".py":
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ}
         done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         found = set(re.findall(r"--[a-z][a-z-]*", done.stdout))
