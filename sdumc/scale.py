@@ -24,6 +24,7 @@ from sdumc.files import read_yaml, write_text
 from sdumc.processes import answer_shell
 
 SCALE = "scale.yaml"
+MAPPED = "labels-mapped-from"  # key of condition.yaml
 SCHEMES = ("cmu", "sims", "nearest", "none")
 _KEYS = ("low", "high", "classes", "words")
 _MOST_CLASSES = 20
@@ -231,6 +232,17 @@ def from_dict(content: Mapping[str, Any], where: object) -> LabelScale:
 
 def _default_scheme(low: float, high: float, words: bool) -> str:
     return "nearest" if words else "cmu" if (low, high) == (-3.0, 3.0) else "none"
+
+
+def mapped_from(models: Iterable[str | os.PathLike], scale: LabelScale) -> str:
+    """``1 to 5``: the scales of models, by folder, whose predictions are mapped to another one; empty if none is."""
+    theirs = [scale_of(model) for model in models]
+    return " and ".join(sorted({s.ends for s in theirs if (s.low, s.high) != (scale.low, scale.high)}))
+
+
+def mapping_in_words(theirs: str, scale: LabelScale) -> str:
+    """What is said of :func:`mapped_from` in logs, tables and reports."""
+    return f"the model was trained on labels from {theirs}; its predictions are mapped linearly to {scale.ends}"
 
 
 def declared_scale(folder: str | os.PathLike) -> LabelScale | None:

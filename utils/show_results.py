@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sdumc.conditions import by_condition
 from sdumc.errors import EXIT_USER_ERROR, UserError
 from sdumc.files import read_json
-from sdumc.scale import CMU, from_dict
+from sdumc.scale import CMU, from_dict, mapping_in_words
 
 LEFT_OUT = ("ccc", "acc5", "acc3", "f1_has0", "f1_non0")  # on CMU's scale, so that a line fits the screen
 
@@ -38,7 +38,10 @@ def table(decoded: Path) -> str:
         widths = [max(7, len(name) + 1) for name in names]
         if not lines:
             header = "".join(f" {name:>{width}}" for name, width in zip(names, widths, strict=True))
-            lines = [f"{decoded}  (labels from {scale.ends})", f"  {'condition':<12}{header} {'n':>5}"]
+            about = f"labels from {scale.ends}"
+            if mapped := score.get("mapped_from"):
+                about += f"; {mapping_in_words(mapped, scale)}"
+            lines = [f"{decoded}  ({about})", f"  {'condition':<12}{header} {'n':>5}"]
         row = "".join(f" {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
         lines.append(f"  {path.parent.name:<12}{row} {n:>5}")
     return "\n".join(lines or [str(decoded), "  nothing is scored"])

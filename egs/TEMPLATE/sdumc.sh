@@ -20,6 +20,8 @@ nj=4             #: parallel jobs over a set in stages 2 and 3
 cmd_backend=     #: local or slurm; empty: as in cmd.sh
 #: Sets and folders
 train_set=train  #: set to train on
+more_train_dirs= #: dump folders to train on as well, with spaces, such as ../mosei/dump/train
+train_weights=   #: a weight for the train set and each of these: how often their utterances are drawn; empty: all alike
 valid_set=valid  #: set that chooses the model
 test_sets="test" #: sets to score, with spaces
 projector_set=   #: set with transcripts to train the projector on; empty: the train set, whose simulated text is then too good
@@ -44,7 +46,7 @@ video_config=conf/video.yaml            #: video features
 train_config=conf/train.yaml            #: training
 missing_text=    #: what the missing flow reads: simulated, asr or none; empty: as in the training's settings file
 #: Experiment
-exp_tag=         #: name of the experiment; empty: training's settings file [_missing_asr]
+exp_tag=         #: name of the experiment; empty: training's settings file [_missing_asr] [_joint]
 seeds=1          #: seeds to train, with spaces; each is an experiment of its own
 conditions="full missing asr none"  #: conditions to decode, with spaces
 protocols=       #: also score incomplete data by: patterns frames modalities
@@ -82,7 +84,10 @@ check_options() {
   if [[ -z ${exp_tag} ]]; then
     exp_tag=$(basename "${train_config:-train}" .yaml)
     if [[ ${missing_text} =~ ^(asr|none)$ ]]; then exp_tag+=_missing_${missing_text}; fi
+    if [[ -n ${more_train_dirs// /} ]]; then exp_tag+=_joint; fi
   fi
+  [[ -z ${train_weights// /} || $(wc -w <<<${train_weights}) -eq $(wc -w <<<"train ${more_train_dirs}") ]] ||
+    die "--train-weights '${train_weights}': give one for the train set and one for each of --more-train-dirs"
   # These become parts of paths, patterns and lists.
   [[ -n ${projector_set} ]] || projector_set=${train_set}
   for name in train_set valid_set projector_set exp_tag; do
@@ -386,7 +391,7 @@ extract_video() {
 exp_of() { echo "${expdir}/${exp_tag}_seed$1"; } # SEED
 
 train_all_seeds() {
-  local seed set name exp ranks=${ngpu} launcher runner inputs=() optional=() missing=() missing_feature
+  local seed folder name exp ranks=${ngpu} launcher runner inputs=() optional=() missing=() weights=() missing_feature
   if ((ngpu == 0)); then ranks=${nproc}; fi
   launcher=(${cuda_cmd} --num-nodes "${num_nodes}" --tasks-per-node "${ranks}")
   if ((ngpu > 0)); then launcher+=(--gpu "${ngpu}"); fi
@@ -398,11 +403,12 @@ train_all_seeds() {
     *) missing_feature= ;;
   esac
   declare_scale # of features from elsewhere
-  for set in "${train_set}" "${valid_set}"; do
-    optional+=("${dumpdir}/${set}/scale.yaml")
-    inputs+=("${dumpdir}/${set}/utt2label")
+  if [[ -n ${train_weights// /} ]]; then weights=(--train-weights ${train_weights}); fi
+  for folder in "${dumpdir}/${train_set}" "${dumpdir}/${valid_set}" ${more_train_dirs}; do
+    optional+=("${folder}/scale.yaml")
+    inputs+=("${folder}/utt2label")
     for name in audio text ${missing_feature} video; do
-      optional+=("${dumpdir}/${set}/${name}".{scp,frames,absent})
+      optional+=("${folder}/${name}".{scp,frames,absent})
     done
   done
   for seed in ${seeds}; do
@@ -419,7 +425,7 @@ train_all_seeds() {
       --outputs "${exp}"/{config.yaml,model.valid-best.safetensors,model.averaged.safetensors} \
       --stale "${exp}/checkpoint*" "${exp}/model.*" "${exp}/metrics.jsonl" --ignore device \
       -- "${runner[@]}" -- sdumc.bin.train "${config[@]}" "${missing[@]}" \
-      --train-dir "${dumpdir}/${train_set}" --valid-dir "${dumpdir}/${valid_set}" --exp-dir "${exp}" --seed "${seed}" \
+      --train-dir "${dumpdir}/${train_set}" ${more_train_dirs} "${weights[@]}" --valid-dir "${dumpdir}/${valid_set}" --exp-dir "${exp}" --seed "${seed}" \
       --device "${device}"
   done
 }

@@ -68,11 +68,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not (args.condition or args.protocol):
         raise UserError("give --condition, or --protocol; --help lists both")
     from sdumc.data.dump import load_dump
+    from sdumc.scale import mapped_from, mapping_in_words, scale_of
     from sdumc.scoring.decoding import inputs_for, load_for
     from sdumc.training.experiment import load_model
 
     device = pick_device(args.device)
     models = {exp: load_model(Path(exp), args.checkpoint).to(device) for exp in args.exp_dir}
+    scale = scale_of(args.data_dir)
+    if theirs := mapped_from(models, scale):
+        log.info("%s", mapping_in_words(theirs, scale))
     if args.protocol:
         decode_protocols(models, load_dump(args.data_dir), args)
         return
@@ -144,6 +148,7 @@ def decode_condition(
     Raises:
         UserError: the models read different features.
     """
+    from sdumc.scale import mapped_from
     from sdumc.scoring.attention import attend, worth_keeping
     from sdumc.scoring.attention_file import write_attention
     from sdumc.scoring.decoding import (
@@ -164,7 +169,8 @@ def decode_condition(
     for model in models.values():
         device = next(model.parameters()).device
         found.append(decode(model, dump, condition, device, batch_size=batch_size, num_workers=num_workers))
-    write_condition(condition, model.config.missing_text, found[0].features, folder)
+    mapped = mapped_from(models, dump.scale)
+    write_condition(condition, model.config.missing_text, found[0].features, folder, mapped)
     if len(found) == 1:
         write_attention(attend(model, dump, condition, worth_keeping(found[0]), device), folder)
         write_decoded(found[0], folder)

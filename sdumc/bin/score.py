@@ -50,8 +50,8 @@ def get_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     from sdumc.data.tables import read_table
-    from sdumc.files import write_json
-    from sdumc.scale import parse_scale, scale_of
+    from sdumc.files import read_yaml, write_json
+    from sdumc.scale import MAPPED, parse_scale, scale_of
     from sdumc.scoring.intervals import clusters_of, score_with_intervals
     from sdumc.scoring.metrics import read_predictions
 
@@ -62,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     clusters = clusters_of(table.ids, speakers, args.utt2spk)
     scale = parse_scale(args.label_scale) if args.label_scale else scale_of(Path(args.predictions).parent)
     measures = score_with_intervals(table.predictions, table.labels, clusters, args.rounding, scale)
+    condition = Path(args.predictions).parent / "condition.yaml"
+    if condition.is_file() and (mapped := read_yaml(condition).get(MAPPED)):
+        measures["mapped_from"] = str(mapped)
     write_json(args.output, measures)
     print(summary(measures, scale))
 
@@ -100,9 +103,14 @@ def summary(measures: dict, scale: LabelScale) -> str:
         value, interval = measures[key], measures["intervals"][key]
         limits = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
         shown.append(f"{key} -" if value != value else f"{key} {value:.4f}{limits}")
+    from sdumc.scale import mapping_in_words
+
     method = measures["interval_method"]
     made = f"labels from {scale.ends}; 95% intervals: bootstrap over {method['clusters']} {method['resampled']}"
-    return "\n".join(["  ".join(shown), "; ".join([made, *method["notes"]])])
+    notes = list(method["notes"])
+    if mapped := measures.get("mapped_from"):
+        notes.append(mapping_in_words(mapped, scale))
+    return "\n".join(["  ".join(shown), "; ".join([made, *notes])])
 
 
 if __name__ == "__main__":

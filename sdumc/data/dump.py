@@ -39,7 +39,11 @@ class Feature:
 
 @dataclass
 class Dump:
-    """A loaded dump folder. ``labels``, on its ``scale``, and ``utt2spk`` are empty when their files are absent."""
+    """A loaded dump folder. ``labels``, on its ``scale``, and ``utt2spk`` are empty when their files are absent.
+
+    Of several folders joined to one, ``sizes`` are their numbers of utterances, which follow each other, and ``origin``
+    has each utterance's folder and its name there.
+    """
 
     path: Path
     utterances: list[str]
@@ -47,6 +51,12 @@ class Dump:
     features: dict[str, Feature]
     utt2spk: dict[str, str] = field(default_factory=dict)
     scale: LabelScale = CMU
+    sizes: list[int] = field(default_factory=list)
+    origin: dict[str, tuple[Path, str]] = field(default_factory=dict)
+
+    def place(self, utt: str) -> tuple[Path, str]:
+        """The folder that an utterance is from, and its name there."""
+        return self.origin.get(utt, (self.path, utt))
 
 
 def load_dump(

@@ -113,7 +113,8 @@ class UtteranceDataset:
         feature = self.dump.features[name]
         if utt not in feature.entries:
             return None
-        where = f"{self.dump.path / f'{name}.scp'}: utterance {utt!r}"
+        folder, own_name = self.dump.place(utt)
+        where = f"{folder / f'{name}.scp'}: utterance {own_name!r}"
         try:
             matrix = load_matrix(feature.entries[utt])
         except UserError as e:
@@ -125,7 +126,7 @@ class UtteranceDataset:
             )
         if matrix.shape[0] != feature.frames[utt]:
             raise UserError(
-                f"{where}: {matrix.shape[0]} frames, but {self.dump.path / f'{name}.frames'} states "
+                f"{where}: {matrix.shape[0]} frames, but {folder / f'{name}.frames'} states "
                 f"{feature.frames[utt]}; make the feature again"
             )
         if not all_finite(matrix):

@@ -31,9 +31,12 @@ class GlobalBatchSampler:
         world_size: number of ranks.
         rank: this rank.
         min_batches: an epoch has as many passes as it takes to have so many batches.
+        parts: sizes of consecutive parts of the set, and the share of each, above 0 and at most 1, that a pass draws;
+            empty: all of it. Other passes draw others, so that all come in turn.
 
     Attributes:
         passes: how often an epoch goes over the set.
+        draws: utterances of an epoch, in all passes.
         start_batch: the first batch of the next iteration, to continue in the middle of an epoch. Set it before
             iterating; it applies to one iteration and is then 0 again.
 
@@ -51,6 +54,7 @@ class GlobalBatchSampler:
         world_size: int = 1,
         rank: int = 0,
         min_batches: int = 1,
+        parts: Sequence[tuple[int, float]] = (),
     ):
         if batch_size < 1 or (batch_frames is not None and batch_frames < 1):
             raise ValueError(f"batch_size {batch_size} and batch_frames {batch_frames} must be at least 1")
@@ -60,8 +64,12 @@ class GlobalBatchSampler:
         self.seed, self.shuffle, self.world_size, self.rank = seed, shuffle, world_size, rank
         self.epoch = 0
         self.start_batch = 0
+        self._parts = [(size, max(1, round(size * share))) for size, share in parts or [(len(frames), 1.0)] if size]
+        if sum(size for size, _ in self._parts) != len(frames) or any(size < count for size, count in self._parts):
+            raise ValueError(f"parts {parts} must add up to the {len(frames)} utterances, with shares of 1 at most")
         self._cuts = _cut(self._longest_at_each_place(), batch_size, batch_frames)
         self.passes = max(1, -(-min_batches // max(1, len(self._cuts) - 1)))
+        self.draws = self._cuts[-1] * self.passes
         self._batches: list[list[int]] | None = None
 
     def _longest_at_each_place(self) -> np.ndarray:
@@ -69,9 +77,14 @@ class GlobalBatchSampler:
 
         The i-th largest jittered length is at most (1 + j) times the i-th largest length, and the true length of that
         utterance at most 1 / (1 - j) times its jittered one. Batches that are cut by these bounds are within the frame
-        budget in every epoch, and their number is the same in all.
+        budget in every epoch, and their number is the same in all. Of a part of which a pass draws a share, the longest
+        are taken.
         """
-        falling = np.sort(self.frames)[::-1].astype(np.float64)
+        longest, start = [np.zeros(0, dtype=np.int64)], 0
+        for size, count in self._parts:
+            longest.append(np.sort(self.frames[start : start + size])[::-1][:count])
+            start += size
+        falling = np.sort(np.concatenate(longest))[::-1].astype(np.float64)
         if not self.shuffle or not len(falling):
             return falling
         return np.minimum(falling * (1 + _JITTER) / (1 - _JITTER), falling[0])
@@ -87,15 +100,33 @@ class GlobalBatchSampler:
             self._batches = [batch for k in range(self.passes) for batch in self._pass(k)]
         return self._batches
 
+    def _drawn(self, number: int) -> np.ndarray:
+        """The indices that one pass of this epoch draws, in rising order.
+
+        Of a part's share, consecutive passes take consecutive pieces of a random order, so that every utterance comes
+        before one comes again (but for what is left at the end of an order). Nothing but the number of the pass and the
+        seed decides.
+        """
+        turn, start, found = self.epoch * self.passes + number, 0, [np.zeros(0, dtype=np.int64)]
+        for i, (size, count) in enumerate(self._parts):
+            pieces = size // count
+            rng = np.random.default_rng([self.seed, len(self._parts), i, turn // pieces])
+            piece = turn % pieces * count
+            chosen = np.arange(size) if count == size else np.sort(rng.permutation(size)[piece : piece + count])
+            found.append(start + chosen)
+            start += size
+        return np.concatenate(found)
+
     def _pass(self, number: int) -> list[list[int]]:
         """The batches of one pass of this epoch over the set."""
-        keys = self.frames.astype(np.float64)
+        drawn = self._drawn(number)
+        keys = self.frames[drawn].astype(np.float64)
         rng = np.random.default_rng([self.seed, self.epoch, number] if number else [self.seed, self.epoch])
         ties = np.arange(len(keys))
         if self.shuffle:
             keys = keys * rng.uniform(1 - _JITTER, 1 + _JITTER, len(keys))
             ties = rng.permutation(len(keys))
-        order = np.lexsort((ties, -keys))
+        order = drawn[np.lexsort((ties, -keys))]
         batches = [order[a:b].tolist() for a, b in zip(self._cuts, self._cuts[1:], strict=False)]
         return [batches[i] for i in rng.permutation(len(batches))] if self.shuffle else batches
 

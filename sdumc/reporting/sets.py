@@ -32,6 +32,7 @@ from sdumc.files import read_json, read_yaml
 from sdumc.scale import CMU, LabelScale, from_dict
 from sdumc.scoring.attention_file import read_attention
 from sdumc.scoring.metrics import Predictions, read_predictions, score
+from sdumc.training.settings import read_train_sets
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class Run:
     history: list[dict]  # one entry an epoch, as in metrics.jsonl
     parameters: int | None  # numbers in the saved model; None where it was removed
     chosen: list[int] = field(default_factory=list)  # epochs whose average the model is; of older runs not recorded
+    train_sets: list[dict] = field(default_factory=list)  # where it learned from several folders: what it says of each
 
     @property
     def seed(self) -> str:
@@ -56,6 +58,16 @@ class Run:
     def missing_text(self) -> str:
         """What the missing flow reads: one of :data:`sdumc.conditions.MISSING_TEXTS`."""
         return str(self.config.get("missing-text", SIMULATED))
+
+    def folder(self, key: str) -> Path:
+        """The folder of the setting ``key``; of several to learn from, the first."""
+        value = self.config[key]
+        return Path(str(value[0] if isinstance(value, list) else value))
+
+    def is_of(self, key: str, folder: Path) -> bool:
+        """Whether ``folder`` may be what the setting ``key`` names; no, if that is another folder that is there."""
+        recorded = self.folder(key)
+        return not recorded.is_dir() or not folder.is_dir() or recorded.samefile(folder)
 
     @property
     def best_epoch(self) -> int:
@@ -89,7 +101,7 @@ def collect_runs(exp_dirs: Sequence[str | Path]) -> list[Run]:
             if key not in config:
                 raise UserError(f"{path}/config.yaml: has no {key}; is {path} a folder that training (stage 4) wrote?")
         chosen = read_yaml(path / "chosen.yaml")["epochs"] if (path / "chosen.yaml").is_file() else []
-        run = Run(path, config, history, count_parameters(path), chosen)
+        run = Run(path, config, history, count_parameters(path), chosen, read_train_sets(path))
         for other in runs:
             if other.seed == run.seed:
                 raise UserError(
@@ -110,7 +122,7 @@ def used_set(runs: Sequence[Run], key: str, given: str | None) -> str:
     Raises:
         UserError: it is not the one given, or the runs do not agree.
     """
-    recorded = {Path(str(run.config[key])).name: run for run in runs}
+    recorded = {run.folder(key).name: run for run in runs}
     if len(recorded) > 1:
         raise UserError(
             f"--exp-dirs: the runs differ in {key}: {', '.join(f'{r.path} has {n}' for n, r in recorded.items())}; "
@@ -264,6 +276,12 @@ class TestSet:
         return next(iter(self.conditions.values())).scores[0].get("scale", CMU)
 
     @property
+    def mapped_from(self) -> str:
+        """The scales of models that were trained on another one; empty where all were trained on this one's."""
+        found = {score.get("mapped_from") for c in self.conditions.values() for score in c.scores}
+        return " and ".join(sorted(filter(None, found)))
+
+    @property
     def shown(self) -> dict[str, ConditionResults]:
         """The conditions that figures show: the main ones, or all when none of those was decoded."""
         main = {name: c for name, c in self.conditions.items() if name in MAIN_CONDITIONS}
@@ -366,7 +384,7 @@ def read_score(folder: Path, table: Predictions) -> dict:
             key: math.nan if content[key] is None else float(content[key]) for key in scale.measures
         }
         measures |= {"n": int(content["n"]), "rounding": content["rounding"], "notes": content["notes"]}
-        measures["scale"] = scale
+        measures |= {"scale": scale, "mapped_from": str(content.get("mapped_from", ""))}
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{path}: not a score file; {advice}") from None
     if measures["n"] != now["n"] or abs(measures["mae"] - now["mae"]) > 1e-6:

@@ -24,7 +24,9 @@ from sdumc.reporting.baselines import fit_ridges
 from sdumc.reporting.protocols import ProtocolTable, protocol_tables
 from sdumc.reporting.scores import SetSummary, summarise_set
 from sdumc.reporting.sets import Run, TestSet
+from sdumc.scale import mapping_in_words
 from sdumc.scoring.metrics import doubts, median_mae
+from sdumc.training.settings import shares_in_words
 
 UNKNOWN = "–"
 
@@ -194,12 +196,17 @@ def summarise(
     ridges, notes = fit_ridges(dumps, train_set, valid_set, dump_root, runs[0].missing_text)
     sets = [summarise_set(s, runs, ridges, dumps.get(train_set)) for s in test_sets]
     for part in sets:
+        if theirs := part.test_set.mapped_from:
+            said = mapping_in_words(theirs, part.test_set.scale)
+            part.notes.insert(0, f"{said[0].upper()}{said[1:]}.")
         if part.test_set.name in (train_set, valid_set):
             use = "trained on" if part.test_set.name == train_set else "used to choose the epoch and the penalties"
             part.notes.insert(0, f"This set was {use}: its scores say little about other data.")
     if not any(run.parameters for run in runs):
         notes.append("No saved model in the experiment folders: the number of parameters is unknown.")
-    notes += doubts_of(runs, dumps.get(train_set), dumps.get(valid_set))
+    notes += learned_from(runs, dump_root, train_set)
+    ours = all(run.is_of("train-dir", dump_root / train_set) for run in runs)  # else the median is of other labels
+    notes += doubts_of(runs, dumps.get(train_set) if ours else None, dumps.get(valid_set))
     shared, own = settings(runs)
     quality = quality_rows(names, dump_root)
     if not quality:
@@ -219,6 +226,18 @@ def summarise(
         notes=notes,
         protocols={s.name: protocol_tables(runs, s) for s in test_sets},
     )
+
+
+def learned_from(runs: Sequence[Run], dump_root: Path, train_set: str) -> list[str]:
+    """What is to be said where runs learned from several folders, or from another one than the report's."""
+    notes, here = [], dump_root / train_set
+    if sets := runs[0].train_sets:
+        notes += [f"The runs {line}." for line in shares_in_words(sets)]
+    if not all(run.is_of("train-dir", here) for run in runs):
+        notes.append(f"The runs were trained on {runs[0].folder('train-dir')}, not on {here}.")
+    if notes:
+        notes.append(f"Ridge regression and the median are of {here} alone.")
+    return notes
 
 
 def doubts_of(runs: list[Run], train: Dump | None, valid: Dump | None) -> list[str]:

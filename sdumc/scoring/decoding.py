@@ -17,7 +17,7 @@ from sdumc.data.sampler import GlobalBatchSampler
 from sdumc.errors import UserError
 from sdumc.files import atomic_write, write_text
 from sdumc.model.network import SDUMC
-from sdumc.scale import CMU, LabelScale
+from sdumc.scale import CMU, MAPPED, LabelScale
 from sdumc.scoring.metrics import HEADER
 
 # Frames in a batch at most. Decoding keeps no gradients, so this is more than in training: some 200 MB of features.
@@ -149,8 +149,11 @@ def decode(
     )
 
 
-def write_condition(condition: str, missing_text: str, features: Sequence[str], output_dir: Path) -> None:
-    """Write condition.yaml: the condition, its flow, and the dump features that the model read."""
+def write_condition(
+    condition: str, missing_text: str, features: Sequence[str], output_dir: Path, mapped: str = ""
+) -> None:
+    """Write condition.yaml: the condition, its flow, the dump features that the model read, and the scale of its train
+    set where predictions are ``mapped`` from that one."""
     known = condition_of(condition, missing_text)
     text = next((f for f in features if f in TEXTS), None)
     content = {
@@ -159,6 +162,8 @@ def write_condition(condition: str, missing_text: str, features: Sequence[str], 
         "features": list(features),
         "text": TEXTS[text] if text else "none",
     }
+    if mapped:
+        content[MAPPED] = mapped
     write_text(output_dir / "condition.yaml", yaml.safe_dump(content, sort_keys=False))
 
 

@@ -5,6 +5,7 @@ The projector: transcripts, and frames of the speech encoder.
 from __future__ import annotations
 
 import logging
+import math
 import random
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -22,9 +23,10 @@ from sdumc.conditions import (
     TEXT_OF_FLOW,
     TEXTS,
     VALID_CONDITIONS,
+    in_words,
     modality,
 )
-from sdumc.data.dump import Dump, load_dump
+from sdumc.data.dump import Dump, Feature, load_dump
 from sdumc.data.kaldi_dir import KaldiDir
 from sdumc.data.loader import UtteranceDataset
 from sdumc.errors import UserError
@@ -47,9 +49,12 @@ def load_sets(settings: Namespace) -> tuple[Dump, Dump]:
     names, missing_text = [*MODALITIES], None
     if settings.flows == "both" and (missing_text := MISSING_TEXTS[settings.missing_text]):
         names.append(missing_text)
-    train = load_dump(settings.train_dir, names, require=("utt2label",))
+    train_weights(settings)  # refuses wrong ones before anything is read
+    parts = [load_dump(folder, names, require=("utt2label",)) for folder in settings.train_dir]
     valid = load_dump(settings.valid_dir, names, require=("utt2label",))
-    check_scales(train, valid)
+    check_scales(parts, valid)
+    own = {name for name, feature in parts[0].features.items() if feature.entries}  # of the first folder
+    train = parts[0] if len(parts) == 1 else join_dumps(parts)
     # A model cannot learn to read what no train utterance has: it is made without.
     train.features = {name: feature for name, feature in train.features.items() if feature.entries}
     if not train.features:
@@ -60,6 +65,9 @@ def load_sets(settings: Namespace) -> tuple[Dump, Dump]:
         if name not in valid.features:
             if name == "text" and settings.flows != "complete" and len(train.features) > 1:
                 continue  # the epoch is chosen without real text
+            if name not in own:
+                log.info("%s has no %s: the epoch is chosen without", valid.path, name)
+                continue
             raise UserError(f"{valid.path}/{name}.scp: missing, but {train.path} has it; run stage 3 for both")
         dim = valid.features[name].dim
         if dim != feature.dim and valid.features[name].entries:
@@ -77,11 +85,98 @@ def load_sets(settings: Namespace) -> tuple[Dump, Dump]:
             f"{train.path}/{missing_text}.scp: missing, but --missing-text asr needs it; run stages 2 and 3 with a "
             "recogniser and an LLM"
         )
+    if (flows := flows_of(settings, train)) and not valid_conditions(flows, valid):
+        raise UserError(
+            f"{valid.path}: has nothing of what is trained ({in_words(train.features)}) to choose an epoch by"
+        )
     if text and text.absent:
         log.info("%d of %d train utterances have no real text", len(text.absent), len(train.utterances))
-    if flows_of(settings, train) != (COMPLETE,):
+    if flows != (COMPLETE,):
         log.info("text of the missing flow: %s", TEXTS[missing_text] if missing_text and other else "none")
     return train, valid
+
+
+def join_dumps(parts: Sequence[Dump]) -> Dump:
+    """Several dump folders as one set, with labels on the first one's scale.
+
+    Corpora may share names of utterances, so these get the folder's number before them. A feature that a folder does
+    not have is absent in its utterances.
+
+    Raises:
+        UserError: a feature has different dimensions in two folders.
+    """
+    first = parts[0]
+    joined = Dump(first.path, [], {}, {}, scale=first.scale, sizes=[len(part.utterances) for part in parts])
+    new_name = [{utt: f"{i}:{utt}" for utt in part.utterances} for i, part in enumerate(parts, start=1)]
+    for part, names in zip(parts, new_name, strict=True):
+        joined.utterances += names.values()
+        joined.origin |= {name: (part.path, utt) for utt, name in names.items()}
+        ends = (part.scale.low, part.scale.high)
+        same = ends == (first.scale.low, first.scale.high)
+        if not same:
+            log.info("%s: labels from %s are mapped linearly to %s", part.path, part.scale.ends, first.scale.ends)
+        for utt, label in part.labels.items():
+            joined.labels[names[utt]] = label if same else first.scale.from_network(part.scale.to_network(label))
+    for feature in dict.fromkeys(name for part in parts for name in part.features):
+        having = [part for part in parts if feature in part.features and part.features[feature].entries]
+        if having:
+            joined.features[feature] = _join_feature(feature, parts, having, new_name)
+    return joined
+
+
+def _join_feature(
+    name: str, parts: Sequence[Dump], having: Sequence[Dump], new_name: Sequence[Mapping[str, str]]
+) -> Feature:
+    """One feature of several folders, of which those in ``having`` have it."""
+    first = having[0].features[name]
+    result = Feature(name, first.dim, meta=first.meta)
+    for part, names in zip(parts, new_name, strict=True):
+        if part not in having:
+            log.info("%s: has no %s", part.path, name)
+            result.absent |= dict.fromkeys(names.values(), f"no {name} in {part.path}")
+            continue
+        found = part.features[name]
+        if found.dim != first.dim:
+            raise UserError(
+                f"{part.path}/{name}.scp: dimension {found.dim}, but {first.dim} in {having[0].path}/{name}.scp; make "
+                "the feature with the same model for both, or leave one folder out of --train-dir"
+            )
+        for key in ("model_hash", "layers", "layer", "pooling"):
+            a, b = first.meta.get(key), found.meta.get(key)
+            if a is not None and b is not None and a != b:
+                log.warning("%s: %s of %s is %s, but %s in %s", part.path, key, name, b, a, having[0].path)
+        result.entries |= {names[utt]: place for utt, place in found.entries.items()}
+        result.frames |= {names[utt]: count for utt, count in found.frames.items()}
+        result.absent |= {names[utt]: reason for utt, reason in found.absent.items()}
+    return result
+
+
+def train_weights(settings: Namespace) -> list[float]:
+    """The weight of each folder to learn from.
+
+    Raises:
+        UserError: there are not as many weights as folders, or one is 0 or infinite.
+    """
+    folders = settings.train_dir
+    weights: list[float] = settings.train_weights or [1.0] * len(folders)
+    if len(weights) != len(folders):
+        raise UserError(f"--train-weights: {len(weights)} for {len(folders)} --train-dir; give one for each")
+    if not all(0 < weight < math.inf for weight in weights):
+        raise UserError("--train-weights must be finite and above 0; leave out a --train-dir that is not to count")
+    return weights
+
+
+def train_shares(settings: Namespace, train: Dump) -> list[dict[str, Any]]:
+    """Of each folder to learn from: its path, weight, number of utterances, and the share that a pass draws of them.
+
+    The folder of the largest weight is drawn whole.
+    """
+    weights = train_weights(settings)
+    sizes = train.sizes or [len(train.utterances)]
+    return [
+        {"folder": str(folder), "weight": weight, "utterances": size, "share": weight / max(weights)}
+        for folder, weight, size in zip(settings.train_dir, weights, sizes, strict=True)
+    ]
 
 
 def flows_of(settings: Namespace, train: Dump) -> tuple[str, ...]:
@@ -95,9 +190,10 @@ def flows_of(settings: Namespace, train: Dump) -> tuple[str, ...]:
 
 
 def valid_conditions(flows: Sequence[str], valid: Dump) -> list[str]:
-    """The conditions that choose the epoch: one for each flow, as far as the valid set has its text."""
-    has_text = "text" in valid.features and bool(valid.features["text"].entries)
-    return [VALID_CONDITIONS[flow] for flow in flows if flow != COMPLETE or has_text]
+    """The conditions that choose the epoch: one for each flow, as far as the valid set has what it reads."""
+    has = {name for name, feature in valid.features.items() if feature.entries}
+    able = {COMPLETE: "text" in has, MISSING: bool(has - {"text"})}
+    return [VALID_CONDITIONS[flow] for flow in flows if able[flow]]
 
 
 def as_inputs(by_feature: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -106,14 +202,18 @@ def as_inputs(by_feature: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name if name in MODALITIES else TEXT_OF_FLOW[MISSING]: x for name, x in by_feature.items()}
 
 
-def check_scales(train: Dump, valid: Dump) -> None:
+def check_scales(parts: Sequence[Dump], valid: Dump) -> None:
     """Refuse labels that look like class numbers and are not declared to be sentiment, and two scales in one corpus.
+
+    Of several folders to learn from, the first is of the corpus that the valid set is of.
 
     Raises:
         UserError: naming the folder, and what to declare.
     """
-    if declared_scale(train.path) is None and (question := looks_like_classes(train.labels.values())):
-        raise UserError(f"{train.path}/utt2label: {question}")
+    for part in parts:
+        if declared_scale(part.path) is None and (question := looks_like_classes(part.labels.values())):
+            raise UserError(f"{part.path}/utt2label: {question}")
+    train = parts[0]
     if train.scale != valid.scale:
         raise UserError(
             f"{valid.path}/{SCALE}: labels from {valid.scale.ends} ({valid.scale.scheme}), but {train.path} has "

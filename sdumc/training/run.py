@@ -55,6 +55,7 @@ from sdumc.training.data import (
     drop_modalities,
     load_sets,
     set_normalisation,
+    train_shares,
     valid_conditions,
     with_dimensions,
 )
@@ -67,7 +68,9 @@ from sdumc.training.settings import (
     learning_rate,
     model_config,
     objective_weights,
+    shares_in_words,
     write_config,
+    write_train_sets,
 )
 
 log = logging.getLogger("sdumc")
@@ -104,7 +107,7 @@ def train(settings: Namespace, stop: StopSignal) -> int:
     described = {**as_dict(settings), "train_labels": settings_hash(train_set.labels)}
     resumed = resume(state, exp_dir, described, ranks)
     if not resumed:
-        report_beginning(model, train_set, valid_set, flows, sampler, ranks)
+        report_beginning(model, settings, train_set, valid_set, flows, sampler, ranks)
     board = open_records(exp_dir, settings, train_set, state, resumed) if ranks.is_main else None
 
     # --- train --------------------------------------------------------------------------------------------------------
@@ -122,7 +125,7 @@ def train(settings: Namespace, stop: StopSignal) -> int:
                 network, batch, len(utterances), flows, train_set.scale, settings, ranks
             )
             terms = sdumc_objective(outputs.get(COMPLETE), outputs.get(MISSING), labels, has_text, weights)
-            check_finite(terms, state, [train_set.utterances[i] for i in utterances])
+            check_finite(terms, state, train_set, utterances)
             stopped = update(terms["loss"], model, optimiser, settings.clip_grad, stop.raised, ranks)
             state.finish_step(terms, len(utterances))
             if stopped:
@@ -132,8 +135,7 @@ def train(settings: Namespace, stop: StopSignal) -> int:
 
         if not stopped:
             scores = evaluate(model, valid_set, valid_conditions(flows, valid_set), ranks)
-            seen = len(train_set.utterances) * sampler.passes
-            record = epoch_record(state, scores, learning_rate(settings, state.epoch), seen)
+            record = epoch_record(state, scores, learning_rate(settings, state.epoch), sampler.draws)
             state.finish_epoch(record, settings.average_best)
             if board is not None:
                 if record["epoch"] in state.best_epochs:
@@ -179,6 +181,7 @@ def open_batches(train_set: Dump, settings: Namespace, ranks: Ranks) -> tuple[Gl
         world_size=ranks.size,
         rank=ranks.rank,
         min_batches=settings.min_epoch_steps,
+        parts=[(part["utterances"], part["share"]) for part in train_shares(settings, train_set)],
     )
     return sampler, BatchLoader(dataset, sampler, settings.num_workers, pin_memory=ranks.device.type == "cuda")
 
@@ -253,7 +256,7 @@ def own_outputs(
     return {f: outputs[f].loss_inputs() for f in flows}, has_text
 
 
-def check_finite(terms: Mapping[str, Tensor], state: TrainingState, utterances: Sequence[str]) -> None:
+def check_finite(terms: Mapping[str, Tensor], state: TrainingState, train_set: Dump, batch: Sequence[int]) -> None:
     """Stop the run before a loss that is NaN or infinite reaches the weights.
 
     Raises:
@@ -261,6 +264,8 @@ def check_finite(terms: Mapping[str, Tensor], state: TrainingState, utterances: 
     """
     if bool(torch.isfinite(terms["loss"])):
         return
+    places = [train_set.place(train_set.utterances[i]) for i in batch]
+    utterances = [str(folder / utt) if train_set.origin else utt for folder, utt in places]
     values = ", ".join(f"{name} {float(value.detach()):.4g}" for name, value in terms.items())
     raise UserError(
         f"epoch {state.epoch}, step {state.step + 1}: the loss is not finite ({values}). Utterances of the batch: "
@@ -302,6 +307,7 @@ def open_records(
     """Write what describes the run, and open TensorBoard's file; points of epochs that are done again are removed."""
     write_config(exp_dir, settings)
     write_extractors(exp_dir, train_set)
+    write_train_sets(exp_dir, train_shares(settings, train_set))
     train_set.scale.write(exp_dir)
     keep_best(exp_dir, state.best_epochs)
     return SummaryWriter(str(exp_dir / "tensorboard"), purge_step=state.epoch if resumed else None)
@@ -331,6 +337,7 @@ def mean_mae(scores: Mapping[str, Mapping[str, float]]) -> float:
 
 def report_beginning(
     model: SDUMC,
+    settings: Namespace,
     train_set: Dump,
     valid_set: Dump,
     flows: Sequence[str],
@@ -340,6 +347,9 @@ def report_beginning(
     """Log what a run is about."""
     size, counts = sum(p.numel() for p in model.parameters()), [len(s.utterances) for s in (train_set, valid_set)]
     log.info("%d parameters; %d train and %d valid utterances", size, *counts)
+    if len(shares := train_shares(settings, train_set)) > 1:
+        for line in shares_in_words(shares):
+            log.info("%s", line)
     log.info("labels from %s", train_set.scale.named_ends)
     chosen = " and ".join(valid_conditions(flows, valid_set))
     names = " and ".join(flows) + (" flows" if len(flows) > 1 else " flow alone")

@@ -6,6 +6,7 @@ No torch here, so that ``--help`` is fast.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from sdumc.errors import UserError
 from sdumc.files import read_yaml, write_text
 from sdumc.losses.weights import ObjectiveWeights
 from sdumc.model.config import FUSION, IMAGINATION, POOLING, ModelConfig
+from sdumc.scale import scale_of
 
 CONFIG = "config.yaml"
+TRAIN_SETS = "train_sets.yaml"  # of a model that learned from several folders
 # What may differ between a run and the run that continues it; everything else changes the result.
 FREE_TO_CHANGE = frozenset({"train_dir", "valid_dir", "exp_dir", "epochs", "device", "num_workers", "save_every"})
 _OF_THE_CALL = frozenset({"config", "verbose", "version", "dry_run"})  # how a process was called; not kept
@@ -43,7 +46,22 @@ def get_parser() -> Parser:
 
 
 def _add_data(g: Any) -> None:
-    g.add_argument("--train-dir", metavar="DIR", help="dump folder to learn from")
+    g.add_argument(
+        "--train-dir",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="dump folder to learn from, or several; labels of the others are mapped onto the scale of the first",
+    )
+    g.add_argument(
+        "--train-weights",
+        nargs="+",
+        default=[],
+        type=at_least(0),
+        metavar="X",
+        help="one for each --train-dir: how often its utterances are drawn, in proportion to the others' (1 0.5: those "
+        "of the second half as often); all alike by default",
+    )
     g.add_argument("--valid-dir", metavar="DIR", help="dump folder that chooses the model")
     g.add_argument("--exp-dir", metavar="DIR", help="where everything is written")
     g.add_argument("--batch-size", type=at_least(1, int), default=96, help="utterances in a batch, over all ranks")
@@ -190,12 +208,13 @@ def learning_rate(settings: argparse.Namespace, epoch: int) -> float:
 
 def as_dict(settings: argparse.Namespace) -> dict[str, Any]:
     """Settings as plain values, without those that only say how this process was called."""
-    return {k: v for k, v in sorted(vars(settings).items()) if k not in _OF_THE_CALL}
+    values = {k: v for k, v in sorted(vars(settings).items()) if k not in _OF_THE_CALL}
+    return {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in values.items()}
 
 
 def write_config(exp_dir: Path, settings: argparse.Namespace) -> None:
     """Write every resolved setting to ``exp_dir/config.yaml``; `train --config` reads it back."""
-    keys = {name.replace("_", "-"): value for name, value in as_dict(settings).items()}
+    keys = {name.replace("_", "-"): value for name, value in as_dict(settings).items() if value != []}
     write_text(exp_dir / CONFIG, yaml.safe_dump(keys, sort_keys=True))
 
 
@@ -214,4 +233,38 @@ def load_config(exp_dir: Path) -> argparse.Namespace:
     for key in values:
         if key.replace("-", "_") not in known:
             raise UserError(f"{path}: unknown key {key!r}")
-    return parser.parse_args([f"--{key}={value}" for key, value in values.items()])
+    words: list[str] = []
+    for key, value in values.items():
+        words += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
+    return parser.parse_args(words)
+
+
+def write_train_sets(exp_dir: Path, shares: Sequence[Mapping[str, Any]]) -> None:
+    """Of a model that learned from several folders: which, their weights, and the scales of their labels."""
+    path = exp_dir / TRAIN_SETS
+    if len(shares) == 1:
+        path.unlink(missing_ok=True)
+        return
+    scales = [scale_of(part["folder"]) for part in shares]
+    content = [{**part, "labels": scale.ends} for part, scale in zip(shares, scales, strict=True)]
+    write_text(path, yaml.safe_dump(content, sort_keys=False))
+
+
+def read_train_sets(exp_dir: Path) -> list[dict[str, Any]]:
+    """What :func:`write_train_sets` wrote; empty for a model of one folder."""
+    path = exp_dir / TRAIN_SETS
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+
+def shares_in_words(shares: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each folder: its weight, its utterances, and which part it has in what is drawn."""
+    drawn = [part["utterances"] * part["share"] for part in shares]
+    lines = []
+    for part, count in zip(shares, drawn, strict=True):
+        mapped = part.get("labels", shares[0].get("labels")) != shares[0].get("labels")
+        scale = f"; labels from {part['labels']}, mapped linearly to {shares[0]['labels']}" if mapped else ""
+        lines.append(
+            f"learned from {part['folder']} with weight {part['weight']:g}: {part['utterances']} utterances, "
+            f"{100 * count / sum(drawn):.0f}% of what is drawn{scale}"
+        )
+    return lines

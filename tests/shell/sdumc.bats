@@ -149,6 +149,26 @@ setup() {
   grep -q '^train --config conf/my train.yaml .*--seed 2' "${FAKE}/calls"
 }
 
+@test "several dumps: options of the training, inputs of its step, an experiment of its own" {
+  recipe
+  mkdir -p ../other
+  cp -r dump/train ../other/
+  forget_calls
+  run recipe --more-train-dirs "../other/train" --train-weights "1 0.5"
+  [[ ${status} == 0 ]]
+  calls | grep -q -- '--train-dir dump/train ../other/train --train-weights 1 0.5 --valid-dir dump/valid --exp-dir exp/train_joint_seed1 '
+  forget_calls
+  run recipe --more-train-dirs "../other/train" --train-weights "1 0.5"
+  [[ ${status} == 0 && -z $(calls) ]]
+  echo "other 1" >>../other/train/utt2label
+  run recipe --more-train-dirs "../other/train" --train-weights "1 0.5" --stop-stage 4
+  [[ ${status} == 0 && $(calls | grep -c '^train ') == 1 ]]
+  run recipe --more-train-dirs "../other/train" --train-weights "1"
+  [[ ${status} == 2 && ${output} == *"give one for the train set and one for each of --more-train-dirs"* ]]
+  run recipe --more-train-dirs nowhere
+  [[ ${status} != 0 && ${output} == *"nowhere/utt2label"* ]]
+}
+
 @test "two test sets, names of the user's own" {
   run recipe --train-set tr --valid-set va --test-sets "te1 te2"
   [[ ${status} == 0 && -f exp/train_seed1/decode_te1/full/score.json && -f exp/train_seed1/decode_te2/full/score.json ]]

@@ -185,3 +185,67 @@ def test_an_epoch_goes_over_a_small_set_several_times():
     shares = list(zip(*ranks, strict=True))
     assert [sorted(a + b) for a, b in shares] == [sorted(b) for b in epoch(small, 2)[17:]]
     assert len(GlobalBatchSampler([], 32, min_batches=40)) == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=4),
+    batch_size=st.integers(1, 12),
+    batch_frames=st.one_of(st.none(), st.integers(1, 3000)),
+    seed=st.integers(0, 5),
+    min_batches=st.integers(1, 9),
+    data=st.data(),
+)
+def test_shares_of_several_corpora(sizes, batch_size, batch_frames, seed, min_batches, data):
+    """Each pass draws the stated number of each part, none twice, within the limits; and in turn everybody comes."""
+    frames = data.draw(st.lists(st.integers(0, 500), min_size=sum(sizes), max_size=sum(sizes)))
+    shares = [data.draw(st.sampled_from([1.0, 0.5, 0.3, 0.01])) for _ in sizes]
+    sampler = GlobalBatchSampler(
+        frames, batch_size, batch_frames, seed, min_batches=min_batches, parts=list(zip(sizes, shares, strict=True))
+    )
+    counts = [max(1, round(size * share)) for size, share in zip(sizes, shares, strict=True)]
+    assert sampler.draws == sum(counts) * sampler.passes and len(sampler) >= min_batches
+    seen: list[set[int]] = [set() for _ in sizes]
+    for number in range(1, 4):
+        batches = epoch(sampler, number)
+        for batch in batches:
+            assert 1 <= len(batch) <= batch_size
+            if batch_frames is not None and len(batch) > 1:
+                assert len(batch) * max(frames[i] for i in batch) <= batch_frames
+        a_pass = len(batches) // sampler.passes
+        for k in range(sampler.passes):
+            drawn = [i for batch in batches[k * a_pass : (k + 1) * a_pass] for i in batch]
+            assert len(drawn) == len(set(drawn))
+            start = 0
+            for part, (size, count) in enumerate(zip(sizes, counts, strict=True)):
+                mine = {i for i in drawn if start <= i < start + size}
+                assert len(mine) == count
+                if len(seen[part]) + count <= size // count * count:  # within one order nobody comes twice
+                    seen[part] |= mine
+                start += size
+
+
+def test_a_share_comes_round():
+    """Two passes of a half see every utterance once, and four see each twice."""
+    sampler = GlobalBatchSampler([5] * 30, 4, parts=[(10, 1.0), (20, 0.5)])
+    drawn = [[i for batch in epoch(sampler, number) for i in batch] for number in range(4)]
+    assert all(sorted(i for i in d if i < 10) == list(range(10)) for d in drawn)
+    halves = [sorted(i for i in d if i >= 10) for d in drawn]
+    assert sorted(halves[0] + halves[1]) == sorted(halves[2] + halves[3]) == list(range(10, 30))
+    assert halves[0] != halves[2]
+
+
+def test_the_order_of_several_corpora_is_frozen():
+    """Of a run that is continued after an update, the batches must still be these."""
+    sampler = GlobalBatchSampler([9, 3, 7, 5, 8, 2, 6, 4], 3, None, 7, parts=[(3, 1.0), (5, 0.4)])
+    assert [epoch(sampler, number) for number in (1, 2)] == [[[0, 4, 2], [6, 1]], [[7, 1], [0, 2, 6]]]
+    # All of every part is what one corpus gives.
+    whole = GlobalBatchSampler([9, 3, 7, 5, 8, 2, 6, 4], 3, None, 7, parts=[(3, 1.0), (5, 1.0)])
+    assert epoch(whole, 1) == epoch(GlobalBatchSampler([9, 3, 7, 5, 8, 2, 6, 4], 3, None, 7), 1)
+
+
+def test_parts_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="add up"):
+        GlobalBatchSampler([1, 2, 3], 2, parts=[(2, 1.0)])
+    with pytest.raises(ValueError, match="add up"):
+        GlobalBatchSampler([1, 2, 3], 2, parts=[(3, 2.0)])
