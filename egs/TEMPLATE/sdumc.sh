@@ -119,14 +119,23 @@ check_conditions() {
 
 # Sets `ngpu` where it is auto, `device`, and `gpu_option`, the runners' option for jobs that use one GPU.
 choose_device() {
+  local gpus=0
+  if [[ ${cmd_backend} == local && ${ngpu} != 0 ]]; then
+    gpus=$(python3 -c 'import sys; sys.path.insert(0, "utils"); import run; print(len(run.visible_gpus()))')
+  fi
   if [[ ${ngpu} == auto ]]; then
     [[ ${cmd_backend} == local ]] || die "--cmd-backend ${cmd_backend} needs --ngpu N (0: none)"
     ngpu=0
     # A CPU build of torch cannot use a GPU. Its version says so; reading the version is faster than importing torch.
-    if command -v nvidia-smi >/dev/null && [[ -n $(nvidia-smi -L 2>/dev/null) ]] &&
+    if ((gpus > 0)) &&
       python3 -c 'from importlib.metadata import version; raise SystemExit("+cpu" in version("torch"))'; then
       ngpu=1
     fi
+  fi
+  # More jobs would wait for a GPU, and each loads the model anew.
+  if ((ngpu > 0 && gpus > 0 && nj > gpus)); then
+    echo "sdumc.sh: note: --nj ${gpus} in place of ${nj}: as many jobs as this machine has GPUs"
+    nj=${gpus}
   fi
   device=cpu gpu_option=()
   if ((ngpu > 0)); then device=cuda gpu_option=(--gpu 1); fi

@@ -37,8 +37,9 @@ make_fake_recipe() {
   ln -s "${REPO}"/utils/* "${FAKE}/utils/"
   rm "${FAKE}/utils/validate_data_dir.py"
   echo 'import sys' >"${FAKE}/utils/validate_data_dir.py"
-  ln -s "${REPO}"/sdumc/{conditions,errors}.py "${FAKE}/sdumc/"
-  touch "${FAKE}/sdumc/__init__.py" "${FAKE}/sdumc/bin/__init__.py"
+  ln -s "${REPO}"/sdumc/{conditions,errors,processes}.py "${FAKE}/sdumc/"
+  echo "__version__ = '0'" >"${FAKE}/sdumc/__init__.py"
+  touch "${FAKE}/sdumc/bin/__init__.py"
   cp "${REPO}/tests/shell/fake_commands/commands.py" "${FAKE}/sdumc/bin/commands.py"
   local name
   for name in train_projector recognize simulate_text extract_audio extract_text extract_video finish_dump \

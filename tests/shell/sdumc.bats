@@ -234,3 +234,19 @@ setup() {
     [[ ${status} == 2 && ${output} == *"did you mean --corpus-dir?"* ]]
   done
 }
+
+@test "one GPU: one job at a time, so one job; a hidden GPU is none" {
+  mkdir bin site
+  printf '#!/bin/sh\necho "GPU 0: of a test"\n' >bin/nvidia-smi
+  chmod +x bin/nvidia-smi
+  mkdir -p site/torch-2.9.0.dist-info # its version is looked up, not the package
+  printf 'Metadata-Version: 2.1\nName: torch\nVersion: 2.9.0\n' >site/torch-2.9.0.dist-info/METADATA
+  export PATH=${PWD}/bin:${PATH} PYTHONPATH=${PWD}/site
+  run ./sdumc.sh --nproc 1 --nj 3 --asr-model models/ctc --stop-stage 3
+  [[ ${status} == 0 && ${output} == *"note: --nj 1 in place of 3"* ]]
+  grep -q -- '^recognize .*--shard 1/1 --device cuda' "${FAKE}/calls"
+  rm -r "${FAKE}/calls" data dump
+  CUDA_VISIBLE_DEVICES='' run ./sdumc.sh --nproc 1 --nj 3 --asr-model models/ctc --stop-stage 3
+  [[ ${status} == 0 && ${output} != *note* ]]
+  grep -q -- '^recognize .*--shard 3/3 --device cpu' "${FAKE}/calls"
+}
