@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from sdumc.errors import UserError
-from sdumc.processes import answer_shell
+from sdumc.errors import UserError, answer_shell
 
 T = TypeVar("T")
 
@@ -211,7 +210,7 @@ def possible_conditions(
 
 
 def answer(arguments: list[str]) -> bool:
-    """Answer a shell script: :func:`sdumc.processes.answer_shell`."""
+    """Answer a shell script: :func:`sdumc.errors.answer_shell`."""
     match arguments:
         case ["check", *words]:
             known(" ".join(words).split(), CONDITIONS, "condition")

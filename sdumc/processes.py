@@ -12,11 +12,10 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NoReturn
 
 from sdumc import __version__
-from sdumc.errors import EXIT_USAGE, UserError
 
 _PR_SET_PDEATHSIG = 1
 
@@ -66,20 +65,6 @@ class StopSignal:
 
     def _raise(self, number: int, frame) -> None:
         self.raised = True
-
-
-def answer_shell(answer: Callable[[list[str]], bool], usage: str) -> int:
-    """Let ``answer`` print what a shell script asks for on the command line; returns the exit code.
-
-    ``answer`` returns False if it does not understand the words of the command line.
-    """
-    try:
-        if answer(sys.argv[1:]):
-            return 0
-        print(usage, file=sys.stderr)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-    return EXIT_USAGE
 
 
 def installed_versions() -> dict[str, str]:

@@ -19,9 +19,8 @@ from typing import Any
 
 import yaml
 
-from sdumc.errors import UserError
+from sdumc.errors import UserError, answer_shell
 from sdumc.files import read_yaml, write_text
-from sdumc.processes import answer_shell
 
 SCALE = "scale.yaml"
 MAPPED = "labels-mapped-from"  # key of condition.yaml
@@ -322,7 +321,7 @@ def ask_for_scale(labels: Iterable[float]) -> str | None:
 
 
 def answer(arguments: list[str]) -> bool:
-    """Answer a shell script: :func:`sdumc.processes.answer_shell`."""
+    """Answer a shell script: :func:`sdumc.errors.answer_shell`."""
     match arguments:
         case ["check", text]:
             parse_scale(text)
