@@ -139,7 +139,11 @@ def at_least(low: float, kind: type = float, below: float | None = None) -> Call
 def add_model_options(group: Any) -> None:
     """``--exp-dir`` and ``--model-dir`` of the commands that score clips."""
     group.add_argument(
-        "--exp-dir", required=True, metavar="PATH", help="folder that training wrote, or a model packed by sdumc pack"
+        "--exp-dir",
+        required=True,
+        metavar="PATH",
+        help="folder that training wrote, or a model packed by sdumc pack: folder, archive, or OWNER/NAME in the hub's "
+        "cache",
     )
     group.add_argument("--model-dir", metavar="DIR", help="folder of the pretrained models, if they were moved")
 

@@ -61,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     files = [output] if output.is_file() else [p for p in output.rglob("*") if p.is_file()]
     log.info("%s: %.1f MB; score with: sdumc predict --exp-dir %s CLIP", output, _megabytes(files), output)
+    if output.is_dir():
+        log.info("to publish it: hf upload OWNER/%s %s", output.name, output)
 
 
 def _megabytes(files: Sequence[Path]) -> float:

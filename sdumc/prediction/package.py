@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import tarfile
 import tempfile
@@ -84,6 +85,8 @@ def model_card(
         f"```\nsdumc predict --exp-dir {name} clip.mp4\n```\n",
         f'```python\nfrom sdumc import Scorer\nscorer = Scorer.load("{name}")\n'
         'print(scorer.score("clip.mp4").overall)\n```\n',
+        f"From the hub, fetch it once (`hf download OWNER/{name}`, with the owner's name), and give `OWNER/{name}` in "
+        f"place of `{name}`. No network is needed then.\n",
         "## Measured scores\n",
         _score_table(scores, missing_text),
         "## Models inside\n" if backbones else "## Models that it works with\n",
@@ -209,6 +212,7 @@ def _feature_list(features: Mapping[str, Mapping[str, Any]]) -> str:
 
 SCORES = "scores.json"
 ARCHIVES = (".tar", ".tar.gz", ".tgz")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WEIGHTS = (".bin", ".safetensors", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf")
 _OF_THIS_MACHINE = ("train-dir", "valid-dir", "exp-dir", "device", "num-workers", "save-every")
 
@@ -224,13 +228,17 @@ def is_archive(path: Path) -> bool:
 def open_experiment(path: Path) -> tuple[Path, Any]:
     """An exp folder, packed folder or packed archive as a folder, and what must be kept alive while it is used.
 
-    An archive is unpacked into a temporary folder; unpack large ones by hand, once.
+    An archive is unpacked into a temporary folder; unpack large ones by hand, once. ``OWNER/NAME``, if it is no folder,
+    is a pack in the hub's cache; nothing is fetched.
 
     Raises:
-        UserError: there is no such folder or archive, or the archive is damaged or none of ours.
+        UserError: there is no such folder or archive, or the archive is damaged or none of ours; the hub's cache does
+            not have the model, or not all of it.
     """
     if path.is_dir():
         return path, None
+    if not path.exists() and _HUB_NAME.fullmatch(str(path)) and not is_archive(path):
+        return open_experiment(_from_hub_cache(str(path)))
     if not path.is_file():
         raise UserError(f"{path}: no such experiment folder, packed folder or archive")
     keep = tempfile.TemporaryDirectory(prefix="sdumc-")
@@ -247,6 +255,32 @@ def open_experiment(path: Path) -> tuple[Path, Any]:
         keep.cleanup()
         raise UserError(f"{path}: no {RECORD} in it; is it an archive of `sdumc pack`?")
     return folders[0], keep
+
+
+def _from_hub_cache(name: str) -> Path:
+    """The packed folder, or the only archive, of a model in the hub's cache.
+
+    Raises:
+        UserError: it is not there, not whole, or none of ours.
+    """
+    from huggingface_hub import constants, snapshot_download
+
+    fetch = f"fetch it once, with a network: hf download {name}"
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True))
+    except Exception:  # its errors differ between versions, and say to look at the network
+        raise UserError(
+            f"{name}: no such experiment folder or archive here, and no model of this name in the hub's cache "
+            f"{constants.HF_HUB_CACHE}; {fetch}"
+        ) from None
+    if not (folder / RECORD).is_file():
+        archives = [p for p in folder.iterdir() if is_archive(p) and p.is_file()]
+        if len(archives) != 1:
+            raise UserError(f"{name}: {folder} has no {RECORD}: no model of `sdumc pack`, or not whole; {fetch}")
+        return archives[0]
+    if missing := [file for file in (CONFIG, PACKED) if not (folder / file).is_file()]:
+        raise UserError(f"{name}: {folder} is not whole, it has no {missing[0]}; {fetch}")
+    return folder
 
 
 def _unpack(path: Path, folder: Path) -> None:

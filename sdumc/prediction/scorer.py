@@ -150,7 +150,7 @@ class Scorer:
         model_dir: str | Path | None = None,
         batch_size: int = 8,
     ) -> Scorer:
-        """Load an exp folder, or a packed folder or archive.
+        """Load an exp folder, a packed folder or archive, or a packed model of the hub's cache: ``OWNER/NAME``.
 
         Args:
             checkpoint: ``valid-best`` or ``averaged``; a packed model has only one.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -120,11 +121,20 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         UserError: the file is absent or damaged.
     """
     try:
-        return safetensors.torch.load_file(path)
+        return with_statistics(safetensors.torch.load_file(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; has training finished an epoch? Run stage 4") from None
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path}: damaged weights ({e}); remove the file and run stage 4 again") from None
+
+
+def with_statistics(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add mean 0 and deviation 1 of the features to weights of the first version, which did not normalise them."""
+    for name in [name for name in state if re.fullmatch(r"frame_projection\.\w+\.weight", name)]:
+        size, base = state[name].shape[1], name.removesuffix("weight")
+        state.setdefault(f"{base}mean", torch.zeros(size))
+        state.setdefault(f"{base}inverse_deviation", torch.ones(size))
+    return state
 
 
 def load_into(model: nn.Module, path: Path) -> None:

@@ -19,7 +19,7 @@ from sdumc.errors import UserError
 from sdumc.files import read_yaml, write_text
 from sdumc.model.network import SDUMC
 from sdumc.model.released import import_released, read_released
-from sdumc.training.checkpoint import CHECKPOINT, PACKED, load_weights
+from sdumc.training.checkpoint import CHECKPOINT, PACKED, load_weights, with_statistics
 from sdumc.training.experiment import weights_file
 
 log = logging.getLogger("sdumc")
@@ -91,7 +91,7 @@ def read_weights(source: Path, settings: Namespace) -> dict[str, Tensor]:
             content = archive.extractfile(member) if member else None
             if content is None:
                 raise UserError(f"--init {source}: no {PACKED} in it; is it an archive of sdumc.bin.pack?")
-            return safetensors.torch.load(content.read())
+            return with_statistics(safetensors.torch.load(content.read()))
     except (tarfile.TarError, EOFError, OSError, SafetensorError) as e:
         raise UserError(f"--init {source}: not an exp folder, packed model or released checkpoint ({e})") from None
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from sdumc import __version__
 from sdumc.cli import Parser, at_least
 from sdumc.conditions import MISSING_TEXTS, MODALITIES, SIMULATED
 from sdumc.device import add_device_option
@@ -232,7 +233,10 @@ def load_config(exp_dir: Path) -> argparse.Namespace:
     known = vars(parser.parse_args([])).keys()
     for key in values:
         if key.replace("-", "_") not in known:
-            raise UserError(f"{path}: unknown key {key!r}")
+            raise UserError(
+                f"{path}: unknown key {key!r}; if a newer version of sdumc wrote the file, update this one, which is "
+                f"{__version__}"
+            )
     words: list[str] = []
     for key, value in values.items():
         words += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]

@@ -471,6 +471,105 @@ def test_without_the_large_models(exp, clips, tmp_path, monkeypatch):
     assert here.score(clips["spk0-002"]).overall == pytest.approx(predictions(exp, "missing")["spk0-002"], abs=1e-4)
 
 
+def in_hub_cache(pack_path: Path, cache: Path, name: str) -> Path:
+    """A pack as `hf download` leaves it: links in a snapshot, content elsewhere; gives the snapshot."""
+    home = cache / f"models--{name.replace('/', '--')}"
+    snapshot = home / "snapshots" / ("0" * 39 + "1")
+    files = [pack_path] if pack_path.is_file() else sorted(p for p in pack_path.rglob("*") if p.is_file())
+    for number, source in enumerate(files):
+        link = snapshot / (source.name if source == pack_path else source.relative_to(pack_path))
+        link.parent.mkdir(parents=True, exist_ok=True)
+        blob = home / "blobs" / str(number)
+        blob.parent.mkdir(exist_ok=True)
+        blob.write_bytes(source.read_bytes())
+        link.symlink_to(blob)
+    (home / "refs").mkdir()
+    (home / "refs/main").write_text(snapshot.name)
+    return snapshot
+
+
+def test_a_model_of_the_hubs_cache(exp, packed, clips, tmp_path, monkeypatch):
+    """By its name there, without a network; and a plain message where it is not there, or not whole."""
+    from huggingface_hub import ModelCard, constants
+
+    cache, media = tmp_path / "hub", clips["spk0-002"]
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    pack.main(["--exp-dir", str(exp), "--output", str(tmp_path / "tiny")])
+    snapshot = in_hub_cache(tmp_path / "tiny", cache, "someone/tiny")
+    in_hub_cache(packed, cache, "someone/archive")
+    monkeypatch.chdir(tmp_path)  # where there is no folder someone/
+    expected = pytest.approx(predictions(exp, "missing")["spk0-002"], abs=1e-4)
+    for name in ("someone/tiny", "someone/archive"):
+        assert Scorer.load(name, device="cpu").score(media).overall == expected
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "sdumc.bin.predict",
+            "--exp-dir",
+            "someone/tiny",
+            "--json",
+            "--device",
+            "cpu",
+            str(media),
+        ],
+        env={**ENV, "HF_HUB_CACHE": str(cache), "HTTPS_PROXY": "http://127.0.0.1:9"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["files"][0]["overall"] == pytest.approx(expected.expected, abs=1e-4)
+    with pytest.raises(UserError, match=rf"in the hub's cache {cache}; fetch it once.*hf download someone/else"):
+        Scorer.load("someone/else", device="cpu")
+    # The hub's own reader finds the scores in the card.
+    found = ModelCard.load(snapshot / "README.md").data.eval_results
+    score = json.loads((exp / "decode_all/missing/score.json").read_text())
+    assert any(r.metric_name == "MAE, missing" and r.metric_value == round(score["mae"], 4) for r in found)
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"is not whole, it has no model\.safetensors"):
+        Scorer.load("someone/tiny", device="cpu")
+    (snapshot / "extractors.yaml").unlink()
+    with pytest.raises(UserError, match=r"has no extractors\.yaml"):
+        Scorer.load("someone/tiny", device="cpu")
+
+
+def test_packs_of_earlier_and_later_versions(exp, clips, tmp_path):
+    """As the first version wrote them; checked once with a pack that it made, which scored as it did then."""
+    from safetensors.torch import load_file, save_file
+
+    pack.main(["--exp-dir", str(exp), "--output", str(tmp_path / "tiny")])
+    old = tmp_path / "tiny"
+    weights = load_file(old / "model.safetensors")
+    for name in [n for n in weights if n.endswith(".inverse_deviation")]:
+        base = name.removesuffix("inverse_deviation")
+        weight = weights[f"{base}weight"] * weights.pop(name)  # features were not normalised
+        weights[f"{base}bias"] -= weight @ weights.pop(f"{base}mean")
+        weights[f"{base}weight"] = weight
+    save_file(weights, old / "model.safetensors")
+    (old / "scale.yaml").unlink()
+    config = yaml.safe_load((old / "config.yaml").read_text())
+    for key in ("pooling", "output-range", "missing-text", "min-epoch-steps", "init", "init-lr-factor"):
+        del config[key]
+    (old / "config.yaml").write_text(yaml.safe_dump(config))
+    scores = json.loads((old / "scores.json").read_text())
+    for values in scores["all"].values():
+        for key in ("intervals", "interval_method", "ccc", "scale"):
+            values.pop(key, None)
+    (old / "scores.json").write_text(json.dumps(scores))
+    expected = pytest.approx(predictions(exp, "missing")["spk0-002"], abs=1e-4)
+    assert Scorer.load(old, device="cpu").score(clips["spk0-002"]).overall == expected
+    pack.main(["--exp-dir", str(old), "--output", str(tmp_path / "again")])
+    mae = scores["all"]["missing"]["mae"]
+    assert (
+        f"| all | missing | audio, simulated text, video | 6 | {mae:.3f} |"
+        in (tmp_path / "again/README.md").read_text()
+    )
+    (old / "config.yaml").write_text(yaml.safe_dump({**config, "later": 1}))
+    with pytest.raises(UserError, match="'later'; if a newer version of sdumc wrote the file, update this one"):
+        Scorer.load(old, device="cpu")
+
+
 def test_a_damaged_archive_is_refused(packed, tmp_path):
     short = tmp_path / "short.tar"
     short.write_bytes(packed.read_bytes()[:200_000])

@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from helpers.commands import Done, call_here, script_here
 from helpers.plain_network import plain_forward, released_weights
 from helpers.shared import RELEASED_KEYS
 
 from sdumc.data.shards import ShardWriter, merge_shards
 from sdumc.data.tables import write_table
+from sdumc.training.checkpoint import load_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 DIMS = {"audio": 12, "text": 20, "video": 9}
@@ -107,3 +109,23 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     torch.save({"state_dict": Harm()}, tmp_path / "g.pt")
     done = importing(tmp_path / "g.pt", tmp_path / "exp")
     assert done.returncode == 1 and not (tmp_path / "harmed").exists() and "Traceback" not in done.stderr
+
+
+def test_training_starts_from_the_released_file(tmp_path, dump):
+    """`--init` with the file itself, and with the folder that importing it makes: the same weights, without a step."""
+    weights = released_weights(tuple(DIMS.values()))
+    folder, _ = dump
+    released = save(tmp_path / "released.pt", weights)
+    assert importing(released, tmp_path / "imported", "--imagination", "both", "--mask-padding", "true").returncode == 0
+    config = yaml.safe_load((tmp_path / "imported/config.yaml").read_text())
+    widths = ["--dim", config["dim"], "--content-dim", config["content-dim"]]
+    for name, source in (("a", released), ("b", tmp_path / "imported")):
+        done = call_here(
+            *["train", "--train-dir", folder, "--valid-dir", folder, "--exp-dir", tmp_path / name, "--init", source],
+            *[*widths, "--lr", 0, "--epochs", 1, "--device", "cpu"],
+        )
+        assert done.returncode == 0, done.stderr
+        record = yaml.safe_load((tmp_path / name / "init.yaml").read_text())
+        assert record["from"] == str(source) and not record["anew"], record
+        ours, theirs = (load_weights(tmp_path / e / "model.valid-best.safetensors") for e in (name, "imported"))
+        assert all(torch.equal(x, theirs[key]) for key, x in ours.items())
