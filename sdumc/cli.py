@@ -155,8 +155,18 @@ def add_checkpoint_option(group: Any) -> None:
     )
 
 
+_own_process = False
+
+
+def has_own_process() -> bool:
+    """Whether a command was started as one, and was not called as a function."""
+    return _own_process
+
+
 def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
     """Call ``main()`` as a command: a :class:`UserError` becomes one line on stderr and exit code 1."""
+    global _own_process
+    _own_process = True
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     if not sys.warnoptions:  # deprecations are for the tests (pyproject.toml); `python -W default` shows them
         warnings.simplefilter("ignore", FutureWarning)

@@ -205,3 +205,25 @@ def settings_hash(settings: Mapping[str, Any]) -> str:
     """A short hash of settings (plain values and paths), the same on every machine."""
     text = json.dumps(settings, sort_keys=True, default=str, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def recall(name: str, key: Any) -> Any:
+    """What :func:`remember` stored under a name for the same ``key``; None if nothing did."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        found = json.loads(_memory(name, key).read_text(encoding="utf-8"))
+        if found["key"] == json.loads(json.dumps(key)):
+            return found["value"]
+    return None
+
+
+def remember(name: str, key: Any, value: Any) -> None:
+    """Store a plain value in the user's cache folder (``$SDUMC_CACHE``, by default ``~/.cache/sdumc``), which may be
+    emptied at any time. If it cannot be written to, nothing is remembered."""
+    with contextlib.suppress(OSError, UserError):
+        write_text(_memory(name, key), json.dumps({"key": key, "value": value}))
+
+
+def _memory(name: str, key: Any) -> Path:
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = Path(os.environ.get("SDUMC_CACHE") or os.path.join(caches, "sdumc"))
+    return folder / f"{name}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"

@@ -5,6 +5,7 @@ It ends with its exit code, or together with its parent.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import logging
@@ -36,16 +37,20 @@ def die_with(parent: int | None = None) -> None:
 
 
 _teardown = True
+_cleanup = False
 
 
-def skip_teardown() -> None:
-    """Have :func:`exit_process` end this process at once, without the destructors of libraries."""
-    global _teardown
-    _teardown = False
+def skip_teardown(cleanup: bool = False) -> None:
+    """Have :func:`exit_process` end this process at once, without the destructors of libraries. ``cleanup``: what was
+    registered to be done at the end (such as removing temporary folders) is done."""
+    global _teardown, _cleanup
+    _teardown, _cleanup = False, cleanup
 
 
 def exit_process(code: int) -> NoReturn:
     """End this process with an exit code; what was printed and logged is written first."""
+    if _cleanup:
+        atexit._run_exitfuncs()
     logging.shutdown()
     sys.stderr.flush()
     sys.stdout.flush()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +26,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+# Their commands remember nothing in the tester's home (see sdumc.files.remember).
+if "SDUMC_CACHE" not in os.environ:
+    os.environ["SDUMC_CACHE"] = tempfile.mkdtemp(prefix="sdumc-cache-")
+    atexit.register(shutil.rmtree, os.environ["SDUMC_CACHE"], ignore_errors=True)
 # Called within a job of Slurm or by torchrun, the tests' own trainings are no ranks of it.
 for name in [n for n in os.environ if n.startswith(("SLURM_", "SBATCH_", "SRUN_", "TORCHELASTIC_"))]:
     del os.environ[name]

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from sdumc.cli import Parser, add_model_options, at_least, run, setup_logging
+from sdumc.cli import Parser, add_model_options, at_least, has_own_process, run, setup_logging
 from sdumc.device import add_device_option
 from sdumc.errors import UserError
 
@@ -42,6 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"sdumc demo needs {' and '.join(missing)}: run tools/setup_env.sh --extras demo, or pip install "
             f"{' '.join(missing)}"
         )
+    from sdumc.prediction.startup import start_fast
+
+    if has_own_process():
+        start_fast()
     from sdumc.prediction.demo import HOST, Jobs, Limits, listen, make_app, make_server, workplace
     from sdumc.prediction.scorer import Scorer
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdumc.cli import Parser, add_checkpoint_option, add_model_options, run, setup_logging
+from sdumc.cli import Parser, add_checkpoint_option, add_model_options, has_own_process, run, setup_logging
 from sdumc.device import add_device_option
 from sdumc.errors import EXIT_USER_ERROR, UserError
 from sdumc.scale import CMU
@@ -112,6 +112,10 @@ def _score(args: Namespace, files: Sequence[Path], texts: dict, results: list[di
     from tqdm import tqdm
 
     from sdumc.files import shown
+    from sdumc.prediction.startup import start_fast
+
+    if has_own_process():
+        start_fast()
     from sdumc.prediction.output import table, write_subtitles
     from sdumc.prediction.scorer import Scorer
 

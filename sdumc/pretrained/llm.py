@@ -22,7 +22,7 @@ from sdumc.pretrained.beam_search import Winner, beam_search, call_with_cache, n
 from sdumc.pretrained.folders import load_model, load_tokenizer, model_folder, read_model_config
 from sdumc.pretrained.prompts import BOS, PROMPTS, RELEASED, around_sound, resolve_template
 from sdumc.pretrained.states import StateTap, decoder_layers, embedding_scale, layer_index
-from sdumc.pretrained.trial import find_attention
+from sdumc.pretrained.trial import find_attention, passed
 
 log = logging.getLogger("sdumc")
 
@@ -130,8 +130,13 @@ class SpeechLLM:
             raise UserError("no LLM layer was chosen; give at least one, e.g. -1")
         self.eos_ids = self._eos_ids()
         self.most_positions = longest_context(self.model, self.base.config)
-        self.attention: Attention = find_attention(self)
+        reach, per_kind = passed(self.folder, self.device, ("llm", dtype, self.layers), self._try_attention)
+        self.attention = Attention(reach, per_kind)
         self._log_what_is_not_followed()
+
+    def _try_attention(self) -> list:
+        found = find_attention(self)
+        return [dict(found.reach), found.per_kind]
 
     def _set_prompt(self, prompt: str, template: str) -> None:
         """Token ids before and after the sound; the text and ids of the last piece, which the answer follows."""

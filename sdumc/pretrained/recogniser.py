@@ -16,7 +16,7 @@ from sdumc.files import read_json
 from sdumc.pretrained.folders import load_model, load_tokenizer, model_folder, quiet_transformers, read_model_config
 from sdumc.pretrained.quality import find_loop
 from sdumc.pretrained.speech_encoder import MIN_SAMPLES, RATE, WaveInput, whisper_spectrogram
-from sdumc.pretrained.trial import attempt, try_clips
+from sdumc.pretrained.trial import attempt, passed, try_clips
 
 _WINDOW = 30 * RATE  # samples of Whisper's input: 30 s
 _SEARCH = 5 * RATE  # a longer clip is cut at the quietest moment of a window's last 5 s
@@ -76,7 +76,11 @@ class CtcRecogniser:
             num_frames = self._num_frames
         else:
             self.features = _feature_extractor(folder, kind)
-        self.one_by_one, _ = try_clips(self._scores, num_frames, dtype, refusal)
+
+        def trial() -> list:
+            return [try_clips(self._scores, num_frames, dtype, refusal)[0]]
+
+        (self.one_by_one,) = passed(folder, self.device, ("ctc", dtype), trial)
         _check_joins_repeats(self.tokenizer, folder)
 
     def _num_frames(self, num_samples: int) -> int:

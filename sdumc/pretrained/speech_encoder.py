@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sdumc.errors import UserError
 from sdumc.pretrained.folders import first_line, load_model, model_folder, read_model_config
 from sdumc.pretrained.states import decoder_layers, layer_index
-from sdumc.pretrained.trial import try_clips
+from sdumc.pretrained.trial import passed, try_clips
 
 log = logging.getLogger("sdumc")
 
@@ -131,8 +131,13 @@ class SpeechEncoder:
         self._keep_layers(layer)
         self.frame_rate = RATE / self._stride()
         refusal = f"{self.folder}: this {config['model_type']} model cannot be used as a speech encoder"
-        self.one_by_one, frames = try_clips(self._encode, self.num_frames, dtype, refusal)
-        self.dim = int(frames[0].shape[1])
+
+        def trial() -> list:
+            one_by_one, frames = try_clips(self._encode, self.num_frames, dtype, refusal)
+            return [one_by_one, int(frames[0].shape[1])]
+
+        settings = ("encoder", dtype, self.layer, normalised)
+        self.one_by_one, self.dim = passed(self.folder, self.device, settings, trial)
         if self.one_by_one:
             log.info("%s: its frames depend on the other clips of a batch; clips go one at a time", self.folder)
 

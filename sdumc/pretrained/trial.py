@@ -8,22 +8,31 @@ instead of in a traceback after hours or in wrong features.
 Encoders, recognisers and vision models: a clip or picture must give the same alone and in a batch. Padding, batch
 statistics and randomness make some architectures break that rule. No list of names is complete, so every model is
 tried on a little seeded noise before any work.
+
+`predict` and `demo`, whose work takes seconds, remember in the user's cache folder which models have passed
+(:func:`remember_passed`): by the fingerprint of the model, the versions of the libraries and of this package's sources,
+and the device.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import inspect
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sdumc.errors import UserError
+from sdumc.files import recall, remember
 from sdumc.pretrained.attention import Attention, possible_attentions, short_windows
 from sdumc.pretrained.beam_search import Winner
-from sdumc.pretrained.folders import first_line
+from sdumc.pretrained.folders import fingerprint, first_line
 
 if TYPE_CHECKING:
     from sdumc.pretrained.llm import SpeechLLM
@@ -39,6 +48,41 @@ _STATES_TOLERANCE = {torch.float32: (0.01, 0.02), torch.float16: (0.1, 0.5), tor
 
 class _Unlike(Exception):
     """A trial's outcome is not the reference; the message says in what."""
+
+
+_remembers = False
+
+
+def remember_passed() -> None:
+    """From now on, a model that passed on this machine is not tried again."""
+    global _remembers
+    _remembers = True
+
+
+def passed(folder: Path, device: torch.device, settings: Sequence[Any], attempt: Callable[[], list]) -> list:
+    """The plain values that the trial ``attempt()`` of a model gives; or gave before, with the same settings."""
+    if not _remembers:
+        return attempt()
+    others = sorted([f.name, f.stat().st_size] for f in folder.iterdir() if f.is_file())
+    key = [fingerprint(folder), others, _versions(), _processor(device), [str(s) for s in settings]]
+    found = recall("trial", key)
+    if not isinstance(found, list):
+        found = attempt()
+        remember("trial", key, found)
+    return found
+
+
+@cache
+def _versions() -> list[str]:
+    sources = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        sources.update(file.read_bytes())
+    names = ("torch", "transformers", "tokenizers", "numpy", "pillow")
+    return [sources.hexdigest(), *(importlib.metadata.version(name) for name in names)]
+
+
+def _processor(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
 
 
 def find_attention(llm: SpeechLLM) -> Attention:

@@ -15,7 +15,7 @@ from sdumc.device import halve_when_out_of_memory
 from sdumc.errors import UserError
 from sdumc.files import read_json
 from sdumc.pretrained.folders import first_line, load_model, model_folder, read_model_config
-from sdumc.pretrained.trial import attempt, same, trial_pictures
+from sdumc.pretrained.trial import attempt, passed, same, trial_pictures
 
 # Parameters that stand before the patches, as vectors of their own; the first is the class token.
 _CLASS_TOKENS = ("embeddings.cls_token", "embeddings.class_embedding")
@@ -66,7 +66,7 @@ class VisionExtractor:
             raise UserError(f"{folder}: a {kind} model has no class token; use --pooling mean or pooler")
         if kind == "vit_mae":  # made to hide three patches of four at random
             self.model.config.mask_ratio = 0.0
-        self.dim = self._try()
+        (self.dim,) = passed(folder, self.device, ("vision", dtype, pooling), lambda: [self._try()])
 
     def _try(self) -> int:
         """Try the model on three pictures; the width of its vectors."""
