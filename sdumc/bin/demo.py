@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     with workplace() as folder:
         jobs = Jobs(
-            lambda path, progress: scorer.score(path, max_seconds=args.max_seconds, progress=progress),
+            lambda path, text, progress: scorer.score(path, text, max_seconds=args.max_seconds, progress=progress),
             folder,
             Limits(args.max_megabytes, args.max_length),
         )

@@ -61,7 +61,7 @@ def get_parser() -> Parser:
         "--html",
         metavar="FILE|DIR",
         help="also write a page with player, course of sentiment, transcript and attention: FILE.html for all files, "
-        "or a folder, with a page for each",
+        "or a folder, with a page for each and index.html",
     )
     group = parser.add_argument_group("computing")
     add_device_option(group)
@@ -102,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         from sdumc.files import json_ready
 
-        document = {"model": args.exp_dir, "scale": [ends["low"], ends["high"]], "files": results}
+        files_alone = [{k: v for k, v in r.items() if k != "scale"} for r in results]  # it is that of all
+        document = {"model": args.exp_dir, "scale": [ends["low"], ends["high"]], "files": files_alone}
         print(json.dumps(json_ready(document), indent=2, ensure_ascii=False))
     return EXIT_USER_ERROR if any("error" in r for r in results) else 0
 

@@ -6,10 +6,13 @@ every connection. Its look is that of the report.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import numpy as np
 
@@ -21,6 +24,9 @@ from sdumc.prediction.scorer import ScoredFile, ScoredUtterance
 from sdumc.reporting.attention import HeatMap, Scale, heat_map, picture_of, scale_of, time_axis, words_axis
 from sdumc.reporting.page import templates
 from sdumc.scale import CMU, LabelScale
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 ROWS = {"audio": "sound", "text": "words", "video": "pictures"}
 
@@ -76,8 +82,22 @@ class Clip:
         return max([self.scored.duration, *(u.scored.end for u in self.utterances)], default=0.0) or 1.0
 
 
+@dataclass
+class Entry:
+    """A file in the list of a folder's pages; ``error`` is the reason when it could not be scored."""
+
+    name: str
+    error: str = ""
+    link: str = ""
+    duration: float = 0.0
+    score: str = ""
+    level: float = 0.0  # the score on the network's scale
+    notes: int = 0
+
+
 class PageWriter:
-    """Writes the pages of scored files to where ``--html`` says: a file for all, or a folder with one for each.
+    """Writes the pages of scored files to where ``--html`` says: a file for all, or a folder with one for each and
+    ``index.html``, which lists all files, also those that could not be scored.
 
     Raises:
         UserError: a folder has the name of the file, or the other way round.
@@ -91,7 +111,9 @@ class PageWriter:
         if not self.single and self.target.exists() and not self.target.is_dir():
             raise UserError(f"--html {target}: is a file whose name does not end in .html; give a folder")
         self._clips: list[Clip] = []
-        self._names: set[str] = set()
+        self._names = {"index"}
+        self._entries: list[Entry] = []
+        self._ends: tuple[str, ...] = ()
         self._left = EMBEDDED
 
     def add(self, scored: ScoredFile) -> None:
@@ -103,17 +125,35 @@ class PageWriter:
             return
         stem = name = Path(scored.file).stem
         number = 1
-        while name in self._names:
+        while name.lower() in self._names:  # some file systems do not tell A from a
             number += 1
             name = f"{stem}_{number}"
-        self._names.add(name)
+        self._names.add(name.lower())
         page = self.target / f"{name}.html"
-        write_text(page, page_html([make_clip(scored, page)]))
+        clip = make_clip(scored, page)
+        write_text(page, page_html([clip]))
+        self._entries.append(_entry(clip, page.name))
+        self._ends = tuple(_number(clip.labels, end, 0) for end in scored.scale)
 
     def close(self, failed: Sequence[tuple[str, str]] = ()) -> None:
-        """Write the page for all; ``failed`` has the files that could not be scored, with the reasons."""
+        """Write the page for all, or the list; ``failed`` has the files that could not be scored, with the reasons."""
         if self.single:
             write_text(self.target, page_html(self._clips, failed))
+            return
+        entries = self._entries + [Entry(_printable(file), error=_printable(reason)) for file, reason in failed]
+        values = {"entries": entries, "scored": len(self._entries), "ends": self._ends}
+        write_text(self.target / "index.html", _templates().get_template("clip_index.html").render(values))
+
+
+def _entry(clip: Clip, page: str) -> Entry:
+    scored, level = clip.scored, clip.labels.to_network(clip.scored.overall)
+    score = _number(clip.labels, scored.overall, 2)
+    link = quote(os.fsencode(page))
+    return Entry(clip.name, "", link, scored.duration, score, level, len(scored.notes))
+
+
+def _number(labels: LabelScale, score: float, digits: int) -> str:
+    return labels.format(score, digits).replace("-", "−")
 
 
 def make_clip(scored: ScoredFile, page: Path | None, left: float = EMBEDDED, name: str = "") -> Clip:
@@ -131,10 +171,14 @@ def make_clip(scored: ScoredFile, page: Path | None, left: float = EMBEDDED, nam
 
 def page_html(clips: Sequence[Clip], failed: Sequence[tuple[str, str]] = ()) -> str:
     """The page as text."""
+    return _templates().get_template("clip.html").render(clips=clips, failed=failed)
+
+
+def _templates() -> Environment:
     environment = templates(Path(__file__).parent)
     environment.globals.update(clock=clock, height=height, strength=strength, row_names=ROWS)
     environment.filters["printable"] = _printable
-    return environment.get_template("clip.html").render(clips=clips, failed=failed)
+    return environment
 
 
 def _utterance(number: int, u: ScoredUtterance, scales: dict[str, Scale]) -> Utterance:

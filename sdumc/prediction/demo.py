@@ -46,6 +46,8 @@ log = logging.getLogger("sdumc")
 
 HOST = "127.0.0.1"
 HEADER = "x-sdumc-name"  # the name of the file, percent-encoded
+TEXT_HEADER = "x-sdumc-text-bytes"  # so many bytes of transcript stand before the clip
+MOST_TEXT = 100_000  # bytes
 # FFmpeg's names of the formats that are single files. Not there: those that name others (hls, dash, concat, sdp ...).
 FORMATS = (
     *(
@@ -78,7 +80,8 @@ _HEADERS = {
 }
 _BUSY = "too many clips are waiting; try again when some are done"
 
-Score = Callable[[Path, Callable[[int, int], None]], ScoredFile]  # the file, and what is told of progress
+# The file, its transcript if one was typed, and what is told of progress.
+Score = Callable[[Path, str | None, Callable[[int, int], None]], ScoredFile]
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class Job:
 
     name: str  # as the visitor has it; never used as a path
     path: Path
+    text: str | None = None
     id: str = field(default_factory=lambda: secrets.token_urlsafe(24))
     state: str = "waiting"
     done: int = 0
@@ -168,7 +172,7 @@ class Jobs:
 
         try:
             check_clip(job.path, self.limits.seconds)
-            scored = self.score(job.path, progress)
+            scored = self.score(job.path, job.text, progress)
             progress(job.total, job.total)
             page = page_html([make_clip(scored, None, name=job.name)])
             return "done", page.replace(str(job.path), html.escape(job.name))
@@ -205,7 +209,7 @@ def make_app(jobs: Jobs, title: str) -> Starlette:
     page = (
         templates(Path(__file__).parent)
         .get_template("demo.html")
-        .render(title=title, limits=jobs.limits, header=HEADER)
+        .render(title=title, limits=jobs.limits, header=HEADER, text_header=TEXT_HEADER, most_text=MOST_TEXT)
     )
 
     async def index(request: Request) -> Response:
@@ -216,11 +220,13 @@ def make_app(jobs: Jobs, title: str) -> Starlette:
         name = _name(request.headers.get(HEADER))
         if not name or request.headers.get("sec-fetch-site", "same-origin") != "same-origin":
             return JSONResponse({"error": "not from this page"}, 403, _HEADERS)
+        if not 0 <= _number(request.headers.get(TEXT_HEADER, "0")) <= MOST_TEXT:
+            return JSONResponse({"error": f"{name}: its transcript is longer than {MOST_TEXT} bytes"}, 413, _HEADERS)
         if jobs.full:
             return JSONResponse({"error": _BUSY}, 503, _HEADERS)
         job = Job(name, jobs.new_path(name))
         try:
-            if not await _receive(request, jobs, job.path):
+            if not await _receive(request, jobs, job):
                 return JSONResponse({"error": f"{name}: larger than {jobs.limits.megabytes:g} MB"}, 413, _HEADERS)
         except BaseException:  # the visitor is gone, or the disk is full
             job.path.unlink(missing_ok=True)
@@ -258,22 +264,32 @@ def _name(given: str | None) -> str:
     return "".join(c for c in name if c.isprintable())[:200]
 
 
-async def _receive(request: Request, jobs: Jobs, path: Path) -> bool:
-    """Write the body of a request to a file; False, and no file, if it is larger than the limit."""
+def _number(text: str) -> int:
+    """A number of bytes; -1 if it is none."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 12 else -1
+
+
+async def _receive(request: Request, jobs: Jobs, job: Job) -> bool:
+    """Write the clip in the body of a request to its file, and take the text before it; False, and no file, if the
+    clip is larger than the limit."""
     most = jobs.limits.megabytes * 1e6
+    left = _number(request.headers.get(TEXT_HEADER, "0"))
     jobs.coming += 1
-    size = 0
+    size, text = 0, bytearray()
     try:
-        with open(path, "xb") as f:
+        with open(job.path, "xb") as f:
             async for chunk in request.stream():
+                text += chunk[:left]
+                chunk, left = chunk[left:], max(left - len(chunk), 0)
                 size += len(chunk)
                 if size > most:
                     break
                 f.write(chunk)
     finally:
         jobs.coming -= 1
+    job.text = text.decode("utf-8", "replace").strip() or None
     if size > most:
-        path.unlink()
+        job.path.unlink()
     return size <= most
 
 

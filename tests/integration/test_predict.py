@@ -226,10 +226,13 @@ def site(exp, tmp_path_factory):
     assert not list(folder.glob("sdumc-demo-*"))  # a signal too removes what is temporary
 
 
-def test_the_demo_says_what_predict_says(site, scorer, clips):
+@pytest.mark.parametrize("given", [False, True])
+def test_the_demo_says_what_predict_says(site, scorer, clips, given):
     address, folder = site
-    content, name = clips["spk1-001"].read_bytes(), {"X-Sdumc-Name": "mine.mp4"}
-    with urllib.request.urlopen(urllib.request.Request(f"{address}/clips", content, name)) as reply:
+    words = b"the film was good"
+    headers = {"X-Sdumc-Name": "mine.mp4", "X-Sdumc-Text-Bytes": str(len(words) if given else 0)}
+    content = (words if given else b"") + clips["spk1-001"].read_bytes()
+    with urllib.request.urlopen(urllib.request.Request(f"{address}/clips", content, headers)) as reply:
         job = f"{address}/clips/{json.load(reply)['job']}"
 
     def state() -> dict:
@@ -240,7 +243,9 @@ def test_the_demo_says_what_predict_says(site, scorer, clips):
     assert state()["state"] == "done", state()
     with urllib.request.urlopen(f"{job}/page") as reply:
         page = reply.read().decode()
-    expected = f"{scorer.score(clips['spk1-001']).overall:+.2f}".replace("-", "−")
+    scored = scorer.score(clips["spk1-001"], words.decode() if given else None)
+    expected = f"{scored.overall:+.2f}".replace("-", "−")
+    assert ('<span class="soft">given</span>' in page) == given
     assert f"<b>{expected}</b>" in page and "<h1>mine.mp4</h1>" in page and 'src="data:video/mp4' in page
     assert [p.name for p in folder.glob("sdumc-demo-*/*")] == ["lock"]
 
@@ -308,7 +313,9 @@ def test_one_bad_file_does_not_stop_the_others(exp, clips, capsys, tmp_path):
     assert err.count("error: ") == 2 and "bad.mp4" in err and "gone.wav" in err and "Traceback" not in err
     assert str(good) in out and "all" in out and "bad.mp4" not in out
     code, out, _ = run(capsys, "--exp-dir", exp, tmp_path / "bad.mp4", good, "--json")
-    files = json.loads(out)["files"]
+    document = json.loads(out)
+    files = document["files"]
+    assert document["scale"] == [-3.0, 3.0] and not any("scale" in f for f in files)
     assert (
         code == 1 and "error" in files[0] and files[1]["overall"] == pytest.approx(files[1]["utterances"][0]["score"])
     )

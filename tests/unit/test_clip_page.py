@@ -8,6 +8,7 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
+from urllib.parse import unquote
 
 import av
 import numpy as np
@@ -170,8 +171,17 @@ def test_one_page_for_all_or_one_for_each(clip, tmp_path):
     pages = PageWriter(tmp_path / "pages")
     pages.add(scored(clip))
     pages.add(scored(again))
-    pages.close()
-    assert sorted(p.name for p in (tmp_path / "pages").iterdir()) == ["my clip.html", "my clip_2.html"]
+    shutil.copy(clip, tmp_path / "Index.mp4")
+    pages.add(scored(tmp_path / "Index.mp4"))
+    pages.close([("z <b>.mp4", "z <b>.mp4: no such media file")])
+    names = ["Index_2.html", "index.html", "my clip.html", "my clip_2.html"]
+    assert sorted(p.name for p in (tmp_path / "pages").iterdir()) == names
+    index = (tmp_path / "pages" / "index.html").read_text()
+    links = re.findall(r'href="([^"]+html)"', index)
+    assert links == ["my%20clip.html", "my%20clip_2.html", "Index_2.html"]
+    assert all((tmp_path / "pages" / unquote(link)).is_file() for link in links)
+    assert "z &lt;b&gt;.mp4: no such media file" in index and "3 scored, from −3" in index
+    assert index.count(f">{pages._entries[0].score}<") == 3
     one = PageWriter(tmp_path / "one.html")
     one.add(scored(clip))
     one.add(scored(again))

@@ -34,6 +34,7 @@ class Site:
     port: int
     gate: threading.Event
     asked: list[str] = field(default_factory=list)
+    said: list[str | None] = field(default_factory=list)
 
     def call(self, method: str, path: str, body=None, **headers: str) -> tuple[int, bytes, dict[str, str]]:
         """One request as it stands: no address is made plain on the way."""
@@ -70,8 +71,9 @@ def serve(**limits: float) -> Iterator[Site]:
     gate = threading.Event()
     gate.set()
 
-    def score(path: Path, progress) -> ScoredFile:
+    def score(path: Path, text: str | None, progress) -> ScoredFile:
         site.asked.append(path.name)
+        site.said.append(text)
         progress(0, 2)
         assert gate.wait(300)
         progress(1, 2)
@@ -119,6 +121,24 @@ def test_a_clip_gives_its_page(site):
     assert "my &lt;i&gt;clip.wav was looked at" in text and "<i>clip" not in text and str(site.jobs.folder) not in text
     assert "sandbox allow-scripts" in headers["content-security-policy"]
     assert site.files == []
+
+
+def test_a_transcript_stands_before_the_clip(site):
+    text, clip = "sehr schön, \U0001f600\nwirklich", sound()
+    for words in (text, "  \n ", ""):
+        encoded = words.encode()
+        status, body, _ = site.call(
+            "POST", "/clips", encoded + clip, x_sdumc_name="a.wav", x_sdumc_text_bytes=str(len(encoded))
+        )
+        assert status == 201 and site.ended(json.loads(body)["job"])["state"] == "done"
+    assert site.said == [text, None, None]
+
+
+@pytest.mark.parametrize("count", ["100001", "-1", "1e3", "x", "9" * 5000])
+def test_a_transcript_of_another_length_is_refused(site, count):
+    status, body, _ = site.call("POST", "/clips", sound(), x_sdumc_name="a.wav", x_sdumc_text_bytes=count)
+    assert status == 413 and "transcript" in json.loads(body)["error"]
+    assert site.files == [] and site.asked == []
 
 
 def test_a_broken_file_is_an_error_with_its_name(site):
@@ -326,11 +346,13 @@ def test_dropping_clips_in_a_browser(small, tmp_path):
     here = f"http://127.0.0.1:{small.port}"
     with Tab(program, tmp_path / "profile") as tab:
         tab.open(here)
+        tab.js("document.getElementById('words').value = ' sehr schön '")
         tab.drop("#drop", tmp_path / "good clip é.wav")
         tab.wait("!document.getElementById('answer').hidden")
         assert tab.js("document.getElementById('status').textContent") == "good clip é.wav: done"
         answer = tab.js("document.getElementById('open').href")
         assert tab.js("document.getElementById('save').download") == "good clip é.html"
+        assert small.said == ["sehr schön"]
         tab.drop("#drop", tmp_path / "broken.mp4")
         said = tab.wait("document.getElementById('error').textContent")
         assert said.startswith("broken.mp4: not a readable media file")
