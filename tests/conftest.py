@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from helpers.shared import MEDIA
+from helpers.warm import warm_python
 from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,3 +114,16 @@ def media_dir() -> Path:
     if not MEDIA.is_dir():
         pytest.skip(f"no real recordings: no folder {MEDIA}")
     return MEDIA
+
+
+@pytest.fixture(scope="session")
+def _warm(tmp_path_factory) -> Iterator[dict[str, str]]:
+    with warm_python(tmp_path_factory.mktemp("warm")) as environment:
+        yield environment
+
+
+@pytest.fixture
+def warm(_warm, monkeypatch) -> None:
+    """Recipes' commands need not import torch again: :mod:`helpers.warm`."""
+    for name, value in _warm.items():
+        monkeypatch.setenv(name, value)

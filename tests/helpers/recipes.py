@@ -46,7 +46,7 @@ SMALL = {
     "corpus": "num-pretrain: 16\nnum-pretrain-speakers: 2\nnum-train: 24\nnum-train-speakers: 3\n"
     "num-valid: 6\nnum-valid-speakers: 1\nnum-test: 6\n"
     "num-test-speakers: 2\nnoise-min: 0.01\nnoise-max: 0.02\npretrain-noise-min: 0.01\nframe-size: 64\n",
-    "pretrain": "encoder-front-steps: 3\nencoder-steps: 4\nllm-steps: 4\nvision-steps: 4\n",
+    "pretrain": "jobs: 1\nencoder-front-steps: 3\nencoder-steps: 4\nllm-steps: 4\nvision-steps: 4\n",
     "projector": "k: 5\nhidden: 32\nsteps: 3\nbatch-size: 4\nwarmup-steps: 1\nvalid-interval: 3\nmax-new-tokens: 5\n",
     "simulation": "layers: [1]\nbeam: 2\nmax-new-tokens: 6\n",
     "train": "batch-size: 8\nepochs: 2\nlr: 0.001\ndim: 32\ncontent-dim: 16\n",

@@ -42,7 +42,7 @@ def models(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def recipe(tmp_path) -> Path:
+def recipe(tmp_path, warm) -> Path:
     """egs/mosei in a repository of its own."""
     folder = copy_recipes(tmp_path, "mosei")
     (folder / "tiny").mkdir()

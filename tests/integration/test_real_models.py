@@ -1,15 +1,16 @@
 """Real small models, Whisper-tiny and SmolLM2-135M, where they are: a recogniser that hears, an LLM that reads.
 
-They are looked for in SDUMC_TEST_REAL_MODELS. Where that is not set, they are made once, by the script beside the
-repository, in a folder that later runs find again.
+They are looked for in SDUMC_TEST_REAL_MODELS. Where that is not set, the script beside the repository fetches 620 MB
+and makes them once for this machine, in the user's cache folder (XDG_CACHE_HOME, ~/.cache).
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -21,23 +22,45 @@ from sdumc.bin import extract_text, finish_dump, recognize
 from sdumc.data.ark import load_matrix
 from sdumc.data.dump import load_dump
 from sdumc.data.tables import read_table
+from sdumc.errors import UserError
 from sdumc.files import read_json
+from sdumc.pretrained.folders import whole_weights
 
 pytestmark = pytest.mark.slow
 SENTENCES = {"good": "the movie was really good and i loved it", "bad": "i did not like this boring film at all"}
 
 
+NAMES = ("whisper-tiny", "smollm2-135m-instruct")
+
+
+def are_whole(folder: Path) -> bool:
+    try:
+        return all((folder / name / "config.json").is_file() and whole_weights(folder / name) for name in NAMES)
+    except UserError:
+        return False
+
+
 @pytest.fixture(scope="module")
 def models() -> Path:
-    folder = Path(os.environ.get("SDUMC_TEST_REAL_MODELS", Path(tempfile.gettempdir()) / "sdumc-real-models"))
-    names = ("whisper-tiny", "smollm2-135m-instruct")
-    if not all((folder / name / "config.json").is_file() for name in names):
-        if not REAL_MODELS.is_file():
-            pytest.skip(f"real models: neither {folder} nor {REAL_MODELS} is there")
-        env = {**os.environ, "HF_HUB_OFFLINE": "0"}
-        made = subprocess.run([sys.executable, REAL_MODELS, folder], env=env, capture_output=True, text=True)
-        if made.returncode:
-            pytest.skip(f"real models: {REAL_MODELS} cannot fetch them here: {made.stderr[-200:]}")
+    if given := os.environ.get("SDUMC_TEST_REAL_MODELS"):
+        return Path(given)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdumc-tests"
+    folder, partial = cache / "real-models", cache / "real-models.partial"
+    cache.mkdir(parents=True, exist_ok=True)
+    with open(cache / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be making them
+        if not are_whole(folder):
+            if not REAL_MODELS.is_file():
+                pytest.skip(f"real models: neither {folder} nor {REAL_MODELS} is there")
+            shutil.rmtree(partial, ignore_errors=True)
+            env = {**os.environ, "HF_HUB_OFFLINE": "0"}
+            made = subprocess.run([sys.executable, REAL_MODELS, partial], env=env, capture_output=True, text=True)
+            if made.returncode:
+                pytest.skip(f"real models: {REAL_MODELS} cannot fetch them here: {made.stderr[-200:]}")
+            for what in (".dl", ".site"):  # what was fetched
+                shutil.rmtree(partial / what, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
     return folder
 
 

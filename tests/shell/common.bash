@@ -30,8 +30,8 @@ no_nap_left() { ! pgrep -f "${NAP} 3600" >/dev/null; }
 
 # The commands of sdumc.bin imitated by scripts that write the same files in no time, in a repository of their own, so
 # that the stage script can be tried in seconds. Each call is a line of ${FAKE}/calls.
-make_fake_recipe() {
-  FAKE=${BATS_TEST_TMPDIR}/fake
+make_fake_recipe() { # [FOLDER]
+  FAKE=${1:-${BATS_TEST_TMPDIR}/fake}
   export FAKE
   mkdir -p "${FAKE}"/{utils,sdumc/bin,egs/r/{conf,local,models/{encoder,llm,ctc,vision}}}
   ln -s "${REPO}"/utils/* "${FAKE}/utils/"
@@ -63,6 +63,20 @@ EOF
 recipe() {
   ./sdumc.sh --ngpu 0 --nproc 1 --nj 2 --encoder models/encoder --llm models/llm --asr-model models/ctc \
     --vision-model models/vision "$@"
+}
+
+# Once for all tests of a file: a recipe as it is when all stages have been run.
+make_finished_recipe() {
+  make_fake_recipe "${BATS_FILE_TMPDIR}/finished"
+  recipe >"${FAKE}/said"
+}
+
+# A copy of it, times of files included, in place of the fake recipe; what the first run printed is ${FAKE}/said.
+finished_recipe() {
+  rm -rf "${FAKE}"
+  cp -a "${BATS_FILE_TMPDIR}/finished" "${FAKE}"
+  cd "${FAKE}/egs/r" || return 1
+  forget_calls
 }
 
 calls() { if [[ -f ${FAKE}/calls ]]; then cat "${FAKE}/calls"; fi; }

@@ -3,6 +3,10 @@
 
 load common
 
+setup_file() {
+  make_finished_recipe
+}
+
 setup() {
   make_fake_recipe
 }
@@ -30,22 +34,20 @@ setup() {
 }
 
 @test "all stages, then nothing to do" {
-  run recipe
-  [[ ${status} == 0 ]]
+  finished_recipe
+  output=$(<"${FAKE}/said")
   for file in data/test/text_asr dump/train/{audio,text,text_sim,text_asr,video}.scp exp/train_seed1/config.yaml \
     exp/train_seed1/decode_test/{full,missing,asr,none}/score.json RESULTS.md exp/train/report.html; do
     [[ -f ${file} ]]
   done
   for stage in 0 1 2 3 4 5 6; do [[ ${output} == *"stage ${stage} ("* ]]; done
   [[ ${output} == *"done in "* && ${output} == *"acc2_non0"* ]]
-  forget_calls
   run recipe
   [[ ${status} == 0 && -z $(calls) && ${output} == *"nothing to do"* && ${output} != *"  run "* ]]
 }
 
 @test "protocols: one step for all of them, and the report again" {
-  recipe
-  forget_calls
+  finished_recipe
   run recipe --protocols "patterns frames"
   [[ ${status} == 0 && $(calls | cut -d' ' -f1 | xargs) == "decode report" ]]
   calls | grep -q -- '--protocol patterns frames --output-dir exp/train_seed1/decode_test/protocols '
@@ -59,8 +61,7 @@ setup() {
 }
 
 @test "a deleted output is made again, with what depends on it and nothing else" {
-  recipe
-  forget_calls
+  finished_recipe
   rm dump/valid/audio.scp
   run recipe
   [[ ${status} == 0 ]]
@@ -68,8 +69,7 @@ setup() {
 }
 
 @test "a changed setting redoes its step, and more jobs or GPUs redo nothing" {
-  recipe
-  forget_calls
+  finished_recipe
   run recipe --nj 3
   [[ -z $(calls) ]]
   echo "key: 2" >conf/video.yaml
@@ -109,9 +109,8 @@ setup() {
 }
 
 @test "simulated and ASR text in the missing flow, beside each other in one recipe" {
+  finished_recipe
   echo "missing-text: asr" >conf/asr_text.yaml
-  recipe
-  forget_calls
   run recipe --train-config conf/asr_text.yaml
   [[ ${status} == 0 && $(calls | cut -d' ' -f1 | sort -u | xargs) == "decode report score train" ]]
   [[ -f exp/asr_text_seed1/config.yaml && -f exp/train_seed1/config.yaml ]]
