@@ -38,6 +38,7 @@ wavlm-large              microsoft/wavlm-large              1.3   bin          a
 wavlm-base-plus          microsoft/wavlm-base-plus          0.4   bin          audio features, small
 vicuna-7b-v1.5           lmsys/vicuna-7b-v1.5               13.5  bin          text features and simulated text
 qwen2.5-7b-instruct      Qwen/Qwen2.5-7B-Instruct           15.2  safetensors  text in many languages (egs/sims)
+qwen2.5-0.5b-instruct    Qwen/Qwen2.5-0.5B-Instruct         1.0   safetensors  text in many languages, small (egs/sims)
 smollm2-135m-instruct    HuggingFaceTB/SmolLM2-135M-Instruct 0.3  safetensors  text features, small
 smollm2-360m-instruct    HuggingFaceTB/SmolLM2-360M-Instruct 0.7  safetensors  text features, between the two
 whisper-large-v3         openai/whisper-large-v3            3.1   safetensors  recognised text

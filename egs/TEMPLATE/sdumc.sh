@@ -35,6 +35,7 @@ encoder=         #: speech encoder, for audio features and the speech LLM
 llm=             #: causal LLM, for text features and simulated text
 projector=       #: encoder-to-LLM projector; empty: trained in stage 2
 asr_model=       #: recogniser, for ASR text
+rescorer=        #: recogniser that helps to choose among the hypotheses of simulated text
 vision_model=    #: vision model, for video features
 #: Settings (YAML files of each command's options; empty: its defaults)
 projector_config=conf/projector.yaml    #: projector training
@@ -301,14 +302,16 @@ recognize_speech() {
 }
 
 simulate_text() {
-  local set data
+  local set data rescoring=()
   use_config "${simulation_config}"
+  if [[ -n ${rescorer} ]]; then rescoring=(--rescorer "${rescorer}"); fi
   for set in ${all_sets}; do
     data=${datadir}/${set}
     plan_feature text_sim "${set}" "${settings[@]}" \
-      --optional-inputs "${encoder}" "${llm}" "${speech_projector}" "${data}/text_asr" \
+      --optional-inputs "${encoder}" "${llm}" "${speech_projector}" "${rescoring[@]:1}" "${data}/text_asr" \
       --outputs "${data}/text_sim" "${dumpdir}/${set}/text_sim.scp" -- \
-      sdumc.bin.simulate_text "${config[@]}" --encoder "${encoder}" --projector "${speech_projector}" --llm "${llm}"
+      sdumc.bin.simulate_text "${config[@]}" --encoder "${encoder}" --projector "${speech_projector}" --llm "${llm}" \
+      "${rescoring[@]}"
   done
   run_planned
 }

@@ -9,6 +9,7 @@ from sdumc.cli import Parser, at_least, run, setup_logging
 from sdumc.extraction.options import (
     add_job_options,
     add_reader_options,
+    add_rescoring_options,
     add_speech_test_option,
     add_state_options,
 )
@@ -29,6 +30,7 @@ def get_parser() -> Parser:
     group.add_argument("--beam", type=at_least(1, int), default=4, metavar="N", help="hypotheses kept at each step")
     group.add_argument("--max-new-tokens", type=at_least(1, int), default=200, metavar="N", help="longest answer")
     group.add_argument("--length-penalty", type=float, default=1.0, metavar="X", help="score is divided by length**X")
+    add_rescoring_options(parser)
     group = parser.add_argument_group("failures")
     group.add_argument(
         "--asr-text",
@@ -44,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup_logging(args.verbose)
     from sdumc.data.tables import read_table
     from sdumc.extraction.finishing import without_speech
-    from sdumc.extraction.job import data_hash, load_job, load_reader, open_shard, sound_batches
+    from sdumc.extraction.job import data_hash, load_job, load_reader, load_rescorer, open_shard, sound_batches
     from sdumc.extraction.simulation import Search, extract_simulated_text
     from sdumc.pretrained.speech_reader import projector_data
 
@@ -53,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     asr_texts = read_table(asr_file, allow_empty=True) if args.asr_text or asr_file.is_file() else {}
     status_file = Path(args.dump_dir) / "text_asr.status.tsv"
     reader, settings = load_reader(args)
+    rescorer, rescoring = load_rescorer(args)
     settings = {
         "extractor": "text_sim",
         **settings,
@@ -61,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "beam": args.beam,
         "max_new_tokens": args.max_new_tokens,
         "length_penalty": args.length_penalty,
+        **rescoring,
         "speech_test": args.speech_test,
         "data_hash": data_hash(data, asr_file, status_file),
     }
@@ -71,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             reader,
             writer,
             asr_texts,
-            Search(args.beam, args.max_new_tokens, args.length_penalty),
+            Search(args.beam, args.max_new_tokens, args.length_penalty, rescorer, args.rescore_weight),
             args.first_state == "keep",
             args.bad_media,
             without_speech(status_file),

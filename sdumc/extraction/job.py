@@ -17,6 +17,7 @@ from sdumc.extraction.loop import durations, make_batches
 from sdumc.pretrained.folders import DTYPES, fingerprint
 from sdumc.pretrained.llm import SpeechLLM
 from sdumc.pretrained.prompts import prompt_text
+from sdumc.pretrained.recogniser import CtcRecogniser, WhisperRecogniser, load_recogniser
 from sdumc.pretrained.speech_encoder import SpeechEncoder
 from sdumc.pretrained.speech_reader import SpeechReader, check_projector_prompt, projector_file
 from sdumc.processes import installed_versions
@@ -75,6 +76,19 @@ def load_reader(args: argparse.Namespace) -> tuple[SpeechReader, dict[str, Any]]
     if llm.scale_depends_on_version or reader.embedding_scale != 1:
         settings["embedding_scale"] = reader.embedding_scale
     return reader, settings
+
+
+def load_rescorer(args: argparse.Namespace) -> tuple[CtcRecogniser | WhisperRecogniser | None, dict[str, Any]]:
+    """The recogniser that helps to choose a hypothesis, if there is one, and the part of the settings about it."""
+    if not args.rescorer:
+        return None, {}
+    rescorer = load_recogniser(args.rescorer, DTYPES[args.dtype], pick_device(args.device), args.rescore_language)
+    return rescorer, {
+        "rescorer": args.rescorer,
+        "rescorer_hash": fingerprint(rescorer.folder),
+        "rescore_weight": args.rescore_weight,
+        "rescore_language": args.rescore_language,
+    }
 
 
 def load_llm(args: argparse.Namespace) -> tuple[SpeechLLM, dict[str, Any]]:

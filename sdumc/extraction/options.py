@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sdumc.cli import Parser
+from sdumc.cli import Parser, at_least
 from sdumc.conditions import SPEECH_TESTS
 from sdumc.device import add_device_option
 
@@ -94,6 +94,26 @@ def add_speech_test_option(group: Any) -> None:
         default=SPEECH_TESTS[0],
         help="a clip without speech gets no words: where a voice activity detector finds less than 0.3 s, or by level "
         "alone (-60 dB; for speech in noise as loud as itself, which the detector misses)",
+    )
+
+
+def add_rescoring_options(parser: Parser) -> None:
+    """``--rescorer`` and its weight."""
+    group = parser.add_argument_group("rescoring")
+    group.add_argument(
+        "--rescorer",
+        metavar="DIR",
+        help="recogniser (CTC or Whisper) that helps to choose among the hypotheses of the beam",
+    )
+    group.add_argument(
+        "--rescore-weight",
+        type=at_least(0, float, 1),
+        default=0.5,
+        metavar="X",
+        help="its part in the choice, from 0 (the LLM alone) to below 1",
+    )
+    group.add_argument(
+        "--rescore-language", default="en", metavar="LANG", help="of the speech, for multilingual Whisper"
     )
 
 

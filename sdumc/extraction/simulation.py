@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,16 +17,35 @@ from sdumc.extraction.loop import Output, extract_shard, read_wave
 from sdumc.prediction.activity import lacks_speech
 from sdumc.pretrained.llm import SpeechLLM, Transcript
 from sdumc.pretrained.quality import judge, normalise
+from sdumc.pretrained.recogniser import CtcRecogniser, WhisperRecogniser
 from sdumc.pretrained.speech_reader import SpeechReader, without_first
 
 
 @dataclass(frozen=True)
 class Search:
-    """Settings of decoding: beams, most new tokens, exponent of the length penalty."""
+    """Settings of decoding: beams, most new tokens, exponent of the length penalty.
+
+    With a ``rescorer``, the hypothesis of the beam is taken whose log-probability is the highest in the weighted mean
+    of LLM and recogniser, ``rescore_weight`` being the recogniser's.
+    """
 
     beam: int = 4
     max_new_tokens: int = 200
     length_penalty: float = 1.0
+    rescorer: CtcRecogniser | WhisperRecogniser | None = None
+    rescore_weight: float = 0.5
+
+    def choose(
+        self, waves: Sequence[np.ndarray], texts: Sequence[Sequence[str]], scores: Sequence[Sequence[float]]
+    ) -> list[int]:
+        """The number of the hypothesis of each clip that is taken, from the hypotheses' texts and the LLM's scores."""
+        assert self.rescorer is not None
+        chosen = []
+        for own, heard in zip(scores, self.rescorer.log_probabilities(waves, texts), strict=True):
+            joint = (1 - self.rescore_weight) * np.array(own) + self.rescore_weight * np.array(heard)
+            # The recogniser may find none possible: then the LLM's best, which is the first, stays.
+            chosen.append(int(np.argmax(joint)) if np.isfinite(joint).any() else 0)
+        return chosen
 
 
 @dataclass
@@ -89,7 +109,8 @@ def _transcribe(
     """What :func:`simulate` does with clips in which there may be speech."""
     llm = reader.llm
     contexts = reader.contexts(waves)
-    written = llm.transcribe(contexts, search.beam, search.max_new_tokens, search.length_penalty)
+    choose = functools.partial(search.choose, waves) if search.rescorer is not None else None
+    written = llm.transcribe(contexts, search.beam, search.max_new_tokens, search.length_penalty, choose)
     verdicts = [judge(t.text, t.tokens, t.ended) for t in written]
     results: list[Simulated | None] = [
         _kept(llm, t, status, kept, keep_first) if status not in ("empty", "refusal") else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from sdumc.files import read_yaml
 from sdumc.pretrained.folders import DTYPES
 from sdumc.pretrained.llm import SpeechLLM
 from sdumc.pretrained.quality import LIKELIHOOD
-from sdumc.pretrained.recogniser import Heard, load_recogniser
+from sdumc.pretrained.recogniser import CtcRecogniser, Heard, WhisperRecogniser, load_recogniser
 from sdumc.pretrained.speech_encoder import SpeechEncoder
 from sdumc.pretrained.speech_reader import SpeechReader, projector_file
 from sdumc.pretrained.vision import VisionExtractor
@@ -40,7 +40,7 @@ RECORD = "extractors.yaml"
 _MODELS = {
     "audio": (("model", "audio"),),
     "text": (("encoder", "encoder"), ("projector", "projector"), ("model", "llm")),
-    "text_sim": (("encoder", "encoder"), ("projector", "projector"), ("model", "llm")),
+    "text_sim": (("encoder", "encoder"), ("projector", "projector"), ("model", "llm"), ("rescorer", "asr")),
     "text_asr": (("encoder", "encoder"), ("projector", "projector"), ("model", "llm")),
     "asr": (("model", "asr"),),
     "video": (("model", "vision"),),
@@ -258,26 +258,37 @@ class Extractors:
 
     def simulated_text(self, waves: Sequence[np.ndarray]) -> list[Simulated]:
         """Sound -> transcript, status and hidden states (N_i, D). A refusal or an empty answer is replaced by the
-        recogniser's transcript if that was done for the train set."""
+        recogniser's transcript if that was done for the train set. Whisper, which can tell that nobody speaks, is asked
+        before; a CTC model only where it is needed."""
         s = self.record.features["text_sim"]
         reader = self._reader(s)
         search = Search(s["beam"], s["max_new_tokens"], s.get("length_penalty", 1.0))
+        if s.get("rescorer"):
+            search = replace(search, rescorer=self._rescorer(s), rescore_weight=s["rescore_weight"])
         keep = s["first_state"] == "keep"
 
-        def work(pairs: Sequence[tuple[np.ndarray, str | None]]) -> list[Simulated]:
-            waves, texts = [w for w, _ in pairs], [t for _, t in pairs]
-            return simulate(reader, waves, texts, search, keep, speech_test=s.get("speech_test", "level"))
+        def work(clips: Sequence[tuple[np.ndarray, Heard | None]]) -> list[Simulated]:
+            texts = [heard.text if heard else None for _, heard in clips]
+            mute = [heard is not None and heard.no_speech for _, heard in clips]
+            options = {"no_speech": mute, "speech_test": s.get("speech_test", "level")}
+            return simulate(reader, [w for w, _ in clips], texts, search, keep, **options)
 
-        results = halve_when_out_of_memory([(w, None) for w in waves], work, lambda pair: _describe(pair[0]))
+        asked_before = s.get("asr", {}).get("recogniser") == "whisper"
+        known = self._recognise(s["asr"], list(waves)) if asked_before else [None] * len(waves)
+        results = halve_when_out_of_memory(list(zip(waves, known, strict=True)), work, lambda clip: _describe(clip[0]))
         failed = [i for i, r in enumerate(results) if r.fallback == "prompt" and r.status != NO_SPEECH]
-        if failed and "asr" in s:
-            texts = self._recognise(s["asr"], [waves[i] for i in failed])
+        if failed and "asr" in s and not asked_before:
+            heard = self._recognise(s["asr"], [waves[i] for i in failed])
             again = halve_when_out_of_memory(
-                [(waves[i], t.text) for i, t in zip(failed, texts, strict=True)], work, lambda p: _describe(p[0])
+                [(waves[i], h) for i, h in zip(failed, heard, strict=True)], work, lambda clip: _describe(clip[0])
             )
             for i, result in zip(failed, again, strict=True):
                 results[i] = result
         return results
+
+    def _rescorer(self, s: dict[str, Any]) -> CtcRecogniser | WhisperRecogniser:
+        folder = str(self._place(s, "rescorer", "asr"))
+        return self._once(load_recogniser, folder, self._dtype(s), self.device, s["rescore_language"])
 
     def recognised_text(self, waves: Sequence[np.ndarray]) -> list[Simulated]:
         """Sound -> the recogniser's transcript, its status, and the LLM's hidden states (N_i, D) at its words."""

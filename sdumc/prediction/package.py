@@ -199,6 +199,7 @@ def _feature_list(features: Mapping[str, Mapping[str, Any]]) -> str:
         "prompt",
         "prompt_template",
         "beam",
+        "rescore_weight",
         "first_state",
         "dtype",
         "dim",

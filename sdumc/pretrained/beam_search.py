@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -79,15 +79,20 @@ _PRUNE_AT = 32  # unused cache columns that are tolerated before they are droppe
 @dataclass
 class Winner:
     """The best hypothesis of one utterance: token ids without EOS, whether EOS came, and its log-probability per
-    token (with the length penalty's exponent)."""
+    token (with the length penalty's exponent). ``rivals`` are the other finished hypotheses of the beam, best first."""
 
     tokens: list[int]
     ended: bool
     score: float
+    rivals: list[Winner] = field(default_factory=list)
+
+    def log_probability(self, length_penalty: float) -> float:
+        """The sum of its tokens' log-probabilities, EOS among them, whatever the penalty was."""
+        return self.score * (len(self.tokens) + self.ended) ** length_penalty
 
     def per_token(self, length_penalty: float) -> float:
         """The mean log-probability of its tokens, EOS among them, whatever the penalty was."""
-        return self.score * (len(self.tokens) + self.ended) ** (length_penalty - 1)
+        return self.log_probability(length_penalty) / max(len(self.tokens) + self.ended, 1)
 
 
 def _select_columns(cache, prompt_length: int, columns: Tensor) -> None:
@@ -164,12 +169,17 @@ class _Hypotheses:
         self.done_lengths = torch.cat([self.done_lengths, lengths], dim=1).gather(1, best)
         self.done_flags = torch.cat([self.done_flags, ends], dim=1).gather(1, best)
 
+    def _finished(self, row: int, k: int) -> Winner:
+        tokens = self.done_tokens[row, k, : int(self.done_lengths[row, k])].tolist()
+        ended = bool(tokens) and tokens[-1] in self.eos_ids
+        return Winner(tokens[: len(tokens) - ended], ended, float(self.done_scores[row, k]))
+
     def take_winners(self, winners: list[Winner | None]) -> Tensor:
         """Put the best of each decided row into ``winners``; drop these rows, and return the indices of the others."""
         for r in (~self.open).nonzero()[:, 0].tolist():
-            found = self.done_tokens[r, 0, : int(self.done_lengths[r, 0])].tolist()
-            ended = bool(found) and found[-1] in self.eos_ids
-            winners[int(self.rows[r])] = Winner(found[: len(found) - ended], ended, float(self.done_scores[r, 0]))
+            best, *rivals = [self._finished(r, k) for k in range(self.beam) if k == 0 or bool(self.done_flags[r, k])]
+            best.rivals = rivals
+            winners[int(self.rows[r])] = best
         alive = self.open.nonzero()[:, 0]
         for name in self._PER_ROW:
             setattr(self, name, getattr(self, name)[alive])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ from sdumc.pretrained.states import StateTap, decoder_layers, embedding_scale, l
 from sdumc.pretrained.trial import find_attention, passed
 
 log = logging.getLogger("sdumc")
+
+# Texts and log-probabilities of the hypotheses of each utterance -> the number of the chosen one.
+Choose = Callable[[Sequence[Sequence[str]], Sequence[Sequence[float]]], Sequence[int]]
 
 # What a model's generation config may set that changes the tokens of a beam search, and its value for "no change".
 _NOT_FOLLOWED = {
@@ -298,12 +301,27 @@ class SpeechLLM:
     # ---- transcribing and encoding
 
     def transcribe(
-        self, contexts: Sequence[Tensor], beam: int = 4, max_new_tokens: int = 200, length_penalty: float = 1.0
+        self,
+        contexts: Sequence[Tensor],
+        beam: int = 4,
+        max_new_tokens: int = 200,
+        length_penalty: float = 1.0,
+        choose: Choose | None = None,
     ) -> list[Transcript]:
-        """Beam search for a batch, then the winners teacher-forced once, on the prompts' cache, for their states."""
+        """Beam search for a batch, then the winners teacher-forced once, on the prompts' cache, for their states.
+
+        Args:
+            choose: may take another hypothesis of the beam than the best: from the texts of each utterance's
+                hypotheses, best first, and their log-probabilities to the number of one of them.
+        """
         self.check_room(contexts, max_new_tokens)
         prompted = self.read(contexts)
         winners = self.search(prompted, beam, max_new_tokens, length_penalty)
+        if choose is not None:
+            beams = [[w, *w.rivals] for w in winners]
+            texts = [[self.decode(h.tokens) for h in hypotheses] for hypotheses in beams]
+            scores = [[h.log_probability(length_penalty) for h in hypotheses] for hypotheses in beams]
+            winners = [b[i] for b, i in zip(beams, choose(texts, scores), strict=True)]
         # Without EOS, the state at the last token predicts a token that was not generated: it is left out.
         states = self.force(prompted, [w.tokens if w.ended else w.tokens[:-1] for w in winners])
         return [

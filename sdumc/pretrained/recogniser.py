@@ -82,6 +82,9 @@ class CtcRecogniser:
 
         (self.one_by_one,) = passed(folder, self.device, ("ctc", dtype), trial)
         _check_joins_repeats(self.tokenizer, folder)
+        self.unknown = self.tokenizer.unk_token_id
+        # Vocabularies of letters are often in one case.
+        self.case = min((str, str.lower, str.upper), key=lambda case: self._unknown_in(case("A sample Text")))
 
     def _num_frames(self, num_samples: int) -> int:
         return int(self.model._get_feat_extract_output_lengths(max(num_samples, MIN_SAMPLES)))
@@ -107,6 +110,31 @@ class CtcRecogniser:
     def hear(self, waves: Sequence[np.ndarray]) -> list[Heard]:
         """Clips (T_i,) at 16 kHz -> transcripts."""
         return [Heard(text) for text in self(waves)]
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _unknown_in(self, text: str) -> int:
+        return self._ids(text).count(self.unknown)
+
+    def log_probabilities(self, waves: Sequence[np.ndarray], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+        """Of each clip's sound, the log-probability of each of its texts: -inf where a text does not fit into it.
+
+        What the vocabulary does not have (punctuation, digits) does not count.
+        """
+        scores = [self._scores([w])[0] for w in waves] if self.one_by_one else self._scores(waves)
+        blank, found = self.tokenizer.pad_token_id, []
+        for frames, candidates in zip(scores, texts, strict=True):
+            targets = [[i for i in self._ids(self.case(t)) if i != self.unknown] for t in candidates]
+            lengths = torch.tensor([len(t) for t in targets])
+            padded = torch.zeros(len(targets), max(1, int(lengths.max())), dtype=torch.long)
+            for row, target in zip(padded, targets, strict=True):
+                row[: len(target)] = torch.tensor(target, dtype=torch.long)
+            log_probs = torch.log_softmax(frames.float().cpu(), dim=-1)[:, None].expand(-1, len(targets), -1)
+            heard = torch.full_like(lengths, len(frames))
+            loss = torch.nn.functional.ctc_loss(log_probs, padded, heard, lengths, blank=blank, reduction="none")
+            found.append((-loss).tolist())
+        return found
 
     def __call__(self, waves: Sequence[np.ndarray]) -> list[str]:
         """Clips (T_i,) at 16 kHz -> transcripts."""
@@ -251,6 +279,33 @@ class WhisperRecogniser:
         long = {i: self._hear_long(w) for i, w in enumerate(waves) if len(w) > _WINDOW}
         short = iter(self._hear_windows([w for w in waves if len(w) <= _WINDOW]))
         return [long[i] if i in long else next(short) for i in range(len(waves))]
+
+    @torch.no_grad()
+    def log_probabilities(self, waves: Sequence[np.ndarray], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+        """Of each clip's sound, the log-probability of each of its texts. A clip of more than 30 s has all alike: 0."""
+        found = []
+        for wave, candidates in zip(waves, texts, strict=True):
+            if len(wave) > _WINDOW:
+                found.append([0.0] * len(candidates))
+                continue
+            features = self.spectrogram([wave], sampling_rate=RATE, return_tensors="pt").input_features
+            states = self.model.model.encoder(features.to(self.device, self.dtype)).last_hidden_state
+            found.append([self._log_probability(states, text) for text in candidates])
+        return found
+
+    def _log_probability(self, states: torch.Tensor, text: str) -> float:
+        """Of the tokens of ``text`` and their end, read behind the start tokens of a transcript without time stamps."""
+        config = self.generation
+        start = [config.decoder_start_token_id]
+        if config.is_multilingual:
+            start += [config.lang_to_id[config.language], config.task_to_id["transcribe"]]
+        start.append(config.no_timestamps_token_id)
+        room = self.model.config.max_target_positions - len(start)
+        answer = list(self.tokenizer(" " + text, add_special_tokens=False)["input_ids"])[:room]
+        given = torch.tensor([[*start, *answer]], device=self.device)
+        logits = self.model(encoder_outputs=(states,), decoder_input_ids=given).logits[0, len(start) - 1 :].float()
+        wanted = torch.tensor([*answer, config.eos_token_id], device=self.device)
+        return float(torch.log_softmax(logits, dim=-1).gather(1, wanted[:, None]).sum())
 
     def _hear_windows(self, pieces: list[np.ndarray]) -> list[Heard]:
         """Clips of at most 30 s, padded to 30 s: greedily together, then those that need it alone."""

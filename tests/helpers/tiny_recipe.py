@@ -80,7 +80,7 @@ def make_recipe(root: Path) -> Path:
     level = ["--speech-test", "level"]  # the clips are noise
     recognize.main([*common, "--model", "models/ctc", *level])
     finish_dump.main([*places, "--name", "asr_hyp"])
-    simulate_text.main([*common, *reader, "--max-new-tokens", "12", *level])
+    simulate_text.main([*common, *reader, "--max-new-tokens", "12", "--rescorer", "models/ctc", *level])
     extract_audio.main([*common, "--model", "models/encoder", "--layer", "-2"])
     extract_text.main([*common, *reader])
     extract_video.main([*common, "--model", "models/vision", "--fps", "5"])

@@ -30,6 +30,7 @@ from sdumc.data.tables import MediaSpan, read_table
 from sdumc.errors import UserError
 from sdumc.extraction.simulation import simulate
 from sdumc.prediction.scorer import overall_score
+from sdumc.pretrained.recogniser import Heard
 
 
 @pytest.fixture(scope="module")
@@ -303,6 +304,17 @@ def test_a_refusal_is_replaced_as_in_the_recipe(scorer, clips, monkeypatch):
     (result,) = scorer.extractors.simulated_text([read_audio(clips["spk0-002"])])
     heard = read_table(Path(scorer.extractors.record.folder).parents[1] / "data/all/text_asr", allow_empty=True)
     assert result.fallback == "asr" and result.text == heard["spk0-002"]
+
+
+def test_whisper_is_asked_whether_anybody_speaks(scorer, clips, monkeypatch):
+    """As in the recipe, before the LLM; a CTC model cannot tell."""
+    monkeypatch.setitem(scorer.extractors.record.features["text_sim"]["asr"], "recogniser", "whisper")
+    answers = [Heard("you", no_speech=True), Heard("the film")]
+    monkeypatch.setattr(scorer.extractors, "_recognise", lambda _, waves: answers[: len(waves)])
+    waves = [read_audio(clips[name]) for name in ("spk0-000", "spk0-002")]
+    silent, spoken = scorer.extractors.simulated_text(waves)
+    assert (silent.status, silent.text, len(silent.states)) == ("no-speech", "", 1)
+    assert spoken.status != "no-speech" and spoken.text
 
 
 def test_one_bad_file_does_not_stop_the_others(exp, clips, capsys, tmp_path):

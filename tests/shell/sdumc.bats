@@ -108,6 +108,18 @@ setup() {
   [[ ${status} == 2 && ${output} == *"--missing-text asr needs --asr-model"* ]]
 }
 
+@test "--rescorer: the recogniser helps in simulation, which depends on it" {
+  recipe
+  forget_calls
+  run recipe --rescorer models/ctc --stop-stage 2
+  [[ ${status} == 0 && $(calls | cut -d' ' -f1 | sort -u | xargs) == "finish_dump simulate_text" ]]
+  [[ $(calls | grep '^simulate_text' | grep -vc -e '--rescorer models/ctc') == 0 ]]
+  forget_calls
+  echo "{ }" >models/ctc/config.json
+  run recipe --rescorer models/ctc --asr-model "" --stop-stage 2
+  [[ $(calls | cut -d' ' -f1 | sort -u | xargs) == "finish_dump simulate_text" ]]
+}
+
 @test "simulated and ASR text in the missing flow, beside each other in one recipe" {
   finished_recipe
   echo "missing-text: asr" >conf/asr_text.yaml

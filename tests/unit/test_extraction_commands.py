@@ -16,11 +16,13 @@ from sdumc import device
 from sdumc.bin import extract_audio, extract_text, extract_video, finish_dump, recognize, simulate_text
 from sdumc.data.ark import load_matrix
 from sdumc.data.dump import load_dump
+from sdumc.data.kaldi_dir import load_kaldi_dir
 from sdumc.data.shards import ShardWriter
 from sdumc.errors import UserError
 from sdumc.extraction import loop
 from sdumc.extraction.loop import make_batches
 from sdumc.extraction.simulation import Search, simulate
+from sdumc.pretrained.recogniser import load_recogniser
 from sdumc.pretrained.speech_reader import Projector, SpeechReader, save_projector
 from sdumc.processes import installed_versions
 
@@ -144,6 +146,36 @@ def test_real_text_equals_simulated_text_of_the_same_words(work, tmp_path):
             np.testing.assert_allclose(a, b[: len(a)], atol=1e-4)
             compared += 1
     assert compared >= 3
+
+
+def test_a_recogniser_helps_to_choose(work, tmp_path):
+    """Almost alone: then the most probable of the beam by the recogniser is written, and its states are kept."""
+    plain, helped = tmp_path / "plain", tmp_path / "helped"
+    few = ["--max-new-tokens", "3"]  # whose letters have room in the frames of these clips
+    simulate_text.main(simulation(work, plain, *few))
+    finish(work, plain, "text_sim")
+    alone = (work / "data/text_sim").read_text().splitlines()
+    simulate_text.main(simulation(work, helped, *few, "--rescorer", str(work / "ctc"), "--rescore-weight", "0.999"))
+    finish(work, helped, "text_sim")
+    described = yaml.safe_load((helped / "text_sim.yaml").read_text())
+    assert described["rescorer"] == str(work / "ctc") and described["rescore_weight"] == 0.999
+    assert "rescorer" not in yaml.safe_load((plain / "text_sim.yaml").read_text())
+    written = (work / "data/text_sim").read_text().splitlines()
+    recogniser = load_recogniser(str(work / "ctc"))
+    data = load_kaldi_dir(work / "data")
+    differ = 0
+    for before, after in zip(alone, written, strict=True):
+        utt, *words = after.split(" ", 1)
+        if before != after:
+            differ += 1
+            texts = [before.split(" ", 1)[1] if " " in before else "", *words]
+            (scores,) = recogniser.log_probabilities([loop.read_wave(data, utt)], [texts])
+            assert scores[1] > scores[0]
+    assert differ >= 3
+    with pytest.raises(UserError, match="no recogniser"):
+        simulate_text.main(simulation(work, tmp_path / "other", "--rescorer", str(work / "llm")))
+    with pytest.raises(SystemExit):
+        simulate_text.main(simulation(work, helped, "--rescorer", str(work / "ctc"), "--rescore-weight", "1"))
 
 
 @pytest.mark.parametrize("name", ["simulate", "audio", "recognize", "text"])

@@ -25,7 +25,9 @@ def parse(recipe, name, *more):
     return command.get_parser().parse_args([*needed, "--config", str(EGS / recipe / f"{name}.yaml"), *more])
 
 
-@pytest.mark.parametrize("recipe", ["mini/conf", "mosei/conf", "mosei/conf/small", "mosi/conf/small"])
+@pytest.mark.parametrize(
+    "recipe", ["mini/conf", "mosei/conf", "mosei/conf/small", "mosi/conf/small", "sims/conf", "sims/conf/small"]
+)
 def test_settings_are_accepted_and_agree(recipe):
     found = {name: parse(recipe, name) for name in COMMANDS if (EGS / recipe / f"{name}.yaml").exists()}
     assert set(found) >= set(COMMANDS) - {"text_released"}

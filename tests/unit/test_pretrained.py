@@ -264,6 +264,34 @@ def test_beam_search_equals_generate(llm, beam):
         assert 40 in lengths  # ... and unused cache columns were dropped on the way
 
 
+def test_the_whole_beam_is_that_of_generate(llm):
+    contexts = random_contexts(llm, 4, seed=1)
+    found = llm.search(llm.read(contexts), 4, 12, 1.0)
+    for context, best in zip(contexts, found, strict=True):
+        out = llm.model.generate(
+            inputs_embeds=context[None], num_beams=4, num_return_sequences=4, max_new_tokens=12, do_sample=False
+        )
+        rows = [row.tolist() for row in out]
+        assert [w.tokens for w in (best, *best.rivals)] == [r[: r.index(2)] if 2 in r else r for r in rows]
+
+
+def test_another_hypothesis_than_the_best_is_chosen(llm):
+    contexts = random_contexts(llm, 3, seed=2)
+    seen = []
+
+    def last(texts, scores):
+        seen.extend(zip(texts, scores, strict=True))
+        return [len(t) - 1 for t in texts]
+
+    best = llm.transcribe(contexts, max_new_tokens=12)
+    chosen = llm.transcribe(contexts, max_new_tokens=12, choose=last)
+    for context, (texts, scores), first, mine in zip(contexts, seen, best, chosen, strict=True):
+        assert len(texts) == 4 and texts[0] == first.text and texts[3] == mine.text and mine.tokens != first.tokens
+        states = llm.encode([context], [mine.tokens])[0]
+        assert torch.allclose(mine.states, states[: len(mine.states)], atol=1e-4)
+        assert scores[3] == pytest.approx(mine.log_probability * (len(mine.tokens) + mine.ended), abs=1e-3)
+
+
 def test_batch_equals_single(llm):
     contexts = random_contexts(llm, 6, seed=5)
     batch = llm.transcribe(contexts, max_new_tokens=30)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -39,6 +41,44 @@ def test_ctc(tmp_path, waves, norm):
     letters = recogniser.tokenizer.convert_ids_to_tokens(ids)
     text = "".join(" " if x == "|" else x for x in letters if x not in ("<pad>", "<s>", "</s>"))
     assert together[0].replace("<unk>", "") == " ".join(text.replace("<unk>", "").split())
+
+
+def test_ctc_gives_the_probability_of_a_text(tmp_path, waves):
+    """Of all paths through the frames of a clip so short that they can be counted."""
+    recogniser = load_recogniser(str(tiny_models.wavlm(tmp_path / "ctc", ctc=True)))
+    short = waves[1][:1100]
+    (log_probs,) = (x.log_softmax(-1).tolist() for x in recogniser._scores([short]))
+    assert len(log_probs) == 6
+    wanted, blank = recogniser.tokenizer("ab").input_ids, recogniser.tokenizer.pad_token_id
+    total = 0.0
+    for path in itertools.product([blank, *wanted], repeat=6):
+        if [i for i, _ in itertools.groupby(path) if i != blank] == wanted:
+            total += np.exp(sum(log_probs[t][i] for t, i in enumerate(path)))
+    texts = ["ab", "AB", "a, b?", "abababa", ""]
+    (found,) = recogniser.log_probabilities([short], [texts])
+    assert found[0] == found[1] == pytest.approx(np.log(total), abs=1e-4)
+    assert found[3] == -np.inf  # seven letters in six frames
+    assert np.isfinite(found[2]) and np.isfinite(found[4])
+    texts = [["the film"], ["good", "bad"], [""]]
+    together = recogniser.log_probabilities(waves, texts)
+    for wave, candidates, scores in zip(waves, texts, together, strict=True):
+        assert scores == pytest.approx(recogniser.log_probabilities([wave], [candidates])[0], abs=1e-3)
+
+
+def test_whisper_gives_the_probability_of_a_text(tmp_path, waves):
+    """As the loss of training on the text."""
+    recogniser = load_recogniser(str(tiny_models.whisper(tmp_path / "whisper")), max_new_tokens=10)
+    long = tiny_models.wave(31.0, 3)
+    found = recogniser.log_probabilities([waves[0], long], [["the film was good", "bad"], ["good", "bad"]])
+    assert found[1] == [0.0, 0.0] and found[0][0] != found[0][1]
+    names = ["<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]
+    start = [recogniser.tokenizer.convert_tokens_to_ids(n) for n in names]
+    answer = recogniser.tokenizer(" the film was good", add_special_tokens=False).input_ids
+    features = recogniser.spectrogram([waves[0]], sampling_rate=RATE, return_tensors="pt").input_features
+    labels = torch.tensor([[-100] * 3 + answer + [recogniser.generation.eos_token_id]])
+    with torch.no_grad():
+        loss = recogniser.model(features, decoder_input_ids=torch.tensor([start + answer]), labels=labels).loss
+    assert found[0][0] == pytest.approx(-float(loss) * (len(answer) + 1), abs=1e-3)
 
 
 def greedy(recogniser, wave, limit=10):

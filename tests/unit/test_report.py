@@ -21,11 +21,11 @@ from helpers.report_tree import make_tree
 from sdumc.bin.report import common_title, main
 from sdumc.errors import UserError
 from sdumc.reporting import baselines, drawing
-from sdumc.reporting.scores import Row, _findings, spread
+from sdumc.reporting.scores import _findings, spread
 from sdumc.reporting.sets import media_links
 from sdumc.scale import CMU
 from sdumc.scoring.attention_file import read_attention
-from sdumc.scoring.intervals import UNDEFINED, Bootstrap
+from sdumc.scoring.intervals import Bootstrap
 from sdumc.scoring.metrics import format_measure, read_predictions
 
 ARGS = ["--exp-dirs", "exp/train_seed1", "exp/train_seed2", "--output-dir", "exp/report", "--results", "RESULTS.md"]
@@ -100,13 +100,12 @@ def test_differences_are_paired_and_only_shown_ones_are_claimed(made):
         verdict = "yes" if high < 0 else "NO" if low > 0 else "not shown"
         assert re.search(rf"\* {verdict}: {a} beats {b}: MAE 0.* \[{low:+.3f}, {high:+.3f}\]".replace("+", r"\+"), text)
     # Other recipes' runs may be worse, or no different.
-    full = Row("", "model", "full", {"mae": (0.5, UNDEFINED)})
-    ridge = Row("", "ridge", "full", {"mae": (0.6, UNDEFINED)})
+    mae = {("model", "full"): 0.5, ("ridge", "full"): 0.6}
     shown = SimpleNamespace(shown={"full": None}, conditions={"full": None})
     for shift, verdict in ((-1.0, "yes"), (1.0, "NO"), (0.0, "not shown")):
         values = np.linspace(-0.5, 0.5, 2000) + shift
         draws = {("model", "full"): values, ("ridge", "full"): np.zeros(2000)}
-        (finding,) = _findings(shown, [full, ridge], draws, bootstrap)
+        (finding,) = _findings(shown, mae, draws, bootstrap)
         assert finding.verdict == verdict and "0.500 against 0.600, difference -0.100 [" in finding.text
 
 
@@ -395,6 +394,15 @@ def test_without_dump_there_are_no_baselines_but_a_note(tree, quick):
     main(ARGS)
     text = Path("RESULTS.md").read_text()
     assert "No baselines: dump lacks train or valid" in text and "ridge:" not in text
+
+
+def test_two_conditions_with_the_same_features_share_a_ridge_row(tree, quick, monkeypatch):
+    monkeypatch.setattr("sdumc.reporting.summary.fit_ridges", lambda *a: baselines.fit_ridges(*a[:-1], "asr"))
+    main(ARGS)
+    text = Path("RESULTS.md").read_text()
+    assert text.count("| ridge: audio + text_asr + video |") == 1 and "text_sim + video |" not in text
+    for name in ("missing", "asr"):
+        assert f": {name} beats ridge on the same modalities: MAE" in text
 
 
 def test_other_conditions_get_rows_but_no_claims(tree, quick):

@@ -204,6 +204,7 @@ def test_the_recipe_of_sims(tmp_path):
     recipe = copy_recipes(tmp_path, "mosei", "sims")
     table = make_sims(tmp_path / "corpus", "as handed on")
     no_models = ["--encoder=", "--llm=", "--asr-model=", "--vision-model=", "--stop-stage", 1, "--ngpu", 0]
-    output = call_recipe(recipe, "--table", table, *no_models)
-    assert "1 (-)   2 (1368)" in output
-    assert scale_of(recipe / "data/table/train") == SIMS
+    for models, data in (([], "table"), (["--models", "small"], "table_small")):
+        output = call_recipe(recipe, "--table", table, *models, *no_models)
+        assert "1 (-)   2 (1368)" in output
+        assert scale_of(recipe / "data" / data / "train") == SIMS
