@@ -140,7 +140,10 @@ class PageWriter:
         if self.single:
             write_text(self.target, page_html(self._clips, failed))
             return
-        entries = self._entries + [Entry(_printable(file), error=_printable(reason)) for file, reason in failed]
+        entries = self._entries + [
+            Entry(_printable(Path(file).name), error=_printable(reason.removeprefix(f"{file}: ")))
+            for file, reason in failed
+        ]
         values = {"entries": entries, "scored": len(self._entries), "ends": self._ends}
         write_text(self.target / "index.html", _templates().get_template("clip_index.html").render(values))
 

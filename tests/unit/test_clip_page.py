@@ -180,7 +180,7 @@ def test_one_page_for_all_or_one_for_each(clip, tmp_path):
     links = re.findall(r'href="([^"]+html)"', index)
     assert links == ["my%20clip.html", "my%20clip_2.html", "Index_2.html"]
     assert all((tmp_path / "pages" / unquote(link)).is_file() for link in links)
-    assert "z &lt;b&gt;.mp4: no such media file" in index and "3 scored, from −3" in index
+    assert "z &lt;b&gt;.mp4<br>" in index and ">no such media file<" in index and "3 scored, from −3" in index
     assert index.count(f">{pages._entries[0].score}<") == 3
     one = PageWriter(tmp_path / "one.html")
     one.add(scored(clip))
