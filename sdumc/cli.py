@@ -159,14 +159,15 @@ _own_process = False
 
 
 def has_own_process() -> bool:
-    """Whether a command was started as one, and was not called as a function."""
+    """Whether the process was started for the command and ends with it."""
     return _own_process
 
 
-def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
-    """Call ``main()`` as a command: a :class:`UserError` becomes one line on stderr and exit code 1."""
+def run(main: Callable[[Sequence[str] | None], int | None], own_process: bool = True) -> None:
+    """Call ``main()`` as a command: a :class:`UserError` becomes one line on stderr and exit code 1. ``own_process``:
+    nothing else is to be done in this process."""
     global _own_process
-    _own_process = True
+    _own_process = own_process
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     if not sys.warnoptions:  # deprecations are for the tests (pyproject.toml); `python -W default` shows them
         warnings.simplefilter("ignore", FutureWarning)

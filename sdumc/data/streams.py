@@ -9,6 +9,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Any
 
 import av
@@ -29,10 +30,10 @@ _STATES_DURATION = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "asf", "a
 # ... and those whose packets carry exact times after a seek. Of the second line, most are read once up to the place,
 # without decoding, and FFmpeg remembers where each packet is.
 _SEEKABLE = {
-    *("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpeg", "mpegts"),
-    *("flv", "avi", "aiff", "caf", "mp3", "aac", "amr", "ac3"),
+    *("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpeg", "mpegts", "asf", "nut"),
+    *("flv", "avi", "aiff", "caf", "mp3", "aac", "amr", "ac3", "wav", "au", "w64", "voc", "wv", "tta", "rm"),
 }
-_OGG_SEEKABLE = ("opus", "vorbis")
+_OGG_SEEKABLE = ("opus", "vorbis", "flac")
 # Seconds decoded before a cut, as a codec's output depends on what came before; more where no key picture is in them.
 PREROLLS = (1.0, 12.0)
 AGAIN = "copy or make it again"
@@ -69,6 +70,7 @@ class MediaFile:
         self.container: Any = None
         self.fresh = False  # nothing was read yet
         self._audio: int | None = None  # the track that is listened to
+        self.first: tuple[int, Fraction] | None = None  # place in the file of its first block; samples per byte
         self.notes: list[str] = []
         self.open(span)
         if missing := bytes_missing(span.path):
@@ -190,9 +192,12 @@ class MediaFile:
         if target > 0 and (self.format in _SEEKABLE or (self.format == "ogg" and codec in _OGG_SEEKABLE)):
             self.fresh = False
             try:
+                if is_block_coded(self.format, codec) and self.first is None:
+                    block = next(self.container.demux(stream))
+                    self.first = (block.pos, Fraction(block.duration, block.size))
                 self.container.seek(int((self.origin + target) / stream.time_base), stream=stream)
                 return stream, True
-            except av.error.FFmpegError:
+            except (av.error.FFmpegError, StopIteration, TypeError, ZeroDivisionError):
                 pass
         self.from_start(span)
         return self.track(kind, span), False
@@ -203,6 +208,27 @@ def _tag(stream: Any) -> str:
         return f"tag {stream.codec_tag!r}"
     except (AttributeError, UnicodeDecodeError, ValueError):
         return "no codec"
+
+
+def is_block_coded(container: str, codec: str) -> bool:
+    """Whether FFmpeg takes the time of a place in the file from the header's bytes per second, which are rounded."""
+    return container in ("wav", "w64") and (codec.startswith("adpcm_") or codec == "gsm_ms")
+
+
+def _flac_place(packet: Any, info: bytes) -> int | None:
+    """Samples before a frame of FLAC, by its own number; FFmpeg does not know its time behind a seek in Ogg.
+
+    Args:
+        info: the stream's header, which begins with the samples in a frame.
+    """
+    head = bytes(packet)[:12]
+    if len(head) < 12 or head[0] != 0xFF or head[1] & 0xFE != 0xF8 or len(info) < 2:
+        return None
+    length = 8 - (~head[4] & 0xFF).bit_length()  # the number is coded like a character of UTF-8
+    number = head[4] & (0x7F >> length)
+    for byte in head[5 : 4 + max(length, 1)]:
+        number = number << 6 | byte & 0x3F
+    return number if head[1] & 1 else number * int.from_bytes(info[:2], "big")
 
 
 _kept: dict[tuple, MediaFile] = {}
@@ -287,6 +313,7 @@ class Decoder:
         self.span, self.file, self.stream = span, file, stream
         self.end = -math.inf  # of the last packet, in seconds on FFmpeg's clock
         self.packets = self.bad = 0
+        self.sought = not from_start
         self.whole = from_start  # behind a seek, the first packets may be parts
         self.clock = _Clock(span, file.tracks(), from_start)
         self.clock.wanted.add(stream.index)
@@ -309,6 +336,8 @@ class Decoder:
             read += max(packet.size, 1)
             if read > 2 * size + (1 << 20):
                 raise UserError(f"{self.span}: damaged: it would be read again and again; {AGAIN}")
+            if self.sought and packet.stream.index == self.stream.index and packet.size:
+                self._correct(packet)
             if packet.pts is not None:
                 at = float(packet.pts * packet.time_base)
                 end = at + float((packet.duration or 0) * packet.time_base)
@@ -316,6 +345,18 @@ class Decoder:
                 if packet.stream.index == self.stream.index:
                     self.end = max(self.end, end)
             yield packet
+
+    def _correct(self, packet: Any) -> None:
+        """Give a packet behind a seek its time where FFmpeg does not know it well."""
+        codec = self.stream.codec_context
+        if self.file.format == "ogg" and codec.name == "flac":
+            samples = _flac_place(packet, codec.extradata or b"")
+        elif is_block_coded(self.file.format, codec.name) and self.file.first is not None:
+            start, per_byte = self.file.first
+            samples = None if packet.pos is None else int((packet.pos - start) * per_byte)
+        else:
+            return
+        packet.pts = packet.dts = None if samples is None else round(samples / codec.rate / packet.time_base)
 
     def frames(self) -> Iterator[Any]:
         """Yields decoded frames to the stream's end.

@@ -31,7 +31,7 @@ def call_here(module: str, *words: object) -> Done:
 
     def body() -> None:
         command = importlib.import_module(f"sdumc.bin.{module}")
-        command.run(command.main)
+        command.run(command.main, own_process=False)
 
     # As `python -m` has it: messages name the command by it.
     with mock.patch.object(sys.modules["__main__"], "__spec__", ModuleSpec(f"sdumc.bin.{module}", None)):
