@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,8 @@ class CtcRecogniser:
         _check_joins_repeats(self.tokenizer, folder)
         self.unknown = self.tokenizer.unk_token_id
         # Vocabularies of letters are often in one case.
-        self.case = min((str, str.lower, str.upper), key=lambda case: self._unknown_in(case("A sample Text")))
+        cases: tuple[Callable[[str], str], ...] = (str, str.lower, str.upper)
+        self.case = min(cases, key=lambda case: self._unknown_in(case("A sample Text")))
 
     def _num_frames(self, num_samples: int) -> int:
         return int(self.model._get_feat_extract_output_lengths(max(num_samples, MIN_SAMPLES)))
