@@ -181,12 +181,15 @@ no_feature() {
   fi
 }
 
+# has_transcripts_alone SET: whether the set has neither sound nor pictures, only text.
+has_transcripts_alone() { [[ -f ${datadir}/$1/text && ! -e ${datadir}/$1/wav.scp && ! -e ${datadir}/$1/video.scp ]]; }
+
 # plan_feature NAME SET STEP_OPTIONS... -- MODULE OPTIONS...: plans a step that runs MODULE in nj jobs, each over a shard
 # of the set, and joins the shards. run_planned then runs the planned steps of all sets together, so that each job loads
 # its models once.
 planned=()
 plan_feature() {
-  local name=$1 set=$2 options=() force_option=()
+  local name=$1 set=$2 options=() force_option=() inputs
   shift 2
   while [[ $1 != -- ]]; do
     options+=("$1")
@@ -199,9 +202,10 @@ plan_feature() {
   fi
   local dump=${dumpdir}/${set} data=${datadir}/${set}
   if [[ ${force} == true ]]; then force_option=(--force); fi
+  if has_transcripts_alone "${set}"; then inputs=("${data}/text"); else inputs=("${data}/wav.scp"); fi
   if ((${#planned[@]})); then planned+=(--next); fi
   planned+=("${force_option[@]}" --name "${name} ${set}" --state-dir "${state_dir}" "${options[@]}"
-    --inputs "${data}/wav.scp" "${data}/utt2spk" --optional-inputs "${data}/segments"
+    --inputs "${inputs[@]}" "${data}/utt2spk" --optional-inputs "${data}/segments"
     --stale "${dump}/ark/${name}.*" --ignore device shard num-jobs max-drop
     -- ${decode_cmd} "${gpu_option[@]}" "JOB=1:${nj}" "${dumpdir}/log/${name}.JOB.log" --
     python3 -m "$@" --data-dir "${data}" --dump-dir "${dump}" --shard "JOB/${nj}" --device "${device}"
@@ -229,7 +233,7 @@ declare_scale() {
 }
 
 prepare_data() {
-  local set data
+  local set data inputs
   if [[ -n ${label_scale} ]]; then # before local/data.sh, so that utils/fix_data_dir.py finds it
     for set in ${all_sets}; do mkdir -p "${datadir}/${set}"; done
     declare_scale
@@ -238,11 +242,15 @@ prepare_data() {
   declare_scale
   for set in ${all_sets}; do
     data=${datadir}/${set}
-    if [[ ! -e ${data}/wav.scp && -e ${dumpdir}/${set}/utt2label ]]; then
+    inputs=("${data}/wav.scp")
+    if has_transcripts_alone "${set}"; then
+      echo "  none   sound and pictures ${set}: there are transcripts alone"
+      inputs=("${data}/text")
+    elif [[ ! -e ${data}/wav.scp && -e ${dumpdir}/${set}/utt2label ]]; then
       echo "  none   check ${set}: there are no media, only features in ${dumpdir}/${set}"
       continue
     fi
-    step "check ${data}" --inputs "${data}/wav.scp" "${data}/utt2spk" --optional-inputs \
+    step "check ${data}" --inputs "${inputs[@]}" "${data}/utt2spk" --optional-inputs \
       "${data}"/{segments,video.scp,text,text.absent,utt2label,spk2utt,utt2dur,scale.yaml} \
       -- ${train_cmd} "${data}/log/check.log" -- python3 utils/validate_data_dir.py "${data}"
   done
@@ -258,6 +266,10 @@ has_projector() {
 make_text() {
   local simulates=false
   find_imported
+  if has_transcripts_alone "${train_set}"; then
+    no_feature text_sim "" "there is no sound to simulate text from"
+    return
+  fi
   if [[ ${reads} != simulated ]]; then
     no_feature text_sim "" "the missing flow reads other text (missing-text: ${reads})"
   elif [[ -z ${encoder} || -z ${llm} ]]; then
@@ -321,7 +333,9 @@ simulate_text() {
 extract_features() {
   find_imported
   copy_labels
-  if [[ -z ${encoder} ]]; then
+  if has_transcripts_alone "${train_set}"; then
+    no_feature audio "" "there is no sound"
+  elif [[ -z ${encoder} ]]; then
     no_feature audio "" "needs --encoder"
   else
     extract_audio
@@ -357,14 +371,14 @@ extract_audio() {
 extract_text() { # NAME: text or text_asr
   local name=$1 set text models=() files=()
   use_config "${text_config}"
-  if has_projector; then
+  if has_projector && ! has_transcripts_alone "${train_set}"; then
     models=(--encoder "${encoder}" --projector "${speech_projector}") files=("${encoder}" "${speech_projector}")
   elif [[ -z ${text_config} || $(python3 utils/yaml_for_shell.py value context "${text_config}") != none ]]; then
     models=(--context prompt) # there is nothing that could put sound before the words
   fi
   for set in ${all_sets}; do
     text=${datadir}/${set}/${name}
-    if [[ -z ${llm} || (-z ${encoder} && ${reads} == simulated) ]]; then
+    if [[ -z ${llm} ]] || { [[ -z ${encoder} && ${reads} == simulated ]] && ! has_transcripts_alone "${set}"; }; then
       no_feature "${name}" "${set}" "needs --llm and, unless the missing flow reads other text, --encoder"
     elif [[ ! -f ${text} ]]; then
       no_feature "${name}" "${set}" "there is no ${text}"

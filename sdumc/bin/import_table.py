@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sdumc.cli import Parser, run, setup_logging
 from sdumc.corpora.importing import add_output_options, import_corpus
+from sdumc.errors import UserError
 
 
 def get_parser() -> Parser:
@@ -23,6 +24,9 @@ def get_parser() -> Parser:
         "--media-dir",
         metavar="DIR",
         help="where the media files are; by default the folder of the table, and Raw/ in it",
+    )
+    group.add_argument(
+        "--no-media", action="store_true", help="there are texts and labels alone; needs no column of files or ids"
     )
     group.add_argument(
         "--columns", default="", metavar="PAIRS", help="columns of other names: 'media=clip label=\"mean rating\"'"
@@ -43,11 +47,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     from sdumc.corpora.table import parse_label_map, parse_pairs, read_table_corpus
     from sdumc.scale import parse_scale
 
+    if args.no_media and args.media_dir:
+        raise UserError("--media-dir and --no-media exclude each other")
     columns, label_map = parse_pairs(args.columns, "--columns"), parse_label_map(args.label_map)
     scale = parse_scale(args.label_scale, label_map) if args.label_scale else None
     media_dir = Path(args.media_dir) if args.media_dir else None
     import_corpus(
-        lambda: read_table_corpus(Path(args.table), media_dir, columns, scale, label_map),
+        lambda: read_table_corpus(Path(args.table), media_dir, columns, scale, label_map, args.no_media),
         args,
     )
 

@@ -172,7 +172,7 @@ def read_table_corpus(
     columns: Mapping[str, str] | None = None,
     scale: LabelScale | None = None,
     label_map: Mapping[str, float] | None = None,
-    needs_media: bool = True,
+    no_media: bool = False,
 ) -> Corpus:
     """Read a table and find its media.
 
@@ -182,16 +182,16 @@ def read_table_corpus(
         columns: names of columns by what they are (keys of :data:`COLUMNS`), where the table calls them otherwise.
         scale: that of the labels; None: it has to be clear that it is CMU's.
         label_map: labels by word or class, for labels that are no numbers.
-        needs_media: utterances without a media file are left out.
+        no_media: the corpus has transcripts alone; columns of media are not read, and neither is an id needed.
 
     Raises:
         UserError: the table cannot be read, a column is missing or not clear, the labels' scale is not clear, or labels
             are words and there is no map.
     """
     table = read_csv(path)
-    names = find_columns(table, columns or {})
+    names = find_columns(table, columns or {}, no_media)
     labels, scale = read_labels(table, names["label"], scale, label_map or {})
-    places = Places(path.parent, media_dir)
+    places = None if no_media else Places(path.parent, media_dir)
     folds = {name: Fold(name, scale=scale) for name in FOLDS}
     entries = [_entry(table, number, row, names) for number, row in table.rows]
     sets = _splits(table, names, entries)
@@ -202,7 +202,10 @@ def read_table_corpus(
             fold.unlabelled[entry.utt] = f"no label (line {number})"
             continue
         text = row[names["text"]] if "text" in names else ""
-        found = places.find(entry)
+        found = places.find(entry) if places else None
+        if places is None and not text:
+            fold.unlabelled[entry.utt] = f"no text (line {number})"
+            continue
         if isinstance(found, ClipMedia):
             for file in {found.sound, found.pictures} - {None}:
                 if before := owners.get(file):
@@ -212,7 +215,7 @@ def read_table_corpus(
             fold.add(entry.utt, entry.speaker, label, text, None if isinstance(found, str) else found)
         except UserError as e:
             raise UserError(f"{path}:{number}: {e}") from None
-        if isinstance(found, str) and needs_media and entry.utt in fold.utterances:
+        if isinstance(found, str) and entry.utt in fold.utterances:
             fold.leave_out(entry.utt, found)
         for column, extra in EXTRA_TABLES.items():
             if column in names and row[names[column]]:
@@ -220,7 +223,10 @@ def read_table_corpus(
     corpus = Corpus([fold for fold in folds.values() if fold.utterances or fold.left_out or fold.name != "test"])
     used = ", ".join(f"{what} from {name!r}" for what, name in names.items())
     corpus.notes = [f"{path.name}: {len(table.rows)} lines; {used}", f"labels: from {scale.named_ends}"]
-    corpus.unused = {str(file): "a media file not in the table" for file in places.listed() - owners.keys()}
+    if places:
+        corpus.unused = {str(file): "a media file not in the table" for file in places.listed() - owners.keys()}
+    else:
+        corpus.notes.append("transcripts alone: there are no media")
     if "split" not in names:
         corpus.notes.append("no column of sets: speakers were shared out, about 70, 15 and 15 of 100 utterances")
     without = sum(not u.text for fold in folds.values() for u in fold.utterances.values())
@@ -229,7 +235,10 @@ def read_table_corpus(
     return corpus
 
 
-def find_columns(table: Table, given: Mapping[str, str]) -> dict[str, str]:
+_OF_MEDIA = ("media", "audio", "video")
+
+
+def find_columns(table: Table, given: Mapping[str, str], no_media: bool = False) -> dict[str, str]:
     """What each column is: key of :data:`COLUMNS` -> the table's name.
 
     Raises:
@@ -259,10 +268,14 @@ def find_columns(table: Table, given: Mapping[str, str]) -> dict[str, str]:
         raise UserError(
             f"{table.path}:1: no column with labels among {', '.join(table.columns)}; name it: --columns label=NAME"
         )
+    if no_media:
+        if "text" not in found:
+            raise UserError(f"{table.path}:1: --no-media needs a column of texts; name it: --columns text=NAME")
+        return {what: name for what, name in found.items() if what not in _OF_MEDIA}
     if not found.keys() & {"media", "audio", "video", "id"} and not {"video_id", "clip_id"} <= found.keys():
         raise UserError(
             f"{table.path}:1: no column with the media file, an id, or video_id and clip_id among "
-            f"{', '.join(table.columns)}; name it: --columns media=NAME"
+            f"{', '.join(table.columns)}; name it: --columns media=NAME, or say --no-media if there are texts alone"
         )
     return found
 
@@ -345,6 +358,8 @@ def _entry(table: Table, number: int, row: Mapping[str, str], names: Mapping[str
     else:
         files_of = None
         stem = value("id") or next(filter(None, files.values()), "")
+        if not stem and not names.keys() & {"id", *_OF_MEDIA}:  # transcripts alone
+            stem = f"line{number:06d}"
         if not stem:
             raise UserError(f"{table.path}:{number}: neither a media file nor an id")
         if value("id"):

@@ -13,6 +13,7 @@ from sdumc.data.kaldi_dir import (
     KaldiDir,
     check_tables,
     first_problems,
+    has_transcripts_alone,
     media_problems,
     read_tables,
     utterances_by_speaker,
@@ -54,7 +55,7 @@ def fix_kaldi_dir(
     path = Path(path)
     tables, problems = read_tables(path, SOURCE_TABLES)
     for name in REQUIRED:
-        if name not in tables:
+        if name not in tables and not (name == "wav.scp" and has_transcripts_alone(path)):
             raise UserError(f"{path / name}: missing; every data directory needs it")
     scale = scale_of(path)
     data, found = check_tables(path, tables, label_range or (scale.low, scale.high))
@@ -108,7 +109,7 @@ def _list_dropped(path: Path, dropped_path: Path, rows: list[Row], kept: Sequenc
 
 
 def _write_fixed(path: Path, tables: Mapping[str, Table], data: KaldiDir, kept: Sequence[str]) -> None:
-    fixed: dict[str, Mapping[str, str]] = {"wav.scp": data.wav}
+    fixed: dict[str, Mapping[str, str]] = {"wav.scp": data.wav} if "wav.scp" in tables else {}
     if "video.scp" in tables:
         fixed["video.scp"] = data.video
     for name, table in tables.items():

@@ -5,7 +5,7 @@ A directory ``data/<set>/`` holds the tables of :mod:`sdumc.data.tables`:
 =============  =========================================  ==========================================
 file           line                                       needed
 =============  =========================================  ==========================================
-``wav.scp``    utt path of any media file with sound      yes
+``wav.scp``    utt path of any media file with sound      unless there are transcripts alone
 ``utt2spk``    utt speaker (a prefix of utt)              yes
 ``video.scp``  utt path of a media file with pictures     when there is video
 ``text``       utt words                                  when there are transcripts
@@ -77,7 +77,7 @@ class KaldiDir:
     @property
     def utterances(self) -> list[str]:
         """All utterance ids, sorted bytewise."""
-        return sorted(self.segments or self.wav)
+        return sorted(self.segments or self.wav or self.utt2spk)
 
     def audio_source(self, utt: str) -> MediaSpan:
         """Where the sound of ``utt`` is."""
@@ -154,6 +154,12 @@ def _read(path: Path, label_range: tuple[float, float] | None) -> tuple[KaldiDir
     return data, [*problems, *found, *([Problem(path / "utt2label", question)] if question else [])]
 
 
+def has_transcripts_alone(path: Path) -> bool:
+    """Whether a data directory is of a corpus without sound and pictures: it has ``text`` and no media table."""
+    media = ("wav.scp", "video.scp", "segments")
+    return (path / "text").exists() and not any((path / name).exists() for name in media)
+
+
 def read_tables(path: Path, names: Iterable[str]) -> tuple[dict[str, Table], list[Problem]]:
     """Those of the named tables that a directory has, and what is wrong with them line by line.
 
@@ -165,10 +171,11 @@ def read_tables(path: Path, names: Iterable[str]) -> tuple[dict[str, Table], lis
     tables: dict[str, Table] = {}
     problems: list[Problem] = []
     segmented = (path / "segments").exists()
+    transcripts = has_transcripts_alone(path)
     for name in names:
         file = path / name
         if not file.exists():
-            if name in REQUIRED:
+            if name in REQUIRED and not (transcripts and name == "wav.scp"):
                 problems.append(Problem(file, "missing; every data directory needs it"))
             continue
         tables[name], found = scan_table(file, of_recordings=segmented and name in MEDIA_TABLES)
@@ -383,7 +390,9 @@ def finish_kaldi_dir(path: str | os.PathLike) -> None:
     for derived in ("spk2utt", "utt2dur"):
         (path / derived).unlink(missing_ok=True)
     data = load_kaldi_dir(path)
-    if data.segments:
+    if not data.wav:
+        durations = {}
+    elif data.segments:
         durations = {utt: s.end - s.start for utt, s in data.segments.items()}
     else:
         from sdumc.data.media import probe
@@ -394,5 +403,6 @@ def finish_kaldi_dir(path: str | os.PathLike) -> None:
             raise UserError(
                 f"{data.audio_source(utt)}: has no sound in it; replace the file or leave the utterance out"
             )
-    write_table(path / "utt2dur", {utt: f"{seconds:.3f}" for utt, seconds in durations.items()})
+    if durations:
+        write_table(path / "utt2dur", {utt: f"{seconds:.3f}" for utt, seconds in durations.items()})
     write_table(path / "spk2utt", utterances_by_speaker(data.utt2spk))

@@ -50,8 +50,8 @@ def results_markdown(summary: Summary) -> str:
     epochs = ", ".join(map(str, summary.chosen_epochs))
     parts += [
         "## Model and settings",
-        f"{summary.parameters} parameters. Trained on `{summary.train_set}`; the epoch (of each seed: {epochs}) was "
-        f"chosen on `{summary.valid_set}`, and no test set had a part in any choice.",
+        f"{summary.parameters} parameters. {summary.trained} Trained on `{summary.train_set}`; the epoch (of each "
+        f"seed: {epochs}) was chosen on `{summary.valid_set}`, and no test set had a part in any choice.",
     ]
     if summary.settings:
         lines = [f"{key}: {value}" for key, value in summary.settings.items()]

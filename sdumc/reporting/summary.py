@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from sdumc import __version__
-from sdumc.conditions import TEXT_STATUSES
+from sdumc.conditions import MODALITIES, TEXT_STATUSES
 from sdumc.data.dump import Dump, load_dump
 from sdumc.data.tables import read_dropped, read_table
 from sdumc.errors import UserError
@@ -165,6 +165,15 @@ class Summary:
     def seeds(self) -> str:
         names = ", ".join(run.seed for run in self.runs)
         return f"seed {names}" if len(self.runs) == 1 else f"{len(self.runs)} seeds ({names})"
+
+    @property
+    def trained(self) -> str:
+        """Which flows were trained, on which modalities, and with which terms of the objective."""
+        config, terms = self.runs[0].config, [t for t in self.runs[0].history[-1]["train"] if t != "loss"]
+        flows = str(config.get("flows", "both"))
+        who = "Both flows were" if flows == "both" else f"The {flows} flow alone was"
+        on = [m for m in MODALITIES if config.get(f"{m}-dim", 1)]
+        return f"{who} trained, on {', '.join(on)}; terms of the objective: {', '.join(terms)}."
 
     @property
     def parameters(self) -> str:

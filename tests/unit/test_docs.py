@@ -321,66 +321,6 @@ def test_the_example_of_a_new_recipe(tmp_path):
     assert labels == {"anna-0001": "5", "anna-0002": "2", "boris-0003": "4", "clara-0004": "1"}
 
 
-@pytest.mark.parametrize("walk", ["sounds rated from 1 to 5", "three classes", "the toolkit's form"])
-def test_recipes_from_a_table(tmp_path, walk):
-    """The three of docs/new_recipe.md, from the files that a newcomer has to checked data directories."""
-    import numpy as np
-    import soundfile
-
-    from sdumc.data.kaldi_dir import load_kaldi_dir
-    from sdumc.scale import scale_of
-
-    recipe = tmp_path / "egs/own"
-    (recipe / "local").mkdir(parents=True)
-    for name in ("cmd.sh", "path.sh", "sdumc.sh"):
-        (recipe / name).symlink_to(ROOT / "egs/TEMPLATE" / name)
-    for path, target in ((recipe / "utils", "utils"), (tmp_path / "sdumc", "sdumc"), (tmp_path / "utils", "utils")):
-        path.symlink_to(ROOT / target)
-    (tmp_path / "tools").mkdir()
-    if (ROOT / "tools/venv").exists():
-        (tmp_path / "tools/venv").symlink_to(ROOT / "tools/venv")
-    scripts = [t for kind, t in parts(ROOT / "docs/new_recipe.md")[1] if kind == "bash" and "import_table" in t]
-    number = ["sounds rated from 1 to 5", "three classes", "the toolkit's form"].index(walk)
-    (recipe / "local/data.sh").write_text(scripts[number])
-    corpus, sets = recipe / "corpus", ("train", "valid", "test")
-
-    def sound(path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(path, np.full(8000, 0.1, np.float32), 16000)
-
-    if number == 0:
-        rows = ["file,rating,speaker,split,transcript"]
-        for i in range(6):
-            sound(corpus / f"wav/{i:04d}.wav")
-            rows.append(f'{i:04d},{1 + i % 5}.5,s{i},{sets[i % 3]},"well, it was number {i}"'.replace("5.5", "5"))
-        (corpus / "ratings.csv").write_text("\n".join(rows))
-    elif number == 1:
-        rows = ["path\tmood\tspeaker"]
-        for i in range(30):
-            sound(corpus / f"clips/{i}.wav")
-            rows.append(f"clips/{i}.wav\t{['negative', 'neutral', 'positive'][i % 3]}\tp{i // 3}")
-        (corpus / "moods.tsv").write_text("\n".join(rows))
-    else:
-        rows = ["video_id,clip_id,text,label,label_T,label_A,label_V,annotation,mode"]
-        for i, name in enumerate(sets):
-            sound(corpus / f"Raw/video_{i}/0001.wav")
-            rows.append(f"video_{i},1,不错,0.4,0.2,0.4,0.6,Positive,{name}")
-        (corpus / "label.csv").write_text("\n".join(rows), encoding="utf-8-sig")
-    done = subprocess.run(
-        ["./sdumc.sh", "--stop-stage", "1", "--ngpu", "0"],
-        cwd=recipe,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout
-    loaded = [load_kaldi_dir(recipe / "data" / name) for name in sets]
-    assert sum(len(data.utterances) for data in loaded) == (6, 30, 3)[number]
-    scale = scale_of(recipe / "data/test")
-    assert (scale.low, scale.high, scale.scheme) == [(1, 5, "none"), (-1, 1, "nearest"), (-1, 1, "sims")][number]
-
-
 def test_the_example_of_features_from_elsewhere(tmp_path, monkeypatch):
     """The arrays that docs/new_recipe.md writes are read back as a dump folder."""
     from sdumc.data.dump import load_dump
