@@ -134,7 +134,7 @@ def test_a_killed_training_goes_on(data, tmp_path):
     assert apart(weights(tmp_path / "whole"), weights(tmp_path / "killed")) < 1e-6
 
 
-@pytest.mark.parametrize("options", [["--precision", "bf16"], ["--compile"]], ids=["bf16", "compile"])
+@pytest.mark.parametrize("options", [["--precision", "bf16"], ["--compile", "yes"]], ids=["bf16", "compile"])
 def test_faster_ways_to_train(data, tmp_path, options):
     assert (done := train(data, tmp_path / "plain", *PLAIN)).returncode == 0, done.stderr
     assert (done := train(data, tmp_path / "other", *PLAIN, *options)).returncode == 0, done.stderr
