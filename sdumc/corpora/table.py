@@ -78,6 +78,9 @@ def read_csv(path: Path) -> Table:
     """
     content = _decode(path)
     first = content.split("\n", 1)[0]
+    if re.fullmatch(r"sep=.", first.strip(), re.IGNORECASE):  # a spreadsheet's note to itself
+        content = content[len(first) :]
+        first = content[1:].split("\n", 1)[0]
     delimiter = max("\t;,", key=lambda c: (first.count(c), c == ","))
     if not first.strip():
         raise UserError(f"{path}:1: no header; the first line must name the columns")
@@ -106,12 +109,16 @@ def _decode(path: Path) -> str:
         raw = path.read_bytes()
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+    if raw.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
+        raise UserError(f"{path}: a workbook or an archive, no text; save the table as CSV (UTF-8)")
     encoding = "utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     try:
         text = raw.decode(encoding)
     except UnicodeDecodeError as e:
         line = raw[: e.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line}: not UTF-8 text; convert it, such as: iconv -f GB18030 -t UTF-8") from None
+        raise UserError(
+            f"{path}:{line}: not UTF-8 text; convert it, such as: iconv -f WINDOWS-1252 -t UTF-8 (or -f GB18030)"
+        ) from None
     if "\0" in text:
         raise UserError(f"{path}: holds zero bytes; it is no text file")
     return text.replace("\r\n", "\n").replace("\r", "\n")
@@ -217,6 +224,8 @@ def read_table_corpus(
             raise UserError(f"{path}:{number}: {e}") from None
         if isinstance(found, str) and entry.utt in fold.utterances:
             fold.leave_out(entry.utt, found)
+        if entry.utt in fold.left_out:
+            fold.left_out[entry.utt] += f" (line {number})"
         for column, extra in EXTRA_TABLES.items():
             if column in names and row[names[column]]:
                 fold.extra.setdefault(extra, {})[entry.utt] = row[names[column]]
@@ -280,6 +289,10 @@ def find_columns(table: Table, given: Mapping[str, str], no_media: bool = False)
     return found
 
 
+_WITH_COMMA = re.compile(r"([-+]?\d+(,\d+)?)?")
+_NO_LABEL = ("n/a", "na", "nan", "null", "none", "nil", "-", "--", "?", "missing", "#n/a", "inf", "-inf")
+
+
 def read_labels(
     table: Table, column: str, scale: LabelScale | None, label_map: Mapping[str, float]
 ) -> tuple[list[float | None], LabelScale]:
@@ -291,8 +304,10 @@ def read_labels(
     by_word = {word.casefold(): value for word, value in label_map.items()}
     labels: list[float | None] = []
     unknown: dict[str, int] = {}
-    for number, row in table.rows:
-        value = row[column]
+    values = [row[column].strip('" ').replace("\N{MINUS SIGN}", "-") for _, row in table.rows]
+    if all(map(_WITH_COMMA.fullmatch, values)):  # as spreadsheets write numbers in many countries
+        values = [value.replace(",", ".") for value in values]
+    for (number, _), value in zip(table.rows, values, strict=True):
         if not value:
             labels.append(None)
         elif by_word:
@@ -309,7 +324,18 @@ def read_labels(
     if unknown:
         word, line = next(iter(unknown.items()))
         if re.fullmatch(r"[-+]?\d+,\d+", word):
-            raise UserError(f"{table.path}:{line}: label {word!r}: write the decimal sign as a point")
+            other, place = next(
+                (v, n) for v, (n, _) in zip(values, table.rows, strict=True) if not _WITH_COMMA.fullmatch(v)
+            )
+            raise UserError(
+                f"{table.path}:{line}: label {word!r}: a decimal comma is read only where all labels have one or are "
+                f"whole, and line {place} has {other!r}; write decimal points"
+            )
+        if word.casefold().strip(".") in _NO_LABEL:
+            raise UserError(
+                f"{table.path}:{line}: label {word!r} is no number; where there is no label, leave the cell empty: the "
+                "line is then left out and listed"
+            )
         shown = " ".join(f"{w}=?" for w in list(unknown)[:12])
         raise UserError(
             f"{table.path}:{line}: label {word!r} is no number. If labels are words, give each its number, such as "
@@ -379,7 +405,7 @@ def _entry(table: Table, number: int, row: Mapping[str, str], names: Mapping[str
 
 def _as_id(text: str) -> str:
     """A name as an id: without white space and folders."""
-    return re.sub(r"\s+", "_", text.strip()).strip("/").replace("/", "_")
+    return re.sub(r"\s+", "_", text.strip()).replace("\\", "/").strip("/").replace("/", "_")
 
 
 def _splits(table: Table, names: Mapping[str, str], entries: Sequence[Entry]) -> list[str]:
@@ -446,13 +472,16 @@ class Places:
         return ClipMedia(entry.utt, found, found if found.suffix.lower() in _PICTURES else None)
 
     def _file(self, name: str) -> Path | None:
-        """A file as the table names it, with or without its extension."""
-        for root in self.roots:
-            path = root / name
+        """A file as the table names it: with its extension, in any case, or without; from Windows, with backslashes."""
+        for path in (root / way for root in self.roots for way in dict.fromkeys((name, name.replace("\\", "/")))):
             if path.is_file():
                 return path
-            for other in self._names(path.parent).get(path.name, []):
+            names = self._names(path.parent)
+            for other in names.get(path.name, []):
                 return other
+            for other in names.get(path.stem, []):
+                if other.suffix.lower() == path.suffix.lower():
+                    return other
         return None
 
     def _clip(self, video: str, clip: str) -> Path | None:

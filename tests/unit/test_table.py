@@ -117,7 +117,7 @@ def test_a_users_table(tmp_path):
         ([0, 1, 2], r"--label-map '0=\? 1=\? 2=\?'"),
         ([1.5, 4.25], r"from 1.5 to 4.25, outside of CMU's scale"),
         ([-0.8, -0.2, 0.1, 0.4, 0.9], r"from -0.8 to 0.9 only: declare the scale: --label-scale sims"),
-        (["0,5"], r"t.csv:2: label '0,5': write the decimal sign as a point"),
+        (["0,5", 1.5], r"t.csv:2: label '0,5': a decimal comma .* line 3 has '1.5'"),
     ],
 )
 def test_scales_are_asked_for(tmp_path, labels, message):
@@ -176,12 +176,79 @@ def test_media_that_are_not_there_or_twice(tmp_path):
     with pytest.raises(UserError, match=r"train: 1 of 2 .* cannot be used.*no media file x"):
         run(tmp_path / "t.csv", "--label-scale", "cmu")
     data = run(tmp_path / "t.csv", "--label-scale", "cmu", "--max-drop", "0.5")
-    assert read_dropped(data / "train/dropped.tsv") == [("x", "data", "no media file x")]
+    assert read_dropped(data / "train/dropped.tsv") == [("x", "data", "no media file x (line 3)")]
     assert read_dropped(data / "test/dropped.tsv") == [("e", "data", "no label (line 6)")]
     assert read_dropped(data / "dropped.tsv")[0][2] == "a media file not in the table"
     (tmp_path / "t.csv").write_text("\n".join(["file,label,split", *rows, "a.wav,1,train"]))
     with pytest.raises(UserError, match=r"t.csv:7: .*a.wav is the media file of line 2 too|is there twice"):
         run(tmp_path / "t.csv", "--label-scale", "cmu")
+
+
+ODD = "path,label,speaker,split,text\n" + "".join(
+    f"wav/{i}.wav,{y},s{i},{split},said {i}\n"
+    for i, (y, split) in enumerate(zip(("-1.5", "0.5", "2", "1.5"), ("train", "train", "valid", "test"), strict=True))
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "encoding"),
+    [
+        (lambda t: t.replace(",", ";").replace(".5", ",5"), "utf-8"),
+        (lambda t: t.replace(",", "\t").replace(".5", ",5"), "utf-16"),
+        (lambda t: t.replace("-1.5", '"-1,5"').replace("0.5", '"0,5"').replace(",1.5", ',"1,5"'), "utf-8-sig"),
+        (lambda t: "sep=;\r\n" + t.replace(",", ";").replace("\n", "\r\n"), "utf-8"),
+        (lambda t: t.replace("-1.5", " \u22121.5 ").replace(",2,", ', "2 ",'), "utf-8"),
+        (lambda t: t.replace("wav/", "wav\\"), "utf-8"),
+        (lambda t: t.replace(".wav", ".WAV"), "utf-8"),
+        (lambda t: t.replace("said 0", '"two\nlines, quoted"').replace("\n", "\n\n"), "utf-8"),
+        (lambda t: t.replace("wav/", "./wav/").replace("said 3", ""), "utf-8"),
+        (lambda t: t.replace("wav/", "HOME/wav/"), "utf-8"),
+    ],
+    ids="semicolons tabs quoted-BOM sep= minus Windows capitals line-breaks no-text absolute".split(),  # noqa: SIM905
+)
+def test_what_spreadsheets_and_people_write(tmp_path, change, encoding):
+    for i in range(4):
+        sound(tmp_path / f"wav/{i}.wav")
+    table = tmp_path / "t.csv"
+    table.write_bytes(change(ODD).replace("HOME", str(tmp_path)).encode(encoding))
+    data = run(table, "--label-scale", "-3 3", "--max-drop", "0")
+    labels = [read_table(data / name / "utt2label") for name in ("train", "valid", "test")]
+    assert [float(y) for found in labels for y in found.values()] == [-1.5, 0.5, 2, 1.5]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.replace(",", ";").replace("0.5", "0,5"), r"t\.csv:3: label '0,5': .* line 2 has '-1\.5'"),
+        (lambda t: t.replace("0.5", "N/A"), r"t\.csv:3: label 'N/A' is no number; .* leave the cell empty"),
+        (lambda t: t.replace("0.5", "nan"), r"t\.csv:3: label 'nan' is no number; .* leave the cell empty"),
+        (lambda t: t + "wav/1.wav,1,s1,train,again\n", r"t\.csv:6: .*1\.wav is the media file of line 3 too"),
+        (lambda t: t.replace("said 1", "said, 1"), r"t\.csv:3: 6 columns"),
+        (lambda t: t.replace("wav/1", "wav/9"), r"no media file wav/9\.wav \(line 3\)"),
+        (lambda t: t.replace("0.5", "7"), r"label 7\.0 is outside .*\(line 3\)"),
+        (lambda t: "PK\x03\x04" + t, r"t\.csv: a workbook or an archive, no text"),
+        (lambda t: t.replace("said 1", "caf\udce9"), r"t\.csv:3: not UTF-8 text.*WINDOWS-1252"),
+    ],
+)
+def test_what_is_refused_with_its_line(tmp_path, change, message):
+    for i in range(4):
+        sound(tmp_path / f"wav/{i}.wav")
+    (tmp_path / "t.csv").write_bytes(change(ODD).encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match=message):
+        run(tmp_path / "t.csv", "--label-scale", "-3 3", "--max-drop", "0")
+
+
+def test_texts_alone(tmp_path):
+    """No files and no ids: a name by the line; a line without text is left out and listed."""
+    (tmp_path / "t.csv").write_text("text,label,split\na,1,train\n,2,train\nb,2,valid\nc,3,test\n")
+    with pytest.raises(UserError, match="say --no-media if there are texts alone"):
+        run(tmp_path / "t.csv", "--label-scale", "1 5")
+    data = run(tmp_path / "t.csv", "--label-scale", "1 5", "--no-media")
+    loaded = load_kaldi_dir(data / "train")
+    assert loaded.utterances == ["line000002"] and not (data / "train/wav.scp").exists()
+    assert [row[0] for row in read_dropped(data / "train/dropped.tsv")] == ["line000003"]
+    with pytest.raises(UserError, match="needs a column of texts"):
+        run(tmp_path / "t.csv", "--label-scale", "1 5", "--no-media", "--columns", "label=text")
 
 
 def test_pairs():
