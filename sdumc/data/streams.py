@@ -193,6 +193,8 @@ class MediaFile:
             self.fresh = False
             try:
                 if is_block_coded(self.format, codec) and self.first is None:
+                    self.from_start(span)
+                    stream = self.track(kind, span)
                     block = next(self.container.demux(stream))
                     self.first = (block.pos, Fraction(block.duration, block.size))
                 self.container.seek(int((self.origin + target) / stream.time_base), stream=stream)

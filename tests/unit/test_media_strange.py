@@ -16,7 +16,7 @@ import pytest
 import soundfile
 from helpers.stopping import wait_until
 
-from sdumc.data import worker
+from sdumc.data import decoding, streams, worker
 from sdumc.data.containers import bytes_missing
 from sdumc.data.media import PastEnd, check_media_file, probe, read_audio, read_frames, read_sound
 from sdumc.data.sound import resample
@@ -253,6 +253,9 @@ def test_a_long_pause_of_the_microphone_is_silence(tmp_path):
 
 CONTAINERS = {
     "wav": ("wav", "adpcm_ms", 0),
+    "ima.wav": ("wav", "adpcm_ima_wav", 0),
+    "mp3.wav": ("wav", "libmp3lame", 0),
+    "nut": ("nut", "aac", 1),
     "mp4": ("mp4", "aac", 1),
     "mkv": ("matroska", "aac", 1),
     "ts": ("mpegts", "aac", 1),
@@ -299,8 +302,25 @@ def test_segments_in_any_order_equal_the_whole_cut(files, name):
         expected = whole[round(start * rate) : round(end * rate)]
         inner = slice(None) if own else slice(200, -200)
         np.testing.assert_allclose(
-            part[inner], expected[: len(part)][inner], atol=0.02 if name == "ac3" else 2e-3, err_msg=f"{start}-{end}"
+            part[inner],
+            expected[: len(part)][inner],
+            atol=0.02 if name in ("ac3", "wmv") else 2e-3,
+            err_msg=f"{start}-{end}",
         )
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_a_segment_is_not_read_from_the_start_of_its_file(files, name, monkeypatch):
+    """Nor after the place was found, in which case the file would be begun a second time."""
+    begun, begin = [], streams.MediaFile.begin
+    monkeypatch.setattr(
+        streams.MediaFile, "begin", lambda *args: begun.append(found := begin(*args)) or found, raising=True
+    )
+    parts: list[np.ndarray] = []
+    decoding.read_sound(MediaSpan(str(files[name]), 9.0, 9.5), 8000, parts.append, parts.clear)
+    streams.forget()
+    assert [sought for _, sought in begun] == [True]
+    assert sum(map(len, parts)) == 4000
 
 
 @pytest.mark.parametrize("name", [n for n, c in CONTAINERS.items() if c[2] and n != "mpg"])  # no MPEG-4 there
