@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,12 +19,15 @@ import yaml
 from sdumc.errors import UserError
 
 _REQUIRED = object()
+_MOVING = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069]")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def shown(path: str | os.PathLike) -> str:
-    """A path as it is printed: bytes of its name that are not UTF-8 are escaped (``\\xe9``)."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    """A path as it is printed: bytes of its name that are not UTF-8 are escaped (``\\xe9``), and so are characters that
+    would move the cursor of a terminal, colour it, or turn the text round."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return _MOVING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def disk_full(path: str | os.PathLike, error: OSError) -> UserError | None:

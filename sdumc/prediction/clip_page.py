@@ -28,6 +28,7 @@ from sdumc.scale import CMU, LabelScale
 if TYPE_CHECKING:
     from jinja2 import Environment
 
+_MOST_BYTES = 220  # of a page's name: a file's has at most 255, those of ".html" and of temporary endings among them
 ROWS = {"audio": "sound", "text": "words", "video": "pictures"}
 
 
@@ -124,6 +125,8 @@ class PageWriter:
             self._clips.append(clip)
             return
         stem = name = Path(scored.file).stem
+        if len(raw := os.fsencode(stem)) > _MOST_BYTES:
+            stem = name = raw[:_MOST_BYTES].decode("utf-8", "ignore")
         number = 1
         while name.lower() in self._names:  # some file systems do not tell A from a
             number += 1

@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import av
 import numpy as np
@@ -173,15 +173,18 @@ def test_one_page_for_all_or_one_for_each(clip, tmp_path):
     pages.add(scored(again))
     shutil.copy(clip, tmp_path / "Index.mp4")
     pages.add(scored(tmp_path / "Index.mp4"))
+    long = "a" + 125 * "é"
+    pages.add(scored(shutil.copy(clip, tmp_path / f"{long}.mp4")))
     pages.close([("z <b>.mp4", "z <b>.mp4: no such media file")])
-    names = ["Index_2.html", "index.html", "my clip.html", "my clip_2.html"]
+    short = f"a{109 * 'é'}.html"
+    names = ["Index_2.html", short, "index.html", "my clip.html", "my clip_2.html"]
     assert sorted(p.name for p in (tmp_path / "pages").iterdir()) == names
     index = (tmp_path / "pages" / "index.html").read_text()
     links = re.findall(r'href="([^"]+html)"', index)
-    assert links == ["my%20clip.html", "my%20clip_2.html", "Index_2.html"]
+    assert links == ["my%20clip.html", "my%20clip_2.html", "Index_2.html", quote(short)]
     assert all((tmp_path / "pages" / unquote(link)).is_file() for link in links)
-    assert "z &lt;b&gt;.mp4<br>" in index and ">no such media file<" in index and "3 scored, from −3" in index
-    assert index.count(f">{pages._entries[0].score}<") == 3
+    assert "z &lt;b&gt;.mp4<br>" in index and ">no such media file<" in index and "4 scored, from −3" in index
+    assert index.count(f">{pages._entries[0].score}<") == 4
     one = PageWriter(tmp_path / "one.html")
     one.add(scored(clip))
     one.add(scored(again))

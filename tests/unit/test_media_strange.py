@@ -22,6 +22,7 @@ from sdumc.data.media import PastEnd, check_media_file, probe, read_audio, read_
 from sdumc.data.sound import resample
 from sdumc.data.tables import MediaSpan
 from sdumc.errors import UserError
+from sdumc.files import shown
 
 RATE = 16000
 RATES = {"libopus": 48000, "ac3": 48000, "libopencore_amrnb": 8000, "g726": 8000}  # of codecs that do not know 16 kHz
@@ -160,6 +161,19 @@ def test_a_phone_that_sends_nothing_in_pauses(tmp_path, codec, option):
         assert len(samples) / RATE == pytest.approx(6.0, abs=0.15)
         assert samples[RATE * 3 // 2 : 4 * RATE].std() < 0.01 < 0.1 < samples[: RATE // 2].std()
         assert samples[round(5.2 * RATE) : round(5.8 * RATE)].std() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "seen"),
+    [
+        (b"caf\xe9.wav", "caf\\xe9.wav"),
+        (b"two\nlines\x1b[31m.wav", "two\\nlines\\x1b[31m.wav"),
+        ("gnp.\u202evaw".encode(), "gnp.\\u202evaw"),
+        ("Müller 日本 👩\u200d🚀.wav".encode(), "Müller 日本 👩\u200d🚀.wav"),
+    ],
+)
+def test_names_are_shown_on_one_line_and_without_tricks(name, seen):
+    assert shown(os.fsdecode(name)) == seen
 
 
 def test_names_that_are_not_utf8(tmp_path):
