@@ -215,7 +215,7 @@ SCORES = "scores.json"
 ARCHIVES = (".tar", ".tar.gz", ".tgz")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WEIGHTS = (".bin", ".safetensors", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf")
-_OF_THIS_MACHINE = ("train-dir", "valid-dir", "exp-dir", "device", "num-workers", "save-every")
+_OF_THIS_MACHINE = ("train-dir", "train-weights", "valid-dir", "exp-dir", "init", "device", "num-workers", "save-every")
 
 
 def is_archive(path: Path) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import tiny_models
 from helpers.commands import call_here, script_here
 from helpers.dumps import make_dump
 from helpers.stopping import at_step
@@ -22,6 +23,7 @@ from sdumc.data.tables import read_table, write_table
 from sdumc.errors import UserError
 from sdumc.scale import parse_scale
 from sdumc.training.data import join_dumps
+from sdumc.training.experiment import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -129,6 +131,22 @@ def test_a_model_of_another_corpus_is_said_to_be_one(home, trained, tmp_path):
     said = yaml.safe_load((exp / "decode_test/full/condition.yaml").read_text())
     assert said["labels-mapped-from"] == "-3 to 3"
     assert json.loads((exp / "decode_test/full/score.json").read_text())["mapped_from"] == "-3 to 3"
+
+
+def test_its_pack_names_no_folder_of_this_machine(home, trained, tmp_path):
+    exp = tmp_path / "joint"
+    shutil.copytree(trained[0], exp)
+    config = yaml.safe_load((exp / "config.yaml").read_text())
+    (exp / "config.yaml").write_text(yaml.safe_dump({**config, "init": f"{home}/somewhere"}))
+    vision = tiny_models.vit(tmp_path / "vit")
+    told = {"model": str(vision), "pooling": "cls", "frame_rate": 5, "detector": "none", "face_margin": 0.2}
+    (exp / "extractors.yaml").write_text(yaml.safe_dump({"video": {**told, "min_face": 0.1, "dtype": "fp32"}}))
+    done = call_here("pack", "--exp-dir", exp, "--output", tmp_path / "pack")
+    assert done.returncode == 0, done.stderr
+    assert "hf upload OWNER/pack" in done.stderr
+    for file in ("config.yaml", "extractors.yaml", "README.md"):
+        assert str(home) not in (tmp_path / "pack" / file).read_text(), file
+    assert load_model(tmp_path / "pack").available == ("audio", "text", "video")
 
 
 def test_killed_and_run_again_ends_with_the_same_bytes(home, trained, tmp_path):
