@@ -42,12 +42,11 @@ def are_whole(folder: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def models() -> Path:
-    if given := os.environ.get("SDUMC_TEST_REAL_MODELS"):
-        return Path(given)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdumc-tests"
-    folder, partial = cache / "real-models", cache / "real-models.partial"
-    cache.mkdir(parents=True, exist_ok=True)
-    with open(cache / "lock", "w") as lock:
+    folder = Path(os.environ.get("SDUMC_TEST_REAL_MODELS", cache / "real-models"))
+    partial = folder.with_name(f"{folder.name}.partial")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f"{folder.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be making them
         if not are_whole(folder):
             if not REAL_MODELS.is_file():
