@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     setup_logging(args.verbose)
     from sdumc.device import pick_device
-    from sdumc.extraction.audio import extract_transcripts
+    from sdumc.extraction.features import extract_transcripts
     from sdumc.extraction.job import data_hash, load_job, open_shard, sound_batches
     from sdumc.pretrained.folders import DTYPES, fingerprint
     from sdumc.pretrained.recogniser import load_recogniser

@@ -1,7 +1,7 @@
 """The one loop over a shard: read ahead, compute in batches, write, commit, report.
 
 Batches have utterances of similar length, longest first, and are the same at every run. What is read and what is
-computed differs: :mod:`.audio`, :mod:`.text`, :mod:`.video`, :mod:`.simulation`.
+computed differs: :mod:`.features`, :mod:`.simulation`.
 """
 
 from __future__ import annotations

@@ -21,11 +21,9 @@ from sdumc.conditions import NO_SPEECH
 from sdumc.data.tables import MediaSpan
 from sdumc.device import halve_when_out_of_memory
 from sdumc.errors import UserError
-from sdumc.extraction.audio import hear, status_of
 from sdumc.extraction.faces import FaceDetector
+from sdumc.extraction.features import PictureReader, TextEncoder, hear, status_of
 from sdumc.extraction.simulation import Search, Simulated, simulate
-from sdumc.extraction.text import TextEncoder
-from sdumc.extraction.video import PictureReader
 from sdumc.files import read_yaml
 from sdumc.pretrained.folders import DTYPES
 from sdumc.pretrained.llm import SpeechLLM

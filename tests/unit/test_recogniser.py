@@ -164,7 +164,7 @@ def test_a_long_clip_without_time_stamps(tmp_path):
 
 
 def test_transcripts_note_how_they_came_about():
-    from sdumc.extraction.audio import _transcript
+    from sdumc.extraction.features import _transcript
 
     assert _transcript(Heard("the film")).notes == {"hyp": "the film", "status": "ok"}
     assert _transcript(Heard("", no_speech=True, log_probability=-1.5)).notes == {
