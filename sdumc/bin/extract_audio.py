@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup_logging(args.verbose)
     from sdumc.device import pick_device
     from sdumc.extraction.features import extract_audio
-    from sdumc.extraction.job import data_hash, load_job, open_shard, sound_batches
+    from sdumc.extraction.loop import data_hash, load_job, open_shard, sound_batches
     from sdumc.pretrained.folders import DTYPES, fingerprint
     from sdumc.pretrained.speech_encoder import SpeechEncoder
 

@@ -39,8 +39,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     from sdumc.data.kaldi_dir import TEXT_ABSENT
     from sdumc.data.tables import read_table
     from sdumc.extraction.features import TextEncoder, extract_text
-    from sdumc.extraction.job import data_hash, load_job, load_llm, load_reader, open_shard, sound_batches
-    from sdumc.extraction.loop import make_batches
+    from sdumc.extraction.loop import (
+        data_hash,
+        load_job,
+        load_llm,
+        load_reader,
+        make_batches,
+        open_shard,
+        sound_batches,
+    )
 
     data, utterances = load_job(args)
     text_file = Path(args.text) if args.text else Path(args.data_dir) / "text"

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup_logging(args.verbose)
     from sdumc.data.tables import read_table
     from sdumc.extraction.finishing import without_speech
-    from sdumc.extraction.job import data_hash, load_job, load_reader, load_rescorer, open_shard, sound_batches
+    from sdumc.extraction.loop import data_hash, load_job, load_reader, load_rescorer, open_shard, sound_batches
     from sdumc.extraction.simulation import Search, extract_simulated_text
     from sdumc.pretrained.speech_reader import projector_data
 

@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging(args.verbose)
     from sdumc.data.kaldi_dir import load_kaldi_dir
     from sdumc.device import pick_device
-    from sdumc.extraction.job import data_hash
+    from sdumc.extraction.loop import data_hash
     from sdumc.pretrained.folders import DTYPES
     from sdumc.pretrained.llm import SpeechLLM
     from sdumc.pretrained.prompts import prompt_text

@@ -1,4 +1,4 @@
-"""What stages 2 and 3 compute of a shard, each by the loop of :mod:`.loop`: audio, text and video features, transcripts.
+"""What stages 2 and 3 compute, each by the loop of :mod:`.loop`: audio, text and video features, and transcripts.
 
 * audio: a hidden layer of a speech encoder.
 * transcripts of a recogniser: they become ``data/<set>/text_asr``, the words of the condition ``asr``, and also replace
