@@ -92,8 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sdumc.device import pick_device
     from sdumc.extraction.loop import data_hash
     from sdumc.pretrained.folders import DTYPES
-    from sdumc.pretrained.llm import SpeechLLM
-    from sdumc.pretrained.prompts import prompt_text
+    from sdumc.pretrained.llm import SpeechLLM, prompt_text
     from sdumc.pretrained.speech_encoder import SpeechEncoder
     from sdumc.training.data import TranscribedSpeech
     from sdumc.training.experiment import hold_folder

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from sdumc.errors import UserError
 from sdumc.files import atomic_write, read_yaml, write_text
-from sdumc.pretrained.llm import SpeechLLM
-from sdumc.pretrained.prompts import RELEASED
+from sdumc.pretrained.llm import RELEASED, SpeechLLM
 from sdumc.pretrained.speech_encoder import SpeechEncoder
 
 _PREFIX = "encoder_projector."
@@ -192,7 +191,7 @@ def projector_data(projector_path: str, utterances: Sequence[str]) -> dict[str, 
 
 def check_projector_prompt(projector_path: str, prompt: str, template: str) -> None:
     """Raise a :class:`UserError` when a projector that was trained here saw another prompt or template than is used
-    now; ``template`` is a resolved one (:func:`sdumc.pretrained.prompts.resolve_template`)."""
+    now; ``template`` is a resolved one (:func:`sdumc.pretrained.llm.resolve_template`)."""
     config, content = _projector_config(projector_path)
     trained = content.get("prompt")
     if isinstance(trained, str) and trained != prompt:

@@ -7,8 +7,7 @@ import torch
 from helpers import tiny_models
 
 from sdumc.errors import UserError
-from sdumc.pretrained.llm import SpeechLLM
-from sdumc.pretrained.prompts import PROMPTS, RELEASED, around_sound, resolve_template
+from sdumc.pretrained.llm import PROMPTS, RELEASED, SpeechLLM, around_sound, resolve_template
 from sdumc.pretrained.speech_reader import check_projector_prompt
 
 CHAT = (
