@@ -25,7 +25,7 @@ from sdumc.reporting.attention import (
     modality_scales,
 )
 from sdumc.reporting.drawing import DARK, LIGHT, Figure, render
-from sdumc.reporting.errors import speaker_errors
+from sdumc.reporting.figures import speaker_errors
 from sdumc.reporting.results import made_classes, made_from
 from sdumc.reporting.scores import SetSummary
 from sdumc.reporting.sets import ConditionResults, Media, Run, TestSet
