@@ -149,12 +149,13 @@ def decode_condition(
         UserError: the models read different features.
     """
     from sdumc.scale import mapped_from
-    from sdumc.scoring.attention import attend, worth_keeping
-    from sdumc.scoring.attention_file import write_attention
+    from sdumc.scoring.attention import write_attention
     from sdumc.scoring.decoding import (
+        attend,
         decode,
         inputs_for,
         mean_predictions,
+        worth_keeping,
         write_condition,
         write_decoded,
         write_predictions,

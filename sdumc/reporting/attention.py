@@ -16,7 +16,7 @@ from PIL import Image
 from sdumc.conditions import FUSED_QUERIES, MODALITIES, TEXTS
 from sdumc.reporting.drawing import QUERY_TITLES, Figure, Panel, Theme
 from sdumc.reporting.sets import ConditionResults, Run, TestSet
-from sdumc.scoring.attention_file import drawn_at_random
+from sdumc.scoring.attention import drawn_at_random
 
 # The queries beside a heat map: ``a + t`` for audio + text.
 SHORT_QUERIES = [

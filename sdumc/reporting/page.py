@@ -31,7 +31,7 @@ from sdumc.reporting.scores import SetSummary
 from sdumc.reporting.sets import ConditionResults, Media, Run, TestSet
 from sdumc.reporting.summary import Summary
 from sdumc.scale import LabelScale
-from sdumc.scoring.attention_file import drawn_at_random
+from sdumc.scoring.attention import drawn_at_random
 
 WORST = 9  # utterances shown per condition
 WORST_CONDITIONS = ("missing", "full")

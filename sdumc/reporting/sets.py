@@ -30,7 +30,7 @@ from sdumc.data.tables import read_table
 from sdumc.errors import UserError
 from sdumc.files import read_json, read_yaml
 from sdumc.scale import CMU, LabelScale, from_dict
-from sdumc.scoring.attention_file import read_attention
+from sdumc.scoring.attention import read_attention
 from sdumc.scoring.metrics import Predictions, read_predictions, score
 from sdumc.training.settings import read_train_sets
 

@@ -1,61 +1,70 @@
-"""Attention of the seven queries over the frames of single utterances, for the report."""
+"""attention.npz: attention of the seven queries over the frames of a few utterances, written by decoding."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 
-from sdumc.conditions import condition_of, modality
-from sdumc.data.dump import Dump
-from sdumc.data.loader import UtteranceDataset, collate
-from sdumc.model.network import SDUMC
-from sdumc.scoring.attention_file import DRAWN, drawn_at_random
-from sdumc.scoring.decoding import Decoded, inputs_for, run_batch
+from sdumc.conditions import MODALITIES
+from sdumc.errors import UserError
+from sdumc.files import atomic_write
 
-WORST = 24  # every run keeps these, so that the utterances with the largest mean error over runs are among them
-_BATCH = 6
+FILE = "attention.npz"
+DRAWN = 6
 
-
-def worth_keeping(decoded: Decoded, worst: int = WORST, drawn: int = DRAWN) -> list[str]:
-    """The utterances with the largest absolute errors, and some drawn at random, labelled or not."""
-    error = np.nan_to_num(np.abs(decoded.prediction - decoded.label), nan=-1.0)
-    order = [int(i) for i in np.argsort(-error, kind="stable")[:worst] if error[i] >= 0]
-    return sorted({decoded.ids[i] for i in order} | set(drawn_at_random(decoded.ids, drawn)))
+# By utterance and modality (7, T); each row is a softmax over the T frames. Absent modalities are left out.
+Attention = Mapping[str, Mapping[str, np.ndarray]]
 
 
-@torch.inference_mode()
-def attend(
-    model: SDUMC, dump: Dump, condition: str, utterances: Sequence[str], device: torch.device | str = "cpu"
-) -> dict[str, dict[str, np.ndarray]]:
-    """Score ``utterances`` once more under ``condition``, and return the attention (7, T) by utterance and modality.
+def drawn_at_random(ids: Sequence[str], count: int = DRAWN) -> list[str]:
+    """``count`` of the ids, in their order; they depend on the ids only, so that all models keep the same."""
+    chosen = np.random.default_rng(0).permutation(len(ids))[:count]
+    return [ids[i] for i in sorted(chosen.tolist())]
 
-    A modality that the utterance does not have is left out; a model without cross-attention (``fusion: concat``) has
-    none at all.
+
+def write_attention(attention: Attention, folder: Path) -> None:
+    """Write ``folder/attention.npz``: ids (K,), and per modality (sum of T, 7) float16 and the frames (K,) of each.
+
+    If ``attention`` is empty, the file of an earlier decoding is removed.
+    """
+    ids = sorted(attention)
+    if not ids:
+        (folder / FILE).unlink(missing_ok=True)
+        return
+    arrays: dict[str, Any] = {"ids": np.array(ids)}
+    for m in MODALITIES:
+        rows = [attention[utt].get(m, np.zeros((7, 0), np.float32)).T for utt in ids]
+        arrays[m] = np.concatenate(rows).astype(np.float16)
+        arrays[f"{m}_frames"] = np.array([len(r) for r in rows], np.int32)
+    with atomic_write(folder / FILE, "wb") as f:
+        np.savez(f, **arrays)
+
+
+def read_attention(folder: Path) -> dict[str, dict[str, np.ndarray]]:
+    """The attention that :func:`write_attention` wrote, as float32; empty if there is no file.
 
     Raises:
-        UserError: as :func:`sdumc.scoring.decoding.decode`.
+        UserError: the file is damaged.
     """
-    if model.config.fusion != "umca":
+    path = folder / FILE
+    if not path.is_file():
         return {}
-    missing_text = model.config.missing_text
-    inputs = inputs_for(condition, dump, model.available, missing_text)
-    flow = condition_of(condition, missing_text).flow
-    dataset = UtteranceDataset(dump, sorted(inputs.values()))
-    index = {utt: i for i, utt in enumerate(dump.utterances)}
-    was_training = model.training
-    model.eval()
-    kept: dict[str, dict[str, np.ndarray]] = {}
-    for start in range(0, len(utterances), _BATCH):
-        batch = collate([dataset[index[utt]] for utt in utterances[start : start + _BATCH]]).to(device)
-        found = run_batch(model, batch, inputs, flow, with_attention=True).attention
-        for row, utt in enumerate(batch.ids):
-            kept[utt] = {}
-            for name, feature in inputs.items():
-                frames = int(batch.lengths[feature][row])
-                if frames:
-                    m = modality(name)
-                    kept[utt][m] = found[m][row, :, :frames].float().cpu().numpy()
-    model.train(was_training)
-    return kept
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in archive.files}
+        ids = arrays["ids"].tolist()
+        found: dict[str, dict[str, np.ndarray]] = {utt: {} for utt in ids}
+        for m in MODALITIES:
+            frames, rows = arrays[f"{m}_frames"], arrays[m].astype(np.float32)
+            if len(frames) != len(ids) or frames.sum() != len(rows):
+                raise ValueError(f"{m} does not fit its frames")
+            for utt, part in zip(ids, np.split(rows, np.cumsum(frames)[:-1]), strict=True):
+                if len(part):
+                    found[utt][m] = part.T
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as e:
+        raise UserError(f"{path}: cannot be read ({e}); decode this condition again (stage 5)") from None
+    return found

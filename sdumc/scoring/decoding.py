@@ -1,4 +1,4 @@
-"""Predictions of a trained model under a condition: which modalities, and which text, it is given."""
+"""A trained model under a condition (which modalities, and which text, it is given): predictions, and attention."""
 
 from __future__ import annotations
 
@@ -12,16 +12,21 @@ import yaml
 
 from sdumc.conditions import MODALITIES, SIMULATED, TEXTS, condition_of, modality
 from sdumc.data.dump import Dump, load_dump
-from sdumc.data.loader import Batch, BatchLoader, UtteranceDataset
+from sdumc.data.loader import Batch, BatchLoader, UtteranceDataset, collate
 from sdumc.data.sampler import GlobalBatchSampler
 from sdumc.errors import UserError
 from sdumc.files import atomic_write, write_text
 from sdumc.model.network import SDUMC
 from sdumc.scale import CMU, MAPPED, LabelScale
+from sdumc.scoring.attention import DRAWN, drawn_at_random
 from sdumc.scoring.metrics import HEADER
 
 # Frames in a batch at most. Decoding keeps no gradients, so this is more than in training: some 200 MB of features.
 _BATCH_FRAMES = 50_000
+# Utterances whose attention is kept: those with the largest errors of each run, so that the ones with the largest mean
+# error over runs are among them.
+WORST = 24
+_ATTENTION_BATCH = 6
 
 
 def inputs_for(
@@ -203,3 +208,46 @@ def load_for(data_dir: Path, conditions: Iterable[str], missing_texts: Iterable[
     """Load the features of a dump folder that any of the conditions reads, for models with these missing texts."""
     wanted = [condition_of(c, text) for c in conditions for text in missing_texts]
     return load_dump(data_dir, sorted({feature for c in wanted for feature in c.features}))
+
+
+def worth_keeping(decoded: Decoded, worst: int = WORST, drawn: int = DRAWN) -> list[str]:
+    """The utterances with the largest absolute errors, and some drawn at random, labelled or not."""
+    error = np.nan_to_num(np.abs(decoded.prediction - decoded.label), nan=-1.0)
+    order = [int(i) for i in np.argsort(-error, kind="stable")[:worst] if error[i] >= 0]
+    return sorted({decoded.ids[i] for i in order} | set(drawn_at_random(decoded.ids, drawn)))
+
+
+@torch.inference_mode()
+def attend(
+    model: SDUMC, dump: Dump, condition: str, utterances: Sequence[str], device: torch.device | str = "cpu"
+) -> dict[str, dict[str, np.ndarray]]:
+    """Score ``utterances`` once more under ``condition``, and return the attention (7, T) by utterance and modality.
+
+    A modality that the utterance does not have is left out; a model without cross-attention (``fusion: concat``) has
+    none at all.
+
+    Raises:
+        UserError: as :func:`sdumc.scoring.decoding.decode`.
+    """
+    if model.config.fusion != "umca":
+        return {}
+    missing_text = model.config.missing_text
+    inputs = inputs_for(condition, dump, model.available, missing_text)
+    flow = condition_of(condition, missing_text).flow
+    dataset = UtteranceDataset(dump, sorted(inputs.values()))
+    index = {utt: i for i, utt in enumerate(dump.utterances)}
+    was_training = model.training
+    model.eval()
+    kept: dict[str, dict[str, np.ndarray]] = {}
+    for start in range(0, len(utterances), _ATTENTION_BATCH):
+        batch = collate([dataset[index[utt]] for utt in utterances[start : start + _ATTENTION_BATCH]]).to(device)
+        found = run_batch(model, batch, inputs, flow, with_attention=True).attention
+        for row, utt in enumerate(batch.ids):
+            kept[utt] = {}
+            for name, feature in inputs.items():
+                frames = int(batch.lengths[feature][row])
+                if frames:
+                    m = modality(name)
+                    kept[utt][m] = found[m][row, :, :frames].float().cpu().numpy()
+    model.train(was_training)
+    return kept

@@ -13,7 +13,7 @@ from sdumc.conditions import CONDITIONS, modality
 from sdumc.data.tables import read_table
 from sdumc.files import write_json, write_text
 from sdumc.pretrained.quality import summarise
-from sdumc.scoring.attention_file import write_attention
+from sdumc.scoring.attention import write_attention
 from sdumc.scoring.decoding import Decoded, write_decoded
 from sdumc.scoring.metrics import read_predictions, score
 

@@ -15,7 +15,7 @@ from helpers.dumps import make_dump
 from helpers.stopping import at_step
 
 from sdumc.bin import decode, report, score
-from sdumc.scoring.attention_file import read_attention
+from sdumc.scoring.attention import read_attention
 
 ROOT = Path(__file__).resolve().parents[2]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -13,9 +13,8 @@ from sdumc.data.loader import UtteranceDataset, collate
 from sdumc.errors import UserError
 from sdumc.model.config import ModelConfig
 from sdumc.model.network import SDUMC
-from sdumc.scoring.attention import attend, worth_keeping
-from sdumc.scoring.attention_file import drawn_at_random, read_attention, write_attention
-from sdumc.scoring.decoding import decode, load_for
+from sdumc.scoring.attention import drawn_at_random, read_attention, write_attention
+from sdumc.scoring.decoding import attend, decode, load_for, worth_keeping
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from sdumc.reporting import baselines, drawing
 from sdumc.reporting.scores import _findings, spread
 from sdumc.reporting.sets import media_links
 from sdumc.scale import CMU
-from sdumc.scoring.attention_file import read_attention
+from sdumc.scoring.attention import read_attention
 from sdumc.scoring.intervals import Bootstrap
 from sdumc.scoring.metrics import format_measure, read_predictions
 
