@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sdumc.conditions import MODALITIES
-from sdumc.model.config import ModelConfig
+from sdumc.hyperparameters import ModelConfig
 from sdumc.model.layers import Imagination, mlp
 
 

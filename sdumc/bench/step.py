@@ -10,9 +10,8 @@ from sdumc.bench.measure import goal, interleaved, median, peak_memory, ratio, s
 from sdumc.bench.plain import PlainSDUMC, plain_objective
 from sdumc.conditions import COMPLETE, MISSING, MODALITIES
 from sdumc.device import pick_device
+from sdumc.hyperparameters import ModelConfig, ObjectiveWeights
 from sdumc.losses.objective import sdumc_objective
-from sdumc.losses.weights import ObjectiveWeights
-from sdumc.model.config import ModelConfig
 from sdumc.model.network import SDUMC
 
 BATCH = 96

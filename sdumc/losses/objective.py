@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from sdumc.losses.weights import ObjectiveWeights
+from sdumc.hyperparameters import ObjectiveWeights
 
 # With labels in thirds, distances that are mathematically equal differ in the last bit.
 LABEL_TOLERANCE = 1e-4

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sdumc.conditions import COMPLETE, FUSED_QUERIES, MISSING, MODALITIES, QUERIES, TEXT_OF_FLOW, modality
-from sdumc.model.config import ModelConfig
+from sdumc.hyperparameters import ModelConfig
 from sdumc.model.layers import (
     AttentivePooling,
     CrossAttention,

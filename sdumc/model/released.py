@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdumc.errors import UserError
-from sdumc.model.config import ModelConfig
+from sdumc.hyperparameters import ModelConfig
 
 PREFIX = "model."
 # In the released file, but not used by the released forward pass.

@@ -19,8 +19,7 @@ from sdumc.conditions import MISSING_TEXTS, MODALITIES, SIMULATED
 from sdumc.device import add_device_option
 from sdumc.errors import UserError
 from sdumc.files import read_yaml, write_text
-from sdumc.losses.weights import ObjectiveWeights
-from sdumc.model.config import FUSION, IMAGINATION, POOLING, ModelConfig
+from sdumc.hyperparameters import FUSION, IMAGINATION, POOLING, ModelConfig, ObjectiveWeights
 from sdumc.scale import scale_of
 
 CONFIG = "config.yaml"

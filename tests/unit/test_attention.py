@@ -11,7 +11,7 @@ from sdumc.bin.decode import main
 from sdumc.conditions import MISSING
 from sdumc.data.loader import UtteranceDataset, collate
 from sdumc.errors import UserError
-from sdumc.model.config import ModelConfig
+from sdumc.hyperparameters import ModelConfig
 from sdumc.model.network import SDUMC
 from sdumc.scoring.attention import drawn_at_random, read_attention, write_attention
 from sdumc.scoring.decoding import attend, decode, load_for, worth_keeping

@@ -11,7 +11,7 @@ from helpers.dumps import make_dump
 
 from sdumc.bin.decode import main
 from sdumc.errors import UserError
-from sdumc.model.config import ModelConfig
+from sdumc.hyperparameters import ModelConfig
 from sdumc.model.network import SDUMC
 from sdumc.scoring.metrics import read_predictions
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sdumc.hyperparameters import ObjectiveWeights
 from sdumc.losses.objective import (
     LABEL_TOLERANCE,
     mean_squared_error,
@@ -14,7 +15,6 @@ from sdumc.losses.objective import (
     root_mean_squared_error,
     sdumc_objective,
 )
-from sdumc.losses.weights import ObjectiveWeights
 
 
 def by_definition(features, labels, temperature=2.0):

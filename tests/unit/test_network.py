@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdumc.conditions import COMPLETE, MISSING
+from sdumc.hyperparameters import ModelConfig
 from sdumc.model import layers
-from sdumc.model.config import ModelConfig
 from sdumc.model.network import SDUMC
 from sdumc.model.released import import_released
 

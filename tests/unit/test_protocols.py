@@ -15,7 +15,7 @@ from sdumc.bin.decode import main
 from sdumc.conditions import CONDITIONS, PATTERNS, PROTOCOL_RECORD, PROTOCOLS
 from sdumc.data.loader import Batch
 from sdumc.errors import UserError
-from sdumc.model.config import ModelConfig
+from sdumc.hyperparameters import ModelConfig
 from sdumc.model.network import SDUMC
 from sdumc.reporting import drawing
 from sdumc.scoring import protocols as p

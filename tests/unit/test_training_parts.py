@@ -11,7 +11,7 @@ from helpers.dumps import DIMS, make_dump
 from sdumc.conditions import COMPLETE, MISSING
 from sdumc.errors import UserError
 from sdumc.files import read_yaml
-from sdumc.model.config import ModelConfig
+from sdumc.hyperparameters import ModelConfig
 from sdumc.model.network import SDUMC, empty_loss_inputs
 from sdumc.training.checkpoint import (
     VALID_BEST,

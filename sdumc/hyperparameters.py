@@ -1,4 +1,4 @@
-"""What fixes the shape and the arithmetic of the network. No torch here: the command line reads its defaults."""
+"""What fixes the network and its objective. No torch here: the command line reads its defaults."""
 
 from __future__ import annotations
 
@@ -53,3 +53,19 @@ class ModelConfig:
             raise ValueError(f"fusion must be one of {', '.join(FUSION)}, not {self.fusion!r}")
         if self.pooling not in POOLING:
             raise ValueError(f"pooling must be one of {', '.join(POOLING)}, not {self.pooling!r}")
+
+
+@dataclass(frozen=True)
+class ObjectiveWeights:
+    """The factor of each term; 0 leaves a term out. The defaults are the released system's.
+
+    ``temperature`` is Rank-N-Contrast's.
+    """
+
+    mse_complete: float = 0.5
+    mse_missing: float = 0.5
+    distil_query: float = 0.1
+    distil_content: float = 0.7
+    similarity: float = 0.13
+    contrast: float = 0.5
+    temperature: float = 2.0
