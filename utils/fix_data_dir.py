@@ -34,8 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not 0 <= args.max_drop <= 1:
         parser.error(f"--max-drop {args.max_drop}: a share between 0 and 1")
-    from sdumc.data.fixing import fix_kaldi_dir
-    from sdumc.data.kaldi_dir import load_kaldi_dir
+    from sdumc.data.kaldi_dir import fix_kaldi_dir, load_kaldi_dir
 
     dropped = args.dropped or Path(args.data_dir) / "dropped.tsv"
     label_range = (args.label_range[0], args.label_range[1]) if args.label_range else None

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import soundfile
 
-from sdumc.data.fixing import FIX_STAGE, fix_kaldi_dir
 from sdumc.data.kaldi_dir import (
+    FIX_STAGE,
     MediaSpan,
     Segment,
     check_tables,
     finish_kaldi_dir,
     first_problems,
+    fix_kaldi_dir,
     load_kaldi_dir,
     read_tables,
     shard,
