@@ -35,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     from sdumc.files import write_text
     from sdumc.model.network import SDUMC
-    from sdumc.model.released import import_released, read_released
     from sdumc.training.checkpoint import VALID_BEST, save_weights
+    from sdumc.training.initial import import_released, read_released
     from sdumc.training.settings import get_parser as train_parser
     from sdumc.training.settings import write_config
 

@@ -14,7 +14,7 @@ from sdumc.conditions import COMPLETE, MISSING
 from sdumc.hyperparameters import ModelConfig
 from sdumc.model import layers
 from sdumc.model.network import SDUMC
-from sdumc.model.released import import_released
+from sdumc.training.initial import import_released
 
 DIMS = {"audio": 12, "text": 20, "video": 9}
 
