@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from sdumc.data.dump import load_dump
     from sdumc.scale import mapped_from, mapping_in_words, scale_of
     from sdumc.scoring.decoding import inputs_for, load_for
-    from sdumc.training.experiment import load_model
+    from sdumc.training.checkpoint import load_model
 
     device = pick_device(args.device)
     models = {exp: load_model(Path(exp), args.checkpoint).to(device) for exp in args.exp_dir}

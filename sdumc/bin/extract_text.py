@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 
 from sdumc.cli import Parser, run, setup_logging
 from sdumc.extraction.options import add_job_options, add_reader_options, add_state_options
@@ -34,10 +36,6 @@ def get_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     setup_logging(args.verbose)
-    from pathlib import Path
-
-    from sdumc.data.kaldi_dir import TEXT_ABSENT
-    from sdumc.data.tables import read_table
     from sdumc.extraction.features import TextEncoder, extract_text
     from sdumc.extraction.loop import (
         data_hash,
@@ -50,12 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     data, utterances = load_job(args)
-    text_file = Path(args.text) if args.text else Path(args.data_dir) / "text"
-    texts = read_table(text_file, allow_empty=args.name != "text")
-    absent_file = text_file.with_name(TEXT_ABSENT)
-    without = read_table(absent_file) if args.name == "text" and absent_file.is_file() else {}
-    if args.text_case == "lower":
-        texts = {u: t.lower() for u, t in texts.items()}
+    text_file = Path(args.text or Path(args.data_dir, "text"))
+    texts, without = _read_texts(args, text_file)
     reader = None
     if args.context == "audio+prompt":
         reader, settings = load_reader(args)
@@ -77,6 +71,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         batches = make_batches(spoken, args.batch_size, args.batch_seconds)
     with open_shard(args, settings, utterances) as writer:
         extract_text(data, texts, batches, encoder, writer, args.bad_media, without)
+
+
+def _read_texts(args: Namespace, text_file: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """The words of the utterances, and of real text the reasons of those that have none."""
+    from sdumc.data.kaldi_dir import TEXT_ABSENT
+    from sdumc.data.tables import read_table
+
+    texts = read_table(text_file, allow_empty=args.name != "text")
+    if args.text_case == "lower":
+        texts = {u: t.lower() for u, t in texts.items()}
+    absent_file = text_file.with_name(TEXT_ABSENT)
+    return texts, read_table(absent_file) if args.name == "text" and absent_file.is_file() else {}
 
 
 if __name__ == "__main__":

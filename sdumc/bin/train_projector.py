@@ -94,8 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sdumc.pretrained.folders import DTYPES
     from sdumc.pretrained.llm import SpeechLLM, prompt_text
     from sdumc.pretrained.speech_encoder import SpeechEncoder
+    from sdumc.training.checkpoint import hold_folder
     from sdumc.training.data import TranscribedSpeech
-    from sdumc.training.experiment import hold_folder
     from sdumc.training.projector import ProjectorSettings, partial_folder, train_projector
 
     settings = ProjectorSettings(**{f.name: getattr(args, f.name) for f in fields(ProjectorSettings)})

@@ -29,8 +29,7 @@ from sdumc.files import atomic_write, read_json, read_yaml, write_text
 from sdumc.prediction.extractors import RECORD, ModelUse, Record, find_model, load_record
 from sdumc.scale import CMU, SCALE, LabelScale, from_dict, scale_of
 from sdumc.scoring.metrics import format_measure
-from sdumc.training.checkpoint import PACKED
-from sdumc.training.experiment import weights_file
+from sdumc.training.checkpoint import PACKED, weights_file
 from sdumc.training.settings import CONFIG
 
 _LEFT_OUT = ("ccc", "acc5", "acc3", "acc2_has0", "f1_has0")  # of the card's table, on CMU's scale

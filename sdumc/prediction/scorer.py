@@ -29,7 +29,7 @@ from sdumc.prediction.package import open_experiment
 from sdumc.prediction.subtitles import Cue, sentences
 from sdumc.scale import CMU, LabelScale, scale_of
 from sdumc.scoring.decoding import run_batch
-from sdumc.training.experiment import load_model
+from sdumc.training.checkpoint import load_model
 from sdumc.training.settings import load_config
 
 log = logging.getLogger("sdumc")

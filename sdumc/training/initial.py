@@ -24,8 +24,7 @@ from sdumc.errors import UserError
 from sdumc.files import read_yaml, write_text
 from sdumc.hyperparameters import ModelConfig
 from sdumc.model.network import SDUMC
-from sdumc.training.checkpoint import CHECKPOINT, PACKED, load_weights, with_statistics
-from sdumc.training.experiment import weights_file
+from sdumc.training.checkpoint import CHECKPOINT, PACKED, load_weights, weights_file, with_statistics
 
 log = logging.getLogger("sdumc")
 

@@ -30,9 +30,8 @@ from sdumc.pretrained.quality import word_error_rate
 from sdumc.pretrained.speech_encoder import SpeechEncoder
 from sdumc.pretrained.speech_reader import FILE_NAME, Projector, project, save_projector
 from sdumc.processes import StopSignal, installed_versions
-from sdumc.training.checkpoint import CHECKPOINT, SavedState, load_checkpoint, save_checkpoint
+from sdumc.training.checkpoint import CHECKPOINT, LOCK, SavedState, load_checkpoint, log_to, save_checkpoint
 from sdumc.training.data import TranscribedSpeech, epoch_batches, spread
-from sdumc.training.experiment import LOCK, log_to
 
 log = logging.getLogger("sdumc")
 

@@ -46,9 +46,12 @@ from sdumc.training.checkpoint import (
     keep_best,
     load_checkpoint,
     load_into,
+    lock_folder,
+    log_to,
     save_checkpoint,
     save_weights,
     set_rng,
+    write_extractors,
 )
 from sdumc.training.data import (
     as_inputs,
@@ -60,7 +63,6 @@ from sdumc.training.data import (
     with_dimensions,
 )
 from sdumc.training.distributed import Ranks, barrier, gather_objects, gather_rows, join, leave, sum_gradients
-from sdumc.training.experiment import lock_folder, log_to, write_extractors
 from sdumc.training.initial import parameter_groups, start_from
 from sdumc.training.settings import (
     FREE_TO_CHANGE,

@@ -186,7 +186,7 @@ def hold_folder() -> None:
     f = open("exp/new/.lock", "a")  # noqa: SIM115 (held until the case has run)
     fcntl.flock(f, fcntl.LOCK_EX)
     HELD.append(f)
-    PATCHES.append(mock.patch("sdumc.training.experiment.lock_folder.__defaults__", (0.1,)))
+    PATCHES.append(mock.patch("sdumc.training.checkpoint.lock_folder.__defaults__", (0.1,)))
 
 
 def small_files() -> None:

@@ -179,7 +179,7 @@ def test_a_rank_with_an_error_shows_it_and_ends_the_run(data, tmp_path):
 
 def test_two_trainings_in_one_folder(data, tmp_path, monkeypatch):
     from sdumc.errors import UserError
-    from sdumc.training.experiment import lock_folder
+    from sdumc.training.checkpoint import lock_folder
 
     held = lock_folder(tmp_path)
     with pytest.raises(UserError, match="another training works in this folder"):

@@ -161,7 +161,7 @@ def test_decoding_every_condition(data, undisturbed, tmp_path):
 def test_predictions_do_not_depend_on_the_number_of_ranks(data, undisturbed, ranks):
     """What evaluation does on each rank; on 16 ranks some have no utterance."""
     from sdumc.scoring.decoding import decode, load_for
-    from sdumc.training.experiment import load_model
+    from sdumc.training.checkpoint import load_model
 
     model, dump = load_model(undisturbed, "averaged"), load_for(data / "valid", ["full", "missing"])
     for condition in ("full", "missing"):
@@ -218,7 +218,7 @@ def test_the_missing_flow_learns_from_asr_text(data, tmp_path):
     assert said["asr"] == {**said["missing"], "condition": "asr", "flow": "complete"} and said["none"]["text"] == "none"
 
     from sdumc.scoring.decoding import decode, load_for, run_batch
-    from sdumc.training.experiment import load_model
+    from sdumc.training.checkpoint import load_model
 
     # The text reaches the missing flow: the network's own answer to it, and another than to no text.
     model, dump = load_model(asr), load_for(tmp_path / "dump/test", ["missing"], ["asr"])

@@ -77,7 +77,7 @@ def test_file_is_read_back(dump, tmp_path):
 
 
 def test_decoding_writes_it(dump, tmp_path, monkeypatch):
-    monkeypatch.setattr("sdumc.training.experiment.load_model", lambda *_: network())
+    monkeypatch.setattr("sdumc.training.checkpoint.load_model", lambda *_: network())
     given = ["--exp-dir", str(tmp_path), "--data-dir", str(dump.path), "--output-dir", str(tmp_path / "o")]
     main([*given, "--condition", "full", "missing", "none", "--device", "cpu"])
     for condition, names in (("full", {"audio", "text", "video"}), ("none", {"audio", "video"})):

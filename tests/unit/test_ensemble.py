@@ -24,7 +24,7 @@ def load(exp: Path, which: str) -> SDUMC:
 
 
 def test_mean_of_the_predictions(tmp_path, monkeypatch):
-    monkeypatch.setattr("sdumc.training.experiment.load_model", load)
+    monkeypatch.setattr("sdumc.training.checkpoint.load_model", load)
     dump = make_dump(tmp_path / "dump", count=12)
     common = ["--data-dir", str(dump), "--device", "cpu", "--condition", "full", "none"]
     for exps in (["a_seed1"], ["a_seed2"], ["a_seed1", "a_seed2"]):

@@ -204,7 +204,7 @@ def test_killed_job_goes_on_to_identical_files(work, tmp_path, monkeypatch, name
     assert any(n.endswith(".journal") for n in contents(killed))
     seen = []
     original = loop.read_wave
-    for module in ("simulation", "audio", "text"):
+    for module in ("simulation", "features"):
         monkeypatch.setattr(
             f"sdumc.extraction.{module}.read_wave", lambda data, utt: seen.append(utt) or original(data, utt)
         )

@@ -16,7 +16,7 @@ from sdumc.conditions import in_words, possible_conditions
 from sdumc.data.tables import read_table, write_table
 from sdumc.scale import CMU, parse_scale
 from sdumc.scoring.metrics import read_predictions
-from sdumc.training.experiment import load_model
+from sdumc.training.checkpoint import load_model
 
 SMALL = [
     "--dim",

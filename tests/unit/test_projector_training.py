@@ -16,9 +16,9 @@ from sdumc.bin import simulate_text, train_projector
 from sdumc.errors import EXIT_REQUEUE, UserError
 from sdumc.pretrained.speech_reader import projector_data
 from sdumc.processes import installed_versions
-from sdumc.training import experiment
+from sdumc.training import checkpoint
 from sdumc.training import projector as training
-from sdumc.training.experiment import hold_folder
+from sdumc.training.checkpoint import hold_folder
 
 FILES = {"projector.safetensors", "config.yaml", "train.log", "train_utterances"}
 
@@ -167,7 +167,7 @@ def test_changed_settings_are_refused_by_name(work, tmp_path, monkeypatch):
 
 
 def test_two_trainings_of_one_projector(work, tmp_path, monkeypatch):
-    monkeypatch.setattr("sdumc.training.experiment.lock_folder.__defaults__", (0.1,))
+    monkeypatch.setattr("sdumc.training.checkpoint.lock_folder.__defaults__", (0.1,))
     refused = pytest.raises(UserError, match=r"projector\.partial: another training works in this folder")
     with hold_folder(training.partial_folder(tmp_path / "projector")), refused:
         train(work, tmp_path / "projector")
@@ -176,7 +176,7 @@ def test_two_trainings_of_one_projector(work, tmp_path, monkeypatch):
 
 def test_a_folder_that_got_its_final_name_while_it_was_waited_for(tmp_path, monkeypatch):
     """The lock that is got at last is in the finished folder; the one that waited makes a folder of its own."""
-    real, folder = experiment.lock_folder, tmp_path / "new"
+    real, folder = checkpoint.lock_folder, tmp_path / "new"
 
     def lock_late(path):
         descriptor = real(path)
@@ -184,9 +184,9 @@ def test_a_folder_that_got_its_final_name_while_it_was_waited_for(tmp_path, monk
             path.rename(tmp_path / "finished")
         return descriptor
 
-    monkeypatch.setattr(experiment, "lock_folder", lock_late)
+    monkeypatch.setattr(checkpoint, "lock_folder", lock_late)
     with hold_folder(folder):
-        assert (folder / experiment.LOCK).exists()
+        assert (folder / checkpoint.LOCK).exists()
 
 
 def test_in_parts(work, tmp_path, monkeypatch, caplog):

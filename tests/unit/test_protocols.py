@@ -34,7 +34,7 @@ def load(exp: Path, which: str) -> SDUMC:
 @pytest.fixture
 def decoded(tmp_path, monkeypatch):
     """``decode --protocol`` of a made-up dump, where utterance 3 has no audio; by exp folder and protocols."""
-    monkeypatch.setattr("sdumc.training.experiment.load_model", load)
+    monkeypatch.setattr("sdumc.training.checkpoint.load_model", load)
     dump = make_dump(tmp_path / "dump", count=14, absent={"audio": {3}})
 
     def run(exp: str, *words: str) -> Path:
@@ -182,7 +182,7 @@ def tree(tmp_path, monkeypatch):
         torch.manual_seed(int(exp.name[-1]))
         return SDUMC(config).eval()
 
-    monkeypatch.setattr("sdumc.training.experiment.load_model", model)
+    monkeypatch.setattr("sdumc.training.checkpoint.load_model", model)
     for seed in (1, 2):
         exp = f"exp/train_seed{seed}"
         places = ["--exp-dir", exp, "--data-dir", "dump/test", "--output-dir", f"{exp}/decode_test/protocols"]
