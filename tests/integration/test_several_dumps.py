@@ -22,8 +22,8 @@ from sdumc.data.loader import UtteranceDataset
 from sdumc.data.tables import read_table, write_table
 from sdumc.errors import UserError
 from sdumc.scale import parse_scale
+from sdumc.training.checkpoint import load_model
 from sdumc.training.data import join_dumps
-from sdumc.training.experiment import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
