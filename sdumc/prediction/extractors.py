@@ -29,7 +29,7 @@ from sdumc.pretrained.folders import DTYPES
 from sdumc.pretrained.llm import SpeechLLM
 from sdumc.pretrained.quality import LIKELIHOOD
 from sdumc.pretrained.recogniser import CtcRecogniser, Heard, WhisperRecogniser, load_recogniser
-from sdumc.pretrained.speech_encoder import SpeechEncoder
+from sdumc.pretrained.speech_encoder import SpeechEncoder, load_whole
 from sdumc.pretrained.speech_reader import SpeechReader, projector_file
 from sdumc.pretrained.vision import VisionExtractor
 
@@ -227,17 +227,18 @@ class Extractors:
 
     # ---- sound
 
+    def _encoder(self, s: dict[str, Any], key: str, role: str, layer: int, normalised: bool) -> SpeechEncoder:
+        """A speech encoder; where audio features and simulated text have the same one, its weights are loaded once."""
+        folder, dtype = str(self._place(s, key, role)), self._dtype(s)
+        names = [u.hash for u in self.record.models() if u.role in ("audio", "encoder")]
+        shared = len(set(names)) < len(names) and None not in names
+        loaded = self._once(load_whole, folder, dtype, self.device) if shared else None
+        return self._once(SpeechEncoder, folder, dtype, self.device, layer, normalised, loaded)
+
     def audio(self, waves: Sequence[np.ndarray]) -> list[torch.Tensor]:
         """Sound (T_i,) at 16 kHz -> audio features (frames_i, D) float32 on the CPU."""
         s = self.record.features["audio"]
-        encoder = self._once(
-            SpeechEncoder,
-            str(self._place(s, "model", "audio")),
-            self._dtype(s),
-            self.device,
-            s["layers"][0],
-            bool(s["normalise"]),
-        )
+        encoder = self._encoder(s, "model", "audio", s["layers"][0], bool(s["normalise"]))
         return [x.float().cpu() for x in halve_when_out_of_memory(list(waves), encoder, _describe)]
 
     # ---- words
@@ -249,8 +250,7 @@ class Extractors:
 
     def _reader(self, s: dict[str, Any]) -> SpeechReader:
         llm = self._llm(s)
-        folder = str(self._place(s, "encoder", "encoder"))
-        encoder = self._once(SpeechEncoder, folder, self._dtype(s), self.device, s.get("encoder_layer", -1))
+        encoder = self._encoder(s, "encoder", "encoder", s.get("encoder_layer", -1), True)
         projector = str(projector_file(self._place(s, "projector", "projector")))
         return self._once(SpeechReader.load, encoder, projector, llm, s.get("embedding_scale"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import warnings
@@ -84,6 +85,20 @@ class WaveInput:
         }, lengths
 
 
+def load_whole(name: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """The model of an encoder's folder, with all its layers."""
+    from transformers import AutoModel
+
+    return load_model(AutoModel, model_folder(name), dtype, device)
+
+
+def _with_own_parts(model: Any) -> Any:
+    """A model of the same weights, whose front end and list of layers can be replaced without changing ``model``."""
+    own = copy.copy(model)
+    own._modules = {k: _with_own_parts(m) if k in ("encoder", "model") else m for k, m in model._modules.items()}
+    return own
+
+
 class SpeechEncoder:
     """One hidden layer of a WavLM, wav2vec 2.0, HuBERT, data2vec-audio or Whisper encoder from transformers.
 
@@ -96,6 +111,7 @@ class SpeechEncoder:
             one; transformers 5 lists the state before that norm there; after the adapter of a wav2vec 2.0 with one),
             -5 the released audio features. Layers above it are not computed.
         normalised: scale each clip to zero mean and unit variance (not used by Whisper, which has its own scaling).
+        loaded: the folder's model (:func:`load_whole`), when encoders of several layers share its weights.
 
     Attributes:
         dim: width D of a frame. frame_rate: frames per second (50 for all released models; 25 in SEW's middle layers).
@@ -112,14 +128,13 @@ class SpeechEncoder:
         device: torch.device | str = "cpu",
         layer: int = -1,
         normalised: bool = True,
+        loaded: Any = None,
     ):
-        from transformers import AutoModel
-
         self.folder: Path = model_folder(name)
         self.device, self.dtype = torch.device(device), dtype
         config = read_model_config(self.folder)
         self.is_whisper = config["model_type"] == "whisper"
-        model = load_model(AutoModel, self.folder, dtype, self.device)
+        model = load_whole(str(self.folder), dtype, self.device) if loaded is None else _with_own_parts(loaded)
         if self.is_whisper:
             model = model.get_encoder()
             self.spectrogram = whisper_spectrogram(self.folder)

@@ -17,7 +17,7 @@ from helpers import tiny_models
 from sdumc.files import recall, remember
 from sdumc.pretrained import trial
 from sdumc.pretrained.llm import SpeechLLM
-from sdumc.pretrained.speech_encoder import SpeechEncoder
+from sdumc.pretrained.speech_encoder import SpeechEncoder, load_whole
 from sdumc.pretrained.vision import VisionExtractor
 
 HEAVY = ("sympy", "scipy.optimize", "torch._dynamo", "torch.distributed.tensor", "torch.distributed.checkpoint")
@@ -26,7 +26,7 @@ import sys
 import numpy as np
 import torch
 from sdumc.pretrained.llm import SpeechLLM
-from sdumc.pretrained.speech_encoder import SpeechEncoder
+from sdumc.pretrained.speech_encoder import SpeechEncoder, load_whole
 from sdumc.pretrained.vision import VisionExtractor
 rng = np.random.default_rng(1)
 waves = [rng.normal(size=n).astype(np.float32) for n in (9000, 5000)]
@@ -186,3 +186,25 @@ def test_the_memory_is_found_by_its_key(tmp_path, monkeypatch):
     (file,) = tmp_path.iterdir()
     file.write_text(json.dumps({"key": [2], "value": 3}))
     assert recall("x", [1, "a"]) is None
+
+
+@pytest.mark.parametrize("kind", ["wavlm", "group", "whisper", *tiny_models.SPEECH_KINDS])
+def test_two_layers_of_an_encoder_share_its_weights(tmp_path, kind):
+    """And neither changes what the other gives."""
+    makers = {
+        "wavlm": tiny_models.wavlm,
+        "group": lambda folder: tiny_models.wavlm(folder, norm="group"),
+        "whisper": tiny_models.whisper,
+    }
+    make = makers.get(kind, lambda folder: tiny_models.speech_model(folder, kind))
+    folder = str(make(tmp_path / "model"))
+    waves = [tiny_models.wave(0.6), tiny_models.wave(0.4, seed=1)]
+    layers = (1, -1)
+    expected = [SpeechEncoder(folder, layer=layer)(waves) for layer in layers]
+    loaded = load_whole(folder, torch.float32, torch.device("cpu"))
+    encoders = [SpeechEncoder(folder, layer=layer, loaded=loaded) for layer in layers]
+    weights = {p.data_ptr() for p in loaded.parameters()}
+    for i in (0, 1, 0):
+        assert {p.data_ptr() for p in encoders[i].model.parameters()} <= weights
+        for found, right in zip(encoders[i](waves), expected[i], strict=True):
+            assert torch.equal(found, right)
