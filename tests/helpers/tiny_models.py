@@ -319,6 +319,8 @@ _STAGES = {"hidden_sizes": [8, 16], "depths": [1, 1]}
 VISION_KINDS: dict[str, tuple[str, dict]] = {
     "vit_mae": ("ViTMAE", {**_PICTURES, "decoder_hidden_size": 8, "decoder_num_attention_heads": 2}),
     "deit": ("DeiT", _PICTURES),
+    "beit": ("Beit", _PICTURES),
+    "siglip": ("SiglipVision", _PICTURES),
     "dinov2": ("Dinov2", _PICTURES),
     "dinov2_with_registers": ("Dinov2WithRegisters", {**_PICTURES, "num_register_tokens": 4}),
     "dinov3_vit": ("DINOv3ViT", {**_PICTURES, "num_register_tokens": 4}),

@@ -62,6 +62,8 @@ def test_not_a_vision_model(tmp_path):
 PREFIX = {
     "vit_mae": 1,
     "deit": 2,
+    "beit": 1,
+    "siglip": 0,
     "dinov2": 1,
     "dinov2_with_registers": 5,
     "dinov3_vit": 5,
@@ -96,7 +98,7 @@ def test_kinds_of_vision_models(tmp_path, kind):
         expected = states[:, PREFIX[kind] :].mean(1)
     np.testing.assert_allclose(together, expected.numpy(), atol=1e-5)
 
-    if kind in ("vit_mae", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit"):
+    if kind in ("vit_mae", "deit", "beit", "dinov2", "dinov2_with_registers", "dinov3_vit"):
         first = VisionExtractor(str(folder), pooling="cls")(frames)
         np.testing.assert_allclose(first, states[:, 0].numpy(), atol=1e-5)
     else:

@@ -75,6 +75,13 @@ RIGHT = {
     "gptj": ("GPTJ", {**OLD, "rotary_dim": 8}),
     "falcon": ("Falcon", {**NAMES, "alibi": False, "new_decoder_architecture": False, "multi_query": True}),
     "opt": ("OPT", {**NAMES, "ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 128}),
+    "modernbert-decoder": (
+        "ModernBertDecoder",
+        {**NAMES, "local_attention": 6, "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 2},
+    ),
+    "exaone4": ("Exaone4", {**GROUPED, **MIXED, "sliding_window_pattern": 2}),
+    "biogpt": ("BioGpt", {**NAMES, "max_position_embeddings": 128}),
+    "gpt-bigcode": ("GPTBigCode", OLD),
     "gpt-neo-global": (
         "GPTNeo",
         {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]},
@@ -109,6 +116,13 @@ REFUSED = {
             **{"activation_sparsity_pattern": [0.0, 0.0]},
         },
         "failed a trial",
+    ),
+    "rwkv": ("Rwkv", {**NAMES, "attention_hidden_size": 32}, "architecture is not supported"),
+    "openai-gpt": ("OpenAIGPT", OLD, "not every layer keeps keys and values|trial"),
+    "trocr": (
+        "TrOCR",
+        {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48},
+        "position ids",
     ),
     "bert": ("Bert", NAMES, "architecture is not supported|trial"),
     "llama4": (
