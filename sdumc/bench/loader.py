@@ -201,7 +201,7 @@ def _measure(path: Path, repeats: int, workers: int) -> bool:
         cpu[name].append(cpu_seconds() - before)
 
     read_raw(paths, large)  # what was generated may not all be in the page cache
-    for loader in (limited, whole, limited):  # until they have the memory that they go on with
+    for loader in (limited, whole, limited):  # until their memory no longer grows
         exhaust(loader)
     times = interleaved({name: partial(timed, name) for name in sides}, repeats, warm_up=0)
     rows = [_row(name, t, times[raw], sides[name][0], size, cpu[name]) for name, t in times.items()]

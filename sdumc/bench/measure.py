@@ -69,7 +69,7 @@ def peak_memory(call: Callable[[], object]) -> float:
         call()
         synchronise()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    # A resident set never shrinks in the books, so each measurement gets a process that starts from nothing.
+    # The peak memory of a process never falls, so each measurement gets a new process.
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=_measure_in_child, args=(call, send))
@@ -82,7 +82,7 @@ def peak_memory(call: Callable[[], object]) -> float:
 
 
 def _measure_in_child(call: Callable[[], object], send) -> None:
-    # getrusage's maximum is handed down from the parent; the kernel's own high-water mark can be reset.
+    # getrusage's maximum is inherited from the parent; the kernel's own high-water mark can be reset.
     with open("/proc/self/clear_refs", "w") as f:
         f.write("5")
     before = _high_water_mark()

@@ -23,10 +23,10 @@ from sdumc.bench.measure import goal, median, ratio, table
 # OpenMP's own way: the runtimes' default values, given as a user gives them, so that sdumc leaves them alone.
 SIDES = {"OpenMP's": {"GOMP_SPINCOUNT": "300000", "KMP_BLOCKTIME": "200"}, "ours": {}}
 NEIGHBOURS = (0, 1, 2)
-IDLE_ROUNDS = 4  # the goal without neighbours is the closest, and samples there are quick
-SLOW_REPEATS = 2  # of OpenMP's way beside neighbours, where a single call may take a minute; no goal needs it
+IDLE_ROUNDS = 4  # more, as this goal leaves the least room, and its samples are quick
+SLOW_REPEATS = 2  # with OpenMP's defaults beside neighbours: a call may take a minute, and no goal needs it
 ALONE, BESIDE = 0.5, 1.0  # seconds that a sample lasts, at least one call
-MOST = {1: 2.5, 2: 4.0}  # times as slow beside so many neighbours as alone
+MOST = {1: 2.5, 2: 4.0}  # neighbours -> how many times slower than alone it may be
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def measure(work: Work, repeats: int) -> dict[tuple[str, int], list[float]]:
         workers = {side: stack.enter_context(Worker(work, side, free_port())) for side in SIDES}
         for repeat in range(repeats):
             for i in range(IDLE_ROUNDS):
-                for side in list(SIDES)[:: 1 if i % 2 == 0 else -1]:  # A B B A: a drift meets both
+                for side in list(SIDES)[:: 1 if i % 2 == 0 else -1]:  # A B B A: a drift affects both
                     times[side, 0].append(workers[side].sample(ALONE))
             for n in NEIGHBOURS[1:]:
                 with busy(n):

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "model_hash": fingerprint(extractor.folder),
         "pooling": args.pooling,
         "frame_rate": args.fps,
-        "dim": extractor.dim,  # known also where no clip has a face
+        "dim": extractor.dim,  # so that it is known even if no clip has a face
         "detector": args.detector,
         "face_margin": args.face_margin,
         "min_face": args.min_face,

@@ -18,8 +18,8 @@ from sdumc.errors import UserError
 
 _MATRIX = struct.Struct("<2s3sbibi")  # \0B, FM_, 4, rows, 4, columns
 _HEADER_BYTES = 32  # covers every matrix header that is understood here
-# Kaldi's methods: two bytes a value between the least and the greatest of the matrix; or one byte, between quartiles of
-# each column (two bytes where there are 8 frames or fewer).
+# Kaldi's methods. Two bytes a value: linear between the smallest and the largest of the matrix. One byte a value:
+# linear between the quartiles of each column (a matrix of 8 frames or fewer gets two bytes).
 COMPRESSION = {"two-byte": 3, "one-byte": 1}
 
 
@@ -164,7 +164,7 @@ def read_float_matrix(fd: int, offset: int, rows: np.ndarray) -> bool:
 
 def all_finite(matrix: np.ndarray) -> bool:
     """Whether no value of a float32 array is NaN or infinite."""
-    # A sum is finite only if all values are, and takes a third of the time of asking each; it may overflow, though.
+    # A finite sum shows that all values are finite, in a third of the time of testing each. It may overflow.
     return math.isfinite(np.einsum("i->", matrix.reshape(-1))) or bool(np.isfinite(matrix).all())
 
 

@@ -145,7 +145,7 @@ def _load_feature(path: Path, name: str) -> Feature:
         last[archive] = max(last.get(archive, (-1, "")), (offset, utt))
     first_utt = next(iter(entries))
     dim = _shape(entries, first_utt, scp)[1]
-    # The end of each archive is where a copy that was cut short shows, before hours of training and not during them.
+    # Read the end of each archive: a copy that was cut short is found now, not after hours of training.
     for _, utt in last.values():
         _shape(entries, utt, scp)
     frames = _frames(path / f"{name}.frames", entries, scp, dim)

@@ -175,7 +175,7 @@ def scan_table(
         if key in table.values:
             text = f"given twice (first in line {table.lines[key]}); remove one"
             problems.append(table.problem(key, text, number, lossless=table.values[key] == value))
-        elif previous is not None and key < previous:  # code points order as UTF-8 bytes do
+        elif previous is not None and key < previous:  # sorted by code points is sorted by UTF-8 bytes
             text = f"out of order after {previous!r}; sort with: LC_ALL=C sort -o {path} {path}"
             problems.append(table.problem(key, text, number, lossless=True))
         table.values.setdefault(key, value)

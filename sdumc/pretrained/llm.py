@@ -81,7 +81,7 @@ def _chat_template(prompt: str, tokenizer: Any, name: str) -> str:
             enable_thinking=False,
             chat_template=_FIXED_DATE + tokenizer.get_chat_template(),
         )
-    except Exception as e:  # whatever a template of others raises
+    except Exception as e:  # a template may raise anything
         raise UserError(
             f"{name}: its chat template cannot be used: {str(e).splitlines()[0] if str(e) else e!r}"
         ) from None

@@ -86,7 +86,7 @@ def find_loop(items: Sequence[Hashable], min_repeats: int = 4, min_length: int =
     n = len(items)
     best: int | None = None
     for period in range(1, n // min_repeats + 1):
-        run = 0  # how long items[i] == items[i - period] has held
+        run = 0  # items in a row with items[i] == items[i - period]
         for i in range(period, n):
             run = run + 1 if items[i] == items[i - period] else 0
             if run + period >= max(period * min_repeats, min_length):

@@ -226,7 +226,7 @@ def attempt(compute: Callable[[], R], refusal: str) -> R:
         return compute()
     except UserError:
         raise
-    except Exception as e:  # architectures fail in their own ways on input that they are not made for
+    except Exception as e:  # architectures that do not fit raise all kinds of errors
         raise UserError(f"{refusal}: {first_line(e)}") from None
 
 

@@ -170,7 +170,7 @@ def _png(figure: MatplotlibFigure, dpi: int) -> bytes:
     return out.getvalue()
 
 
-@cache  # so that it is said once, however many figures there are
+@cache  # so that it is logged once, however many figures there are
 def _log_absent(characters: str) -> None:
     log.warning("figures: no font here has %s; boxes are drawn. Install one, such as fonts-noto-cjk", characters)
 

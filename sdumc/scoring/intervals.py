@@ -239,7 +239,7 @@ class _Sums:
         with np.errstate(divide="ignore", invalid="ignore"):
             vp, vy = s["pp"] - s["p"] ** 2 / n, s["yy"] - s["y"] ** 2 / n
             covariance = s["py"] - s["p"] * s["y"] / n
-            # A constant leaves a variance of some rounding errors.
+            # Through rounding, the variance of a constant is not exactly 0.
             varied = (vp > 1e-12 * s["pp"]) & (vy > 1e-12 * s["yy"])
             apart = vp + vy + s["error"] ** 2 / n
             found = {

@@ -69,7 +69,7 @@ def test_a_second_run_does_nothing_and_says_so(recipe, first_run):
     assert "skip" in output and "  run " not in output
 
 
-def test_a_deleted_output_is_made_again_and_so_is_what_depends_on_it(recipe, first_run):
+def test_a_deleted_output_is_made_again_and_so_is_what_depends_on_it(recipe, first_run, warm):
     before = (recipe / "exp/train_seed1/decode_test/full/predictions.tsv").read_bytes()
     shutil.rmtree(recipe / "exp" / "train_seed1")
     output = call(recipe, "--stage", 3)
@@ -79,7 +79,7 @@ def test_a_deleted_output_is_made_again_and_so_is_what_depends_on_it(recipe, fir
     assert (recipe / "exp/train_seed1/decode_test/full/predictions.tsv").read_bytes() == before
 
 
-def test_features_from_elsewhere_start_at_stage_4(recipe, first_run, tmp_path):
+def test_features_from_elsewhere_start_at_stage_4(recipe, first_run, warm):
     for name in ("train", "valid", "test"):
         shutil.copytree(recipe / "dump" / name, recipe / "elsewhere" / name)
         for extra in ("audio.yaml", "audio.frames", "utt2spk"):

@@ -118,7 +118,7 @@ SCALES = dict(zip(WALKS, ((1, 5, "none"), (-1, 1, "nearest"), (-1, 1, "sims"), (
 
 @pytest.mark.slow
 @pytest.mark.parametrize("walk", WALKS)
-def test_recipes_from_a_table(tmp_path, models, walk):
+def test_recipes_from_a_table(tmp_path, models, warm, walk):
     recipe = new_recipe(tmp_path, walk)
     fill(recipe / "corpus", walk)
     output = call("./run.sh --stop-stage 1 --ngpu 0", recipe)
