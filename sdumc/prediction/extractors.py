@@ -285,8 +285,8 @@ class Extractors:
         return results
 
     def _rescorer(self, s: dict[str, Any]) -> CtcRecogniser | WhisperRecogniser:
-        folder = str(self._place(s, "rescorer", "asr"))
-        return self._once(load_recogniser, folder, self._dtype(s), self.device, s["rescore_language"])
+        folder, most = str(self._place(s, "rescorer", "asr")), s.get("asr", {}).get("max_new_tokens", 200)
+        return self._once(load_recogniser, folder, self._dtype(s), self.device, s["rescore_language"], most)
 
     def recognised_text(self, waves: Sequence[np.ndarray]) -> list[Simulated]:
         """Sound -> the recogniser's transcript, its status, and the LLM's hidden states (N_i, D) at its words."""
