@@ -1,7 +1,7 @@
 """Damaged media files, seeded: every one is read or refused in one line, in bounded time, and memory stays.
 
 By hand, for as long as wanted: ``python tests/fuzz_media.py --minutes 60 [--seed N] [--keep DIR]``. The tests run a
-fixed number of cases (tests/unit/test_media_strange.py). Each case is a file of one of ten containers, made here or
+fixed number of cases (tests/unit/test_media_strange.py). Each case is a file of one of a dozen containers, made here or
 real where there are recordings, in which bytes of the header or of the body are changed, left out, doubled or zeroed.
 """
 
@@ -26,7 +26,7 @@ from sdumc.data.media import check_media_file, probe, read_frames, read_sound  #
 from sdumc.data.tables import MediaSpan  # noqa: E402
 from sdumc.errors import UserError  # noqa: E402
 
-KINDS = ("wav", "mp4", "mkv", "ts", "mpg", "flv", "avi", "wmv", "mp3", "opus", "flac", "amr")
+KINDS = ("wav", "mp4", "mkv", "ts", "mpg", "flv", "avi", "wmv", "mp3", "opus", "flac", "amr", "oga", "ima.wav")
 MOST_SECONDS = 300  # of waiting for one read, on any machine
 
 
