@@ -270,8 +270,8 @@ def _from_hub_cache(name: str) -> Path:
         folder = Path(snapshot_download(name, local_files_only=True))
     except Exception:  # its errors differ between versions, and say to look at the network
         raise UserError(
-            f"{name}: no such experiment folder or archive here, and no model of this name in the hub's cache "
-            f"{constants.HF_HUB_CACHE}; {fetch}"
+            f"{name}: no such experiment folder, packed folder or archive here. If it is a name on the hub: that "
+            f"is not in the cache {constants.HF_HUB_CACHE}; {fetch}"
         ) from None
     if not (folder / RECORD).is_file():
         archives = [p for p in folder.iterdir() if is_archive(p) and p.is_file()]

@@ -539,7 +539,7 @@ def test_a_model_of_the_hubs_cache(exp, packed, clips, tmp_path, monkeypatch):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["files"][0]["overall"] == pytest.approx(expected.expected, abs=1e-4)
-    with pytest.raises(UserError, match=rf"in the hub's cache {cache}; fetch it once.*hf download someone/else"):
+    with pytest.raises(UserError, match=rf"is not in the cache {cache}; fetch it once.*hf download someone/else"):
         Scorer.load("someone/else", device="cpu")
     # The hub's own reader finds the scores in the card.
     found = ModelCard.load(snapshot / "README.md").data.eval_results
