@@ -289,8 +289,9 @@ def compare(
         rows.append([name.replace("_", " "), *cells, str(len(seeds))])
     if "missing" in conditions:
         texts = {Path(e).name: by["missing"].missing_text for e, by in zip(experiments, found, strict=True)}
-        words = "; ".join(f"{condition_of('missing', text).short} in {name}" for name, text in texts.items())
-        notes.append(f"What `missing` reads: {words}.")
+        words = {name: condition_of("missing", text).short for name, text in texts.items()}
+        each = "; ".join(f"{text} in {name}" for name, text in words.items())
+        notes.append(f"What `missing` reads: {each if len(set(words.values())) > 1 else next(iter(words.values()))}.")
     return rows, notes
 
 

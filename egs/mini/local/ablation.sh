@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Usage: local/ablation.sh [options]
 #
-# Trains and scores conf/train_paper.yaml (every part of the paper), every change to it in conf/ablation/, and the recipe's
-# default, conf/train.yaml. Writes one table and local/ablation_notes.md, what we make of it, to ABLATION.md.
+# Trains and scores the recipe's default, conf/train.yaml, every change to it in conf/ablation/, and conf/train_paper.yaml
+# (every part of the paper). Writes one table and local/ablation_notes.md, what we make of it, to ABLATION.md.
 # Stages 0 to 3 must have been run. Work that is up to date is skipped, so this can be interrupted and called again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -16,7 +16,7 @@ pass_options_to=./sdumc.sh
 . ./path.sh
 
 experiments=()
-for config in conf/train_paper.yaml conf/ablation/*.yaml conf/train.yaml; do
+for config in conf/train.yaml conf/ablation/*.yaml conf/train_paper.yaml; do
   tag=$(basename "${config}" .yaml)
   echo "== ${tag}"
   ./run.sh "$@" --stage 4 --stop-stage 5 --train-config "${config}" --exp-tag "${tag}" --seeds "${seeds}" \
