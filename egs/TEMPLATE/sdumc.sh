@@ -181,8 +181,11 @@ no_feature() {
   fi
 }
 
-# has_transcripts_alone SET: whether the set has neither sound nor pictures, only text.
-has_transcripts_alone() { [[ -f ${datadir}/$1/text && ! -e ${datadir}/$1/wav.scp && ! -e ${datadir}/$1/video.scp ]]; }
+# has_transcripts_alone SET: whether the set has neither sound nor pictures, nor features of them, only text.
+has_transcripts_alone() {
+  local data=${datadir}/$1 dump=${dumpdir}/$1
+  [[ -f ${data}/text && ! -e ${data}/wav.scp && ! -e ${data}/video.scp && ! -e ${dump}/audio.scp && ! -e ${dump}/video.scp ]]
+}
 
 # plan_feature NAME SET STEP_OPTIONS... -- MODULE OPTIONS...: plans a step that runs MODULE in nj jobs, each over a shard
 # of the set, and joins the shards. run_planned then runs the planned steps of all sets together, so that each job loads

@@ -60,6 +60,7 @@ EOF
 }
 
 # The fake recipe's run.sh.
+# shellcheck disable=SC2120 # the tests give it arguments
 recipe() {
   ./sdumc.sh --ngpu 0 --nproc 1 --nj 2 --encoder models/encoder --llm models/llm --asr-model models/ctc \
     --vision-model models/vision "$@"

@@ -333,7 +333,9 @@ def test_a_segment_is_not_read_from_the_start_of_its_file(files, name, monkeypat
     parts: list[np.ndarray] = []
     decoding.read_sound(MediaSpan(str(files[name]), 9.0, 9.5), 8000, parts.append, parts.clear)
     streams.forget()
-    assert [sought for _, sought in begun] == [True]
+    # FFmpeg before version 8 finds no packet behind a seek in ADPCM in WAV; it is then read from the beginning.
+    lost = name in ("wav", "ima.wav") and av.library_versions["libavformat"] < (62, 0, 0)
+    assert [sought for _, sought in begun] == [True, False][: 1 + lost]
     assert sum(map(len, parts)) == 4000
 
 
