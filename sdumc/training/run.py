@@ -312,7 +312,12 @@ def open_records(
     write_train_sets(exp_dir, train_shares(settings, train_set))
     train_set.scale.write(exp_dir)
     keep_best(exp_dir, state.best_epochs)
-    return SummaryWriter(str(exp_dir / "tensorboard"), purge_step=state.epoch if resumed else None)
+    folder = exp_dir / "tensorboard"
+    if resumed:
+        # TensorBoard reads the files by name, in which the second of a start comes first: not in the last one's second.
+        made = max((path.stat().st_ctime for path in folder.glob("events.out.tfevents.*")), default=0.0)
+        time.sleep(max(0.0, min(math.floor(made) + 1 - time.time(), 1.0)))
+    return SummaryWriter(str(folder), purge_step=state.epoch if resumed else None)
 
 
 def epoch_record(
