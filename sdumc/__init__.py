@@ -1,4 +1,4 @@
-"""SDUMC: multimodal sentiment analysis that works with the transcript and nearly as well without it.
+"""SDUMC: multimodal sentiment analysis that works with the transcript and without it.
 
 >>> from sdumc import Scorer
 >>> scorer = Scorer.load("exp/train_seed1")

@@ -97,6 +97,8 @@ check_options() {
   for name in datadir dumpdir expdir; do
     [[ ${!name} =~ ^[A-Za-z0-9_./+=@,-]+$ ]] || die "--${name//_/-} '${!name}': letters, digits and _ . / + = @ , - only"
   done
+  [[ ${more_train_dirs} =~ ^[A-Za-z0-9_./+=@,\ -]*$ ]] ||
+    die "--more-train-dirs '${more_train_dirs}': folders with spaces between them; letters, digits and _ . / + = @ , - only"
   for name in test_sets conditions; do
     [[ ${!name} =~ ^[A-Za-z0-9_.+=@,\ -]+$ ]] || die "--${name//_/-} '${!name}': names with spaces between them"
   done

@@ -51,8 +51,11 @@ _importing = False  # while transformers is imported, calls wait too: they make 
 def start_fast() -> None:
     """For a command that scores clips: import what it needs, trust models that passed their trial before, and end
     without taking the libraries apart."""
+    import torch
+
     skip_teardown(cleanup=True)
-    import_transformers()
+    if not torch.cuda.is_available():  # not tried with a GPU, where starting takes longer than these imports anyway
+        import_transformers()
     from sdumc.pretrained.trial import remember_passed
 
     remember_passed()
