@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from sdumc.reporting.results import markdown_table
+from sdumc.reporting.report import markdown_table
 
 
 def machine() -> str:

@@ -43,7 +43,7 @@ def get_parser() -> Parser:
 
 def make_table(args) -> str:
     """The comparison as Markdown."""
-    from sdumc.reporting.results import markdown_table
+    from sdumc.reporting.report import markdown_table
     from sdumc.reporting.scores import compare
 
     rows, notes = compare(args.experiments, args.conditions, args.measure, args.test_set, Path(args.data_root))

@@ -41,9 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from sdumc.files import write_text
     from sdumc.reporting.drawing import write_figures
     from sdumc.reporting.figures import set_figures, training_figures, write_board
-    from sdumc.reporting.page import page_html
     from sdumc.reporting.protocols import protocol_figures
-    from sdumc.reporting.results import results_markdown
+    from sdumc.reporting.report import page_html, results_markdown
     from sdumc.reporting.sets import collect_runs, collect_set, used_set
     from sdumc.reporting.summary import summarise
 

@@ -21,8 +21,8 @@ from sdumc.errors import UserError
 from sdumc.files import write_text
 from sdumc.prediction.player import EMBEDDED, Player, make_player
 from sdumc.prediction.scorer import ScoredFile, ScoredUtterance
-from sdumc.reporting.attention import HeatMap, Scale, heat_map, picture_of, scale_of, time_axis, words_axis
-from sdumc.reporting.page import templates
+from sdumc.reporting.drawing import HeatMap, Scale, heat_map, picture_of, scale_of, time_axis, words_axis
+from sdumc.reporting.report import templates
 from sdumc.scale import CMU, LabelScale
 
 if TYPE_CHECKING:

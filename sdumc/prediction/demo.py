@@ -34,7 +34,7 @@ from sdumc.errors import UserError
 from sdumc.prediction.clip_page import make_clip, page_html
 from sdumc.prediction.inputs import SOUND, VIDEO
 from sdumc.prediction.scorer import ScoredFile
-from sdumc.reporting.page import templates
+from sdumc.reporting.report import templates
 
 if TYPE_CHECKING:
     import uvicorn

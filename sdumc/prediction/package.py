@@ -131,7 +131,7 @@ def _front_matter(name: str, scores: Mapping[str, Mapping[str, Mapping[str, Any]
 def _score_table(scores: Mapping[str, Mapping[str, Mapping[str, Any]]], missing_text: str) -> str:
     if not scores:
         return "None were measured with this checkpoint.\n"
-    from sdumc.reporting.results import markdown_table  # loads matplotlib, which reading a pack does not need
+    from sdumc.reporting.report import markdown_table  # loads matplotlib, which reading a pack does not need
 
     shown = _shown(next(iter(next(iter(scores.values())).values())))
     rows = [
@@ -174,7 +174,7 @@ def _model_table(models: Sequence[Mapping[str, Any]]) -> str:
         )
         for m in models
     ]
-    from sdumc.reporting.results import markdown_table
+    from sdumc.reporting.report import markdown_table
 
     return markdown_table(("model", "for", "size"), rows, left=2) + "\n"
 

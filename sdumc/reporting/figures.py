@@ -15,8 +15,17 @@ from PIL import Image
 
 from sdumc.conditions import MODALITIES, by_condition
 from sdumc.files import atomic_write
-from sdumc.reporting.attention import attention_over_frames
-from sdumc.reporting.drawing import LINES, MARKERS, QUERY_TITLES, Figure, Panel, Theme, legend_below, offsets
+from sdumc.reporting.drawing import (
+    LINES,
+    MARKERS,
+    QUERY_TITLES,
+    Figure,
+    Panel,
+    Theme,
+    attention_over_frames,
+    legend_below,
+    offsets,
+)
 from sdumc.reporting.scores import spread
 from sdumc.reporting.sets import Run, TestSet
 from sdumc.scoring.metrics import format_measure

@@ -20,9 +20,8 @@ from sdumc.data.dump import Dump, load_dump
 from sdumc.data.tables import read_dropped, read_table
 from sdumc.errors import UserError
 from sdumc.files import read_json
-from sdumc.reporting.baselines import fit_ridges
 from sdumc.reporting.protocols import ProtocolTable, protocol_tables
-from sdumc.reporting.scores import SetSummary, summarise_set
+from sdumc.reporting.scores import SetSummary, fit_ridges, summarise_set
 from sdumc.reporting.sets import Run, TestSet
 from sdumc.scale import mapping_in_words
 from sdumc.scoring.metrics import doubts, median_mae

@@ -10,7 +10,7 @@ import pytest
 from sdumc.bin.compare import main
 from sdumc.errors import UserError
 from sdumc.files import read_json, write_json
-from sdumc.reporting.results import markdown_table
+from sdumc.reporting.report import markdown_table
 from sdumc.scoring.metrics import read_predictions, score
 
 

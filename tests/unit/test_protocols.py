@@ -198,7 +198,7 @@ def test_tables_mean_and_curves_in_the_report(tree, monkeypatch):
 
     drawn = []
     monkeypatch.setattr(drawing, "render", lambda panels, *a, **k: drawn.append(panels) or b"")
-    monkeypatch.setattr("sdumc.reporting.page.render", lambda *a, **k: b"")
+    monkeypatch.setattr("sdumc.reporting.report.render", lambda *a, **k: b"")
     monkeypatch.setattr("sdumc.bin.report.write_board", lambda *a: None, raising=False)
     monkeypatch.setattr("sdumc.reporting.figures.write_board", lambda *a: None)
     report(REPORT)

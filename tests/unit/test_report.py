@@ -20,7 +20,7 @@ from helpers.report_tree import make_tree
 
 from sdumc.bin.report import common_title, main
 from sdumc.errors import UserError
-from sdumc.reporting import baselines, drawing
+from sdumc.reporting import drawing, scores
 from sdumc.reporting.scores import _findings, spread
 from sdumc.reporting.sets import media_links
 from sdumc.scale import CMU
@@ -56,7 +56,7 @@ def tree(tmp_path, monkeypatch):
 def quick(monkeypatch):
     """Leave out the drawing where a test is about the words."""
     monkeypatch.setattr(drawing, "render", lambda *a, **k: PIXEL)
-    monkeypatch.setattr("sdumc.reporting.page.render", lambda *a, **k: PIXEL)
+    monkeypatch.setattr("sdumc.reporting.report.render", lambda *a, **k: PIXEL)
 
 
 def rows_of(markdown: str) -> dict[str, list[str]]:
@@ -263,7 +263,6 @@ def test_attention_is_drawn_beside_the_utterance(made):
 
 
 def test_axes_of_attention(made, monkeypatch):
-    from sdumc.reporting import attention
     from sdumc.reporting.sets import collect_runs, collect_set
 
     monkeypatch.chdir(made)
@@ -271,15 +270,15 @@ def test_axes_of_attention(made, monkeypatch):
     found = collect_set(runs, "test", Path("data"), Path("dump"), Path("exp/report"))
     utt = found.utterances[3]
     words = found.texts["text"][utt].split()
-    axis = attention.make_axis(found, "text", utt, len(words))
+    axis = drawing.make_axis(found, "text", utt, len(words))
     assert (axis.title, axis.unit, axis.tokens) == ("real text", f"{len(words)} tokens", words)
-    axis = attention.make_axis(found, "text_sim", utt, 40)  # not the words' number: positions
+    axis = drawing.make_axis(found, "text_sim", utt, 40)  # not the words' number: positions
     assert axis.tokens == [] and axis.ticks[0] == (1.25, "1") and len(axis.ticks) == 6
-    assert attention.make_axis(found, "audio", utt, 100).ticks == [(25.0 * i, f"{i} s") for i in range(5)]
+    assert drawing.make_axis(found, "audio", utt, 100).ticks == [(25.0 * i, f"{i} s") for i in range(5)]
     found.frame_rates.clear()
-    axis = attention.make_axis(found, "video", utt, 50)
+    axis = drawing.make_axis(found, "video", utt, 50)
     assert (axis.unit, axis.ticks) == ("50 frames", [(40.0 * i, f"{20 * i}") for i in range(3)])
-    assert [attention._round_step(x) for x in (0.04, 0.21, 1.0, 3.0, 7.0)] == pytest.approx([0.05, 0.5, 1, 5, 10])
+    assert [drawing._round_step(x) for x in (0.04, 0.21, 1.0, 3.0, 7.0)] == pytest.approx([0.05, 0.5, 1, 5, 10])
 
 
 def test_tokens_of_the_language_model(tmp_path):
@@ -397,7 +396,7 @@ def test_without_dump_there_are_no_baselines_but_a_note(tree, quick):
 
 
 def test_two_conditions_with_the_same_features_share_a_ridge_row(tree, quick, monkeypatch):
-    monkeypatch.setattr("sdumc.reporting.summary.fit_ridges", lambda *a: baselines.fit_ridges(*a[:-1], "asr"))
+    monkeypatch.setattr("sdumc.reporting.summary.fit_ridges", lambda *a: scores.fit_ridges(*a[:-1], "asr"))
     main(ARGS)
     text = Path("RESULTS.md").read_text()
     assert text.count("| ridge: audio + text_asr + video |") == 1 and "text_sim + video |" not in text
@@ -498,7 +497,7 @@ def test_ridge_equals_the_normal_equations():
         x = rng.normal(size=(n, d))
         x -= x.mean(axis=0)
         y = x[:, 0] + rng.normal(size=n) + 2
-        weights, intercept = baselines.ridge_path(x, y, [0.1, 10.0])
+        weights, intercept = scores.ridge_path(x, y, [0.1, 10.0])
         for w, penalty in zip(weights, (0.1, 10.0), strict=True):
             model = Ridge(alpha=penalty).fit(x, y)
             np.testing.assert_allclose(w, model.coef_, atol=1e-8)
@@ -512,11 +511,11 @@ def test_ridge_chooses_on_valid_and_stands_constant_and_absent_columns():
     y = 0.5 * x[:, 0]
     train, valid = x[:30].copy(), x[30:]
     train[3] = np.nan  # this utterance has no such modality
-    ridge = baselines.fit_ridge([train], y[:30], [valid], y[30:])
+    ridge = scores.fit_ridge([train], y[:30], [valid], y[30:])
     assert ridge.penalty < 1  # no noise, so hardly any penalty
     errors = []
-    for penalty in baselines.PENALTIES:
-        weights, b = baselines.ridge_path(ridge.standardisers[0](train), y[:30], [penalty])
+    for penalty in scores.PENALTIES:
+        weights, b = scores.ridge_path(ridge.standardisers[0](train), y[:30], [penalty])
         errors.append(np.abs(ridge.standardisers[0](valid) @ weights[0] + b - y[30:]).mean())
     assert np.abs(ridge([valid]) - y[30:]).mean() == pytest.approx(min(errors))
 
