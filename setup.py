@@ -61,7 +61,7 @@ setup(
     packages=find_packages(include=["sdumc", "sdumc.*"]),
     package_data={
         "sdumc.reporting": ["page.html", "parts.html"],
-        "sdumc.prediction": ["clip.html", "clip_index.html", "demo.html"],
+        "sdumc.prediction": ["clip.html", "clip_failed.html", "clip_index.html", "demo.html"],
         "sdumc.extraction": ["yunet.safetensors", "yunet.LICENSE"],
     },
     entry_points={"console_scripts": ["sdumc=sdumc.__main__:main"]},

@@ -89,16 +89,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         worker.start_early()  # while torch is loaded
     texts = transcripts(args.text, files)
     results: list[dict] = []
-    for path, reason in failures:
-        _report_failure(path, reason, results)
     pages = None
     if args.html:
         from sdumc.prediction.clip_page import PageWriter
 
         pages = PageWriter(args.html)
+    for path, reason in failures:
+        _report_failure(path, reason, results, pages)
     ends = _score(args, files, texts, results, pages) if files else CMU.as_dict()
     if pages is not None:
-        pages.close([(r["file"], r["error"]) for r in results if "error" in r])
+        pages.close()
     if args.json:
         from sdumc.files import json_ready
 
@@ -164,19 +164,21 @@ def _score(args: Namespace, files: Sequence[Path], texts: dict, results: list[di
                 bar.clear()
                 if results and results[-1].get("file") == shown(path):
                     results.pop()
-                _report_failure(str(path), str(e), results)
+                _report_failure(str(path), str(e), results, pages)
             bar.set_postfix_str("", refresh=False)
             bar.update(number + 1 - bar.n)
     return scorer.scale.as_dict()
 
 
-def _report_failure(path: str, reason: str, results: list[dict]) -> None:
+def _report_failure(path: str, reason: str, results: list[dict], pages: PageWriter | None) -> None:
     from sdumc.files import shown
 
     path, reason = shown(path), shown(reason)
     message = reason if path in reason else f"{path}: {reason}"
     print(f"error: {message}", file=sys.stderr, flush=True)
     results.append({"file": path, "error": reason})
+    if pages is not None:
+        pages.fail(path, reason)
 
 
 if __name__ == "__main__":

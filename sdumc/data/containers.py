@@ -42,7 +42,26 @@ _NAMING = {
         "mlv",
     ),
     *("vobsub", "lavfi", "avisynth", "vapoursynth", "alsa", "fbdev", "kmsgrab", "oss", "video4linux2,v4l2"),
+    "image2",  # takes "%d" and "*" in a name for other files; pictures are known by their content
 }
+# Formats that FFmpeg takes by the extension alone: text, drawn as on a terminal; and sound without a header, whose
+# rate it guesses.
+_GUESSED = {
+    *("tty", "bin", "xbin", "adf", "idf", "alaw", "mulaw", "s8", "u8", "vidc", "g729"),
+    *(f"{kind}{bits}{end}" for kind in "fsu" for bits in (16, 24, 32, 64) for end in ("le", "be")),
+}
+# How files begin that only name other files.
+_PLAY_LISTS = (
+    b"#EXTM3U",
+    b"ffconcat",
+    b"[playlist]",
+    b"<asx",
+    b"<smil",
+    b"v=0\r\no=",
+    b"v=0\no=",
+    b"[Reference]",
+    b"RTSPtext",
+)
 
 
 @cache
@@ -50,17 +69,32 @@ def open_options() -> dict[str, str]:
     """Options of FFmpeg with which a file is opened: a play list is not followed to what it names."""
     import av
 
-    return {"format_whitelist": ",".join(sorted(av.formats_available - _NAMING)), "protocol_whitelist": "file"}
+    return {
+        "format_whitelist": ",".join(sorted(av.formats_available - _NAMING - _GUESSED)),
+        "protocol_whitelist": "file",
+    }
+
+
+def is_play_list(path: str) -> bool:
+    """Whether a file names other files, which hold the media, and is none itself."""
+    with open(path, "rb") as f:
+        head = f.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()
+    marks = (b"<MPD", b"<playlist", b"<SmoothStreamingMedia")
+    return head.lower().startswith(tuple(m.lower() for m in _PLAY_LISTS)) or any(m in head for m in marks)
 
 
 def is_plain_sound(path: str) -> bool:
     """Whether libsndfile reads the file: FLAC, or WAV with sound that is not compressed."""
     with open(path, "rb") as f:
-        head = f.read(12)
+        head = f.read(26)
         if head[:4] == b"fLaC":
-            return True
+            # A program that writes to a pipe leaves the number of samples 0, of which libsndfile makes 2 ** 63.
+            return bool(head[21] & 15 or any(head[22:26])) if len(head) == 26 else True
+        if head[:4] == b"RIFX" and head[8:12] == b"WAVE":
+            return True  # big-endian; FFmpeg takes its samples for little-endian
         if head[:4] not in (b"RIFF", b"RF64") or head[8:12] != b"WAVE":
             return False
+        f.seek(12)
         kind = None
         while len(chunk := f.read(8)) == 8:
             name, length = struct.unpack("<4sI", chunk)

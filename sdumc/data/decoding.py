@@ -23,6 +23,8 @@ from sdumc.errors import UserError
 
 LONGEST_SOUND = 12 * 3600  # seconds of sound in one piece: 2.8 GB at 16 kHz
 LARGEST_PICTURE = 100e6  # pixels
+LOUDEST = 100.0  # of full scale; what mixers write above 1 is far below that
+LOWEST_RATE = 1000  # samples a second
 _GAP = 0.03  # seconds; longer gaps in the sound become silence, shorter ones are rounding of the container's clock
 _BLOCK = 1 << 16  # samples read from a WAV at once
 
@@ -153,6 +155,13 @@ def read_sound(span: MediaSpan, rate: int, put: Callable[[np.ndarray], None], ag
             mono = mixer(block)
             if not np.isfinite(mono).all():
                 raise UserError(f"{span}: holds NaN or infinite samples; make the file again")
+            if np.abs(mono).max(initial=0.0) > LOUDEST:
+                raise UserError(
+                    f"{span}: holds samples of {np.abs(mono).max():.0f}, where full scale is 1: integers written as "
+                    "floating point, perhaps; divide them by 32768, or write them as 16-bit integers"
+                )
+            if source < LOWEST_RATE:
+                raise UserError(f"{span}: has {source} samples a second, too few for speech; make the file again")
             converter = converter or Resampler(source, rate)
             count += len(mono)
             for part in converter.push(mono):
@@ -176,9 +185,22 @@ def _picture(span: MediaSpan, frame: Any) -> np.ndarray:
     """RGB uint8 (H, W, 3), turned upright as the file asks for (phones store pictures sideways)."""
     if frame.width * frame.height > LARGEST_PICTURE:
         raise UserError(f"{span}: a picture of {frame.width} x {frame.height} pixels is too large; convert the file")
-    picture = frame.to_ndarray(format="rgb24")
-    turns = round(getattr(frame, "rotation", 0) / 90) % 4
-    return np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture
+    return _upright(frame.to_ndarray(format="rgb24"), frame)
+
+
+def _upright(picture: np.ndarray, frame: Any) -> np.ndarray:
+    """A picture (H, W, 3) turned, and mirrored, by its matrix: x' = a x + c y, y' = b x + d y."""
+    try:
+        matrices = [bytes(data) for data in frame.side_data if data.type.name == "DISPLAYMATRIX"]
+    except ValueError:  # PyAV does not know one of the picture's data; its rotation leaves mirrors out
+        turns = round(getattr(frame, "rotation", 0) / 90) % 4
+        return np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture
+    if not matrices:
+        return picture
+    a, b, _, c, d = np.frombuffer(matrices[0], np.int32)[:5].astype(int)
+    if abs(b) > abs(a):
+        picture, a, d = picture.transpose(1, 0, 2), c, b
+    return np.ascontiguousarray(picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
 
 def read_pictures(span: MediaSpan, fps: float | None, notes: list[str]) -> Iterator[tuple[float, np.ndarray]]:
@@ -286,9 +308,12 @@ def probe(span: MediaSpan) -> MediaInfo:
     tracks = file.tracks()
     if not duration and tracks:  # e.g. a browser's recording: found from the packets
         decoder = Decoder(span, file, file.from_start(span)[0], from_start=True)
-        for _ in decoder.packets_of_all():
-            pass
+        packets = 0
+        for packet in decoder.packets_of_all():
+            packets += packet.size > 0
         duration = max(decoder.clock.until.values())
+        if not duration and tracks[0].type == "video":  # pictures without times, as cameras write them
+            duration = packets / float(tracks[0].guessed_rate or 25)
     return MediaInfo(duration, has_audio=file.has("audio"), has_video=file.has("video"))
 
 

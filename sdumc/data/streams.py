@@ -15,7 +15,7 @@ from typing import Any
 import av
 import numpy as np
 
-from sdumc.data.containers import bytes_missing, open_options
+from sdumc.data.containers import bytes_missing, is_play_list, open_options
 from sdumc.data.tables import MediaSpan, PastEnd
 from sdumc.errors import UserError
 
@@ -30,7 +30,7 @@ _STATES_DURATION = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "asf", "a
 # ... and those whose packets carry exact times after a seek. Of the second line, most are read once up to the place,
 # without decoding, and FFmpeg remembers where each packet is.
 _SEEKABLE = {
-    *("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpeg", "mpegts", "asf", "nut"),
+    *("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpeg", "mpegts", "asf", "nut", "mxf", "sox", "aptx", "loas"),
     *("flv", "avi", "aiff", "caf", "mp3", "aac", "amr", "ac3", "wav", "au", "w64", "voc", "wv", "tta", "rm"),
 }
 _OGG_SEEKABLE = ("opus", "vorbis", "flac")
@@ -90,6 +90,10 @@ class MediaFile:
             self.container = av.open(name, container_options=open_options())
         except (av.error.FFmpegError, OSError, ValueError) as e:
             self.close()
+            if is_play_list(self.path):
+                raise UserError(
+                    f"{span}: a play list, which names other files and has no media itself; give those"
+                ) from None
             raise UserError(
                 f"{span}: not a readable media file ({getattr(e, 'strerror', None) or e}); it may be cut short or no "
                 f"media at all: {AGAIN}"
@@ -134,7 +138,7 @@ class MediaFile:
             raise UserError(
                 f"{span}: has no {kind} track; give a file with {'sound' if kind == 'audio' else 'pictures'}"
             )
-        known = [s for s in streams if s.codec_context is not None]
+        known = sorted((s for s in streams if s.codec_context is not None), key=_not_meant)
         if not known:
             raise UserError(
                 f"{span}: its {kind} track is of a kind that FFmpeg cannot decode ({_tag(streams[0])}); convert it, or "
@@ -203,6 +207,14 @@ class MediaFile:
                 pass
         self.from_start(span)
         return self.track(kind, span), False
+
+
+def _not_meant(stream: Any) -> tuple[bool, bool]:
+    """Order of tracks of one kind: a comment, or what describes the pictures, comes last, and what a player plays if
+    nobody chooses comes first."""
+    flags = av.stream.Disposition
+    aside = flags.comment | flags.visual_impaired | flags.descriptions | flags.karaoke | flags.still_image
+    return bool(stream.disposition & aside), not stream.disposition & flags.default
 
 
 def _tag(stream: Any) -> str:

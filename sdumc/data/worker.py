@@ -346,6 +346,8 @@ def _answer(decoding: Any, answers: _Answers, request: dict[str, Any]) -> dict[s
         return {"error": str(e)}
     except ConnectionError:
         raise
+    except BlockingIOError:  # no thread to be had: not the file's fault, and another process may have more luck
+        os._exit(os.EX_TEMPFAIL)
     except MemoryError:
         streams.forget()
         return {"error": f"{span}: needs more than {MOST_MEMORY >> 30} GB of memory to decode; convert the file"}

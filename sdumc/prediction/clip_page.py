@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,6 +89,7 @@ class Entry:
     """A file in the list of a folder's pages; ``error`` is the reason when it could not be scored."""
 
     name: str
+    path: str
     error: str = ""
     link: str = ""
     duration: float = 0.0
@@ -114,6 +116,7 @@ class PageWriter:
         self._clips: list[Clip] = []
         self._names = {"index"}
         self._entries: list[Entry] = []
+        self._failed: list[tuple[str, str]] = []
         self._ends: tuple[str, ...] = ()
         self._left = EMBEDDED
 
@@ -124,7 +127,26 @@ class PageWriter:
             self._left -= len(clip.player.source) * 3 // 4
             self._clips.append(clip)
             return
-        stem = name = Path(scored.file).stem
+        page = self._page(scored.file)
+        clip = make_clip(scored, page)
+        write_text(page, page_html([clip]))
+        self._entries.append(_entry(clip, page.name))
+        self._ends = tuple(_number(clip.labels, end, 0) for end in scored.scale)
+
+    def fail(self, file: str, reason: str) -> None:
+        """Take a file that could not be scored; in a folder it has a page that says why."""
+        self._failed.append((file, reason))
+        if self.single:
+            return
+        page = self._page(file)
+        error = _printable(reason.removeprefix(f"{file}: "))
+        entry = Entry(_printable(Path(file).name or file), _printable(file), error, quote(os.fsencode(page.name)))
+        write_text(page, _templates().get_template("clip_failed.html").render(entry=entry))
+        self._entries.append(entry)
+
+    def _page(self, file: str) -> Path:
+        """The name of a file's page, which no other has."""
+        stem = name = Path(file).stem or "page"
         if len(raw := os.fsencode(stem)) > _MOST_BYTES:
             stem = name = raw[:_MOST_BYTES].decode("utf-8", "ignore")
         number = 1
@@ -132,22 +154,18 @@ class PageWriter:
             number += 1
             name = f"{stem}_{number}"
         self._names.add(name.lower())
-        page = self.target / f"{name}.html"
-        clip = make_clip(scored, page)
-        write_text(page, page_html([clip]))
-        self._entries.append(_entry(clip, page.name))
-        self._ends = tuple(_number(clip.labels, end, 0) for end in scored.scale)
+        return self.target / f"{name}.html"
 
-    def close(self, failed: Sequence[tuple[str, str]] = ()) -> None:
-        """Write the page for all, or the list; ``failed`` has the files that could not be scored, with the reasons."""
+    def close(self) -> None:
+        """Write the page for all, or the list."""
         if self.single:
-            write_text(self.target, page_html(self._clips, failed))
+            write_text(self.target, page_html(self._clips, self._failed))
             return
-        entries = self._entries + [
-            Entry(_printable(Path(file).name), error=_printable(reason.removeprefix(f"{file}: ")))
-            for file, reason in failed
-        ]
-        values = {"entries": entries, "scored": len(self._entries), "ends": self._ends}
+        names = Counter(e.name for e in self._entries)
+        for entry in self._entries:
+            if names[entry.name] > 1:  # 1.mp4 of several folders
+                entry.name = entry.path
+        values = {"entries": self._entries, "scored": len(self._entries) - len(self._failed), "ends": self._ends}
         write_text(self.target / "index.html", _templates().get_template("clip_index.html").render(values))
 
 
@@ -155,7 +173,7 @@ def _entry(clip: Clip, page: str) -> Entry:
     scored, level = clip.scored, clip.labels.to_network(clip.scored.overall)
     score = _number(clip.labels, scored.overall, 2)
     link = quote(os.fsencode(page))
-    return Entry(clip.name, "", link, scored.duration, score, level, len(scored.notes))
+    return Entry(clip.name, _printable(scored.file), "", link, scored.duration, score, level, len(scored.notes))
 
 
 def _number(labels: LabelScale, score: float, digits: int) -> str:

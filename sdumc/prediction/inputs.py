@@ -10,23 +10,13 @@ from sdumc.errors import UserError
 from sdumc.prediction.subtitles import SUFFIXES, Cue, is_subtitles, read_subtitles, read_text
 
 # Extensions of the files that are taken from a folder. A file named by itself may have any extension.
-SOUND = (".aac", ".aif", ".aiff", ".flac", ".m4a", ".mka", ".mp3", ".oga", ".ogg", ".opus", ".wav", ".wma")
+SOUND = (
+    *(".aac", ".ac3", ".aif", ".aifc", ".aiff", ".amr", ".au", ".caf", ".flac", ".m4a", ".m4b", ".mka", ".mp2", ".mp3"),
+    *(".oga", ".ogg", ".opus", ".qta", ".wav", ".w64", ".wma", ".wv"),
+)
 VIDEO = (
-    ".3gp",
-    ".avi",
-    ".flv",
-    ".m2ts",
-    ".m4v",
-    ".mkv",
-    ".mov",
-    ".mp4",
-    ".mpeg",
-    ".mpg",
-    ".mts",
-    ".ogv",
-    ".ts",
-    ".webm",
-    ".wmv",
+    *(".3g2", ".3gp", ".asf", ".avi", ".dv", ".f4v", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"),
+    *(".mts", ".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv"),
 )
 
 
@@ -60,7 +50,7 @@ def media_files(names: Sequence[str], list_file: str | None) -> tuple[list[Path]
             Path(folder) / f
             for folder, _, inner in os.walk(path)
             for f in inner
-            if Path(f).suffix.lower() in (*SOUND, *VIDEO) and not f.startswith(".")
+            if Path(f).suffix.lower() in (*SOUND, *VIDEO) and not f.startswith(".") and ".sdumc." not in f
         )
         files.update(dict.fromkeys(found))
         if not found:

@@ -175,20 +175,25 @@ def test_one_page_for_all_or_one_for_each(clip, tmp_path):
     pages.add(scored(tmp_path / "Index.mp4"))
     long = "a" + 125 * "é"
     pages.add(scored(shutil.copy(clip, tmp_path / f"{long}.mp4")))
-    pages.close([("z <b>.mp4", "z <b>.mp4: no such media file")])
+    pages.fail("z <b>.mp4", "z <b>.mp4: no such media file")
+    pages.close()
     short = f"a{109 * 'é'}.html"
-    names = ["Index_2.html", short, "index.html", "my clip.html", "my clip_2.html"]
+    names = ["Index_2.html", short, "index.html", "my clip.html", "my clip_2.html", "z <b>.html"]
     assert sorted(p.name for p in (tmp_path / "pages").iterdir()) == names
     index = (tmp_path / "pages" / "index.html").read_text()
     links = re.findall(r'href="([^"]+html)"', index)
-    assert links == ["my%20clip.html", "my%20clip_2.html", "Index_2.html", quote(short)]
+    assert links == ["my%20clip.html", "my%20clip_2.html", "Index_2.html", quote(short), quote("z <b>.html")]
     assert all((tmp_path / "pages" / unquote(link)).is_file() for link in links)
-    assert "z &lt;b&gt;.mp4<br>" in index and ">no such media file<" in index and "4 scored, from −3" in index
+    assert "z &lt;b&gt;.mp4</a><br>" in index and ">no such media file<" in index and "4 scored, from −3" in index
     assert index.count(f">{pages._entries[0].score}<") == 4
+    assert f">{clip}</a>" in index and f">{again}</a>" in index and ">Index.mp4</a>" in index  # where names are doubled
+    failed = (tmp_path / "pages" / "z <b>.html").read_text()
+    assert "<h1>z &lt;b&gt;.mp4</h1>" in failed and ">no such media file<" in failed and 'href="index.html"' in failed
     one = PageWriter(tmp_path / "one.html")
     one.add(scored(clip))
     one.add(scored(again))
-    one.close([("z.mp4", "z.mp4: no such media file")])
+    one.fail("z.mp4", "z.mp4: no such media file")
+    one.close()
     text = (tmp_path / "one.html").read_text()
     assert text.count("<video") == 2 and "z.mp4 could not be scored" in text
     (tmp_path / "folder.html").mkdir()

@@ -526,6 +526,17 @@ def test_a_decoder_that_died_while_it_waited_is_not_the_file_s_fault(tmp_path, k
     assert len(read_audio(tmp_path / "x.wav")) == RATE and len(processes) == 2
 
 
+def test_a_decoder_that_gets_no_thread_is_tried_once_more(tmp_path, monkeypatch):
+    class Busy:
+        def read_sound(self, *_):
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
+    request = {"do": "sound", "rate": RATE, "cwd": str(tmp_path), "span": ["x.wav", 0.0, None, None]}
+    with pytest.raises(SystemExit, match=str(os.EX_TEMPFAIL)):
+        worker._answer(Busy(), None, request)
+
+
 def test_a_decoder_that_hangs(slow, monkeypatch):
     monkeypatch.setattr(worker, "MOST_WAITING", 3.0)
     soundfile.write(slow.with_name("x.wav"), voice(1.0), RATE)

@@ -456,7 +456,7 @@ def test_the_trials(media_dir):
 
 
 def test_files_folders_and_lists(tmp_path):
-    for name in ("f/b.MP4", "f/a.wav", "f/sub/c.webm", "f/notes.txt", "f/.hidden.wav", "x.dat"):
+    for name in ("f/b.MP4", "f/a.wav", "f/sub/c.webm", "f/notes.txt", "f/a.sdumc.mp4", "f/.hidden.wav", "x.dat"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "empty").mkdir()
