@@ -6,8 +6,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdumc.cli import Parser, run, setup_logging
-from sdumc.extraction.options import add_job_options, add_reader_options, add_state_options
+from sdumc.cli import Parser, add_job_options, add_reader_options, add_state_options, run, setup_logging
 
 
 def get_parser() -> Parser:

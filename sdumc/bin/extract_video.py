@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from sdumc.cli import Parser, run, setup_logging
-from sdumc.extraction.options import add_job_options
+from sdumc.cli import Parser, add_job_options, run, setup_logging
 
 log = logging.getLogger("sdumc")
 

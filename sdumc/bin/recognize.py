@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sdumc.cli import Parser, at_least, run, setup_logging
+from sdumc.cli import Parser, add_job_options, add_speech_test_option, at_least, run, setup_logging
 from sdumc.conditions import ASR_SHARDS
-from sdumc.extraction.options import add_job_options, add_speech_test_option
 
 
 def get_parser() -> Parser:

@@ -52,8 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from sdumc.data.tables import read_table
     from sdumc.files import read_yaml, write_json
     from sdumc.scale import MAPPED, parse_scale, scale_of
-    from sdumc.scoring.intervals import clusters_of, score_with_intervals
-    from sdumc.scoring.metrics import read_predictions
+    from sdumc.scoring.metrics import clusters_of, read_predictions, score_with_intervals
 
     table = read_predictions(args.predictions)
     if args.reference:

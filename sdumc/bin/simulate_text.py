@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdumc.cli import Parser, at_least, run, setup_logging
-from sdumc.extraction.options import (
+from sdumc.cli import (
+    Parser,
     add_job_options,
     add_reader_options,
     add_rescoring_options,
     add_speech_test_option,
     add_state_options,
+    at_least,
+    run,
+    setup_logging,
 )
 
 

@@ -9,9 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdumc.cli import Parser, at_least, run, setup_logging
+from sdumc.cli import Parser, add_compute_options, add_prompt_option, at_least, run, setup_logging
 from sdumc.errors import EXIT_REQUEUE
-from sdumc.extraction.options import add_compute_options, add_prompt_option
 from sdumc.processes import StopSignal
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sdumc.corpora.sets import Corpus, FeatureWriter, Fold, split_name
+from sdumc.corpora.importing import Corpus, FeatureWriter, Fold, split_name
 from sdumc.corpora.table import read_csv
 from sdumc.data.kaldi_dir import shard
 from sdumc.data.pickles import load_npy, load_npz_dicts

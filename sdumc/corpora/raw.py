@@ -16,9 +16,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sdumc.corpora.labels import Labels, find_labels, match_times, read_labels
-from sdumc.corpora.sets import FOLDS, ClipMedia, Corpus, Fold, utterance_id
-from sdumc.corpora.transcripts import Clip, Transcripts, give_times, read_transcripts
+from sdumc.corpora.annotations import (
+    Clip,
+    Labels,
+    Transcripts,
+    find_labels,
+    give_times,
+    match_times,
+    read_labels,
+    read_transcripts,
+)
+from sdumc.corpora.importing import FOLDS, ClipMedia, Corpus, Fold, utterance_id
 from sdumc.errors import UserError
 
 _SDK_NAMES = {"standard_train_fold": "train", "standard_valid_fold": "valid", "standard_test_fold": "test"}

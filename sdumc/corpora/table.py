@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sdumc.corpora.sets import FOLDS, ClipMedia, Corpus, Fold, format_number, split_name, utterance_id
+from sdumc.corpora.importing import FOLDS, ClipMedia, Corpus, Fold, format_number, split_name, utterance_id
 from sdumc.data.tables import parse_number
 from sdumc.errors import UserError
 from sdumc.scale import LabelScale, ask_for_scale, parse_scale

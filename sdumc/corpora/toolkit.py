@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from sdumc.corpora.labels import find_labels, read_labels
+from sdumc.corpora.annotations import Transcripts, find_labels, give_times, read_labels, read_transcripts
+from sdumc.corpora.importing import FOLDS, Corpus, FeatureWriter, Fold, split_name
 from sdumc.corpora.raw import MediaFiles, find_media, locate, raw_root
-from sdumc.corpora.sets import FOLDS, Corpus, FeatureWriter, Fold, split_name
-from sdumc.corpora.transcripts import Transcripts, give_times, read_transcripts
 from sdumc.data.pickles import plain_text, restricted_load
 from sdumc.data.shards import ShardWriter, merge_shards
 from sdumc.errors import UserError

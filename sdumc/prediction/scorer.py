@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from sdumc.conditions import MISSING_TEXTS, MODALITIES, TEXTS, condition_of, modality
-from sdumc.data.loader import Utterance, collate
+from sdumc.data.batches import Utterance, collate
 from sdumc.data.media import MediaInfo, PastEnd, probe, read_sound
 from sdumc.data.tables import MediaSpan
 from sdumc.device import pick_device

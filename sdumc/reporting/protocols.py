@@ -17,8 +17,7 @@ from sdumc.files import read_yaml
 from sdumc.reporting.drawing import LINES, MARKERS, Figure, Panel, Theme, legend_below
 from sdumc.reporting.scores import Row
 from sdumc.reporting.sets import Run, TestSet
-from sdumc.scoring.intervals import UNDEFINED, Bootstrap, clusters_of
-from sdumc.scoring.metrics import read_predictions, score
+from sdumc.scoring.metrics import UNDEFINED, Bootstrap, clusters_of, read_predictions, score
 
 _CURVES = ("mae", "f1_non0")  # what figures show
 

@@ -24,8 +24,18 @@ from sdumc.errors import UserError
 from sdumc.files import read_yaml
 from sdumc.reporting.sets import Run, TestSet, read_score
 from sdumc.scale import CMU, LabelScale
-from sdumc.scoring.intervals import UNDEFINED, Bootstrap, Interval, clusters_of, format_difference, judge
-from sdumc.scoring.metrics import Predictions, format_measure, read_predictions, score
+from sdumc.scoring.metrics import (
+    UNDEFINED,
+    Bootstrap,
+    Interval,
+    Predictions,
+    clusters_of,
+    format_difference,
+    format_measure,
+    judge,
+    read_predictions,
+    score,
+)
 from sdumc.training.settings import CONFIG
 
 

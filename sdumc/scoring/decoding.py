@@ -11,9 +11,8 @@ import torch
 import yaml
 
 from sdumc.conditions import MODALITIES, SIMULATED, TEXTS, condition_of, modality
+from sdumc.data.batches import Batch, BatchLoader, GlobalBatchSampler, UtteranceDataset, collate
 from sdumc.data.dump import Dump, load_dump
-from sdumc.data.loader import Batch, BatchLoader, UtteranceDataset, collate
-from sdumc.data.sampler import GlobalBatchSampler
 from sdumc.errors import UserError
 from sdumc.files import atomic_write, write_text
 from sdumc.model.network import SDUMC
@@ -115,7 +114,7 @@ def decode(
         predictions on the dump's scale of labels, whatever corpus the model was trained on.
 
     Raises:
-        UserError: see :func:`inputs_for` and :class:`sdumc.data.loader.UtteranceDataset`.
+        UserError: see :func:`inputs_for` and :class:`sdumc.data.batches.UtteranceDataset`.
     """
     missing_text = model.config.missing_text
     inputs = inputs_for(condition, dump, model.available, missing_text)

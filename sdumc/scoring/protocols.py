@@ -29,8 +29,8 @@ from sdumc.conditions import (
     condition_of,
     modality,
 )
+from sdumc.data.batches import Batch
 from sdumc.data.dump import Dump
-from sdumc.data.loader import Batch
 from sdumc.errors import UserError
 from sdumc.files import atomic_write, write_text
 from sdumc.model.network import SDUMC

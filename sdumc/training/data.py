@@ -26,9 +26,9 @@ from sdumc.conditions import (
     in_words,
     modality,
 )
+from sdumc.data.batches import UtteranceDataset
 from sdumc.data.dump import Dump, Feature, load_dump
 from sdumc.data.kaldi_dir import KaldiDir
-from sdumc.data.loader import UtteranceDataset
 from sdumc.errors import UserError
 from sdumc.extraction.loop import make_batches, read_ahead, read_wave
 from sdumc.model.network import SDUMC

@@ -23,9 +23,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from sdumc.cli import setup_logging
 from sdumc.conditions import COMPLETE, MISSING, MODALITIES, in_words
+from sdumc.data.batches import Batch, BatchLoader, GlobalBatchSampler, UtteranceDataset
 from sdumc.data.dump import Dump
-from sdumc.data.loader import Batch, BatchLoader, UtteranceDataset
-from sdumc.data.sampler import GlobalBatchSampler
 from sdumc.errors import EXIT_REQUEUE, UserError
 from sdumc.files import json_ready, settings_hash, write_text
 from sdumc.losses.objective import sdumc_objective

@@ -17,8 +17,8 @@ from helpers.commands import call_here, script_here
 from helpers.dumps import make_dump
 from helpers.stopping import at_step
 
+from sdumc.data.batches import UtteranceDataset
 from sdumc.data.dump import load_dump
-from sdumc.data.loader import UtteranceDataset
 from sdumc.data.tables import read_table, write_table
 from sdumc.errors import UserError
 from sdumc.scale import parse_scale

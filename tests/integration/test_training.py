@@ -16,7 +16,7 @@ from helpers.commands import call_here
 from helpers.dumps import make_dump
 from helpers.stopping import at_step
 
-from sdumc.data.loader import UtteranceDataset, collate
+from sdumc.data.batches import UtteranceDataset, collate
 
 ROOT = Path(__file__).resolve().parents[2]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

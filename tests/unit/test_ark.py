@@ -522,9 +522,8 @@ def test_values_too_far_apart_to_compress(tmp_path):
 
 
 def test_the_option_is_part_of_the_settings(tmp_path):
-    from sdumc.cli import Parser
+    from sdumc.cli import Parser, add_job_options
     from sdumc.extraction.loop import open_shard
-    from sdumc.extraction.options import add_job_options
 
     parser = Parser("x")
     add_job_options(parser, "audio")

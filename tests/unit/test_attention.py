@@ -9,7 +9,7 @@ from helpers.dumps import make_dump
 
 from sdumc.bin.decode import main
 from sdumc.conditions import MISSING
-from sdumc.data.loader import UtteranceDataset, collate
+from sdumc.data.batches import UtteranceDataset, collate
 from sdumc.errors import UserError
 from sdumc.hyperparameters import ModelConfig
 from sdumc.model.network import SDUMC

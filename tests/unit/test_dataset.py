@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from sdumc.data.batches import Utterance, UtteranceDataset, collate
 from sdumc.data.dump import load_dump
-from sdumc.data.loader import Utterance, UtteranceDataset, collate
 from sdumc.data.shards import ShardWriter, merge_shards
 from sdumc.data.tables import write_table
 from sdumc.errors import UserError

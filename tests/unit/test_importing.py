@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from sdumc.corpora.importing import import_corpus
-from sdumc.corpora.sets import ClipMedia, Corpus, Fold
+from sdumc.corpora.importing import ClipMedia, Corpus, Fold, import_corpus
 from sdumc.data.kaldi_dir import load_kaldi_dir, validate_kaldi_dir
 from sdumc.data.tables import read_dropped, read_table
 from sdumc.errors import UserError

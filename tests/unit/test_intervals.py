@@ -9,8 +9,7 @@ import pytest
 from sdumc.bin.score import main
 from sdumc.errors import UserError
 from sdumc.scale import CMU
-from sdumc.scoring.intervals import Bootstrap, clusters_of, expanded_tail, score_with_intervals
-from sdumc.scoring.metrics import score
+from sdumc.scoring.metrics import Bootstrap, clusters_of, expanded_tail, score, score_with_intervals
 
 
 def simulated(rng, speakers=8, each=6, runs=3):

@@ -18,9 +18,8 @@ import pytest
 import torch
 
 from sdumc.data.ark import all_finite
+from sdumc.data.batches import BatchLoader, GlobalBatchSampler, UtteranceDataset, _Blocks, collate
 from sdumc.data.dump import load_dump
-from sdumc.data.loader import BatchLoader, UtteranceDataset, _Blocks, collate
-from sdumc.data.sampler import GlobalBatchSampler
 from sdumc.data.shards import ShardWriter, merge_shards
 from sdumc.data.tables import read_table, write_table
 from sdumc.errors import UserError
@@ -262,10 +261,10 @@ def test_all_finite():
 
 PEAK_OF_TWO_EPOCHS = """
 import sys
-from sdumc.data.loader import UtteranceDataset
+from sdumc.data.batches import UtteranceDataset
 from sdumc.data.dump import load_dump
-from sdumc.data.loader import BatchLoader
-from sdumc.data.sampler import GlobalBatchSampler
+from sdumc.data.batches import BatchLoader
+from sdumc.data.batches import GlobalBatchSampler
 
 dataset = UtteranceDataset(load_dump(sys.argv[1]), ["audio"])
 loader = BatchLoader(dataset, GlobalBatchSampler(dataset.frames, 8))

@@ -14,11 +14,10 @@ import pytest
 from helpers import mosei_miniature as mini
 
 from sdumc.bin import import_authors, import_toolkit, prepare_mosei
-from sdumc.corpora import authors, labels, raw, toolkit, transcripts
-from sdumc.corpora.importing import summary
-from sdumc.corpora.labels import read_csd
+from sdumc.corpora import authors, raw, toolkit
+from sdumc.corpora.annotations import Clip, find_labels, match_times, read_csd, read_labels, read_transcripts
+from sdumc.corpora.importing import Corpus, Fold, check_disjoint, split_name, summary, utterance_id
 from sdumc.corpora.raw import read_folds
-from sdumc.corpora.sets import Corpus, Fold, check_disjoint, split_name, utterance_id
 from sdumc.data.ark import load_matrix
 from sdumc.data.dump import load_dump
 from sdumc.data.kaldi_dir import load_kaldi_dir, validate_kaldi_dir
@@ -209,7 +208,7 @@ def test_transcript_lines(tmp_path):
         b"v____6___6___7___two",
     ]
     (folder / "v_.txt").write_bytes(b"\n".join(lines))
-    found = transcripts.read_transcripts(tmp_path)
+    found = read_transcripts(tmp_path)
     clips = found.clips["v_"]
     assert set(clips) == {"0", "1", "2", "5"}
     assert clips["1"].text == "a___b___c" and clips["0"].end == 1.5 and "typed on windows" in clips["2"].text
@@ -228,7 +227,7 @@ def annotations(
 def test_annotators_are_averaged_and_count_once(tmp_path):
     rows = [("A", "-v", "0", "1"), ("B", "-v", "0", "2"), ("A", "-v", "0", "1"), ("C", "-v", "0", "")]
     rows += [("A", "-v", "1", "3"), ("A", "-v", "1", "-3")]
-    found = labels.read_labels(annotations(tmp_path / "l.csv", rows))
+    found = read_labels(annotations(tmp_path / "l.csv", rows))
     assert found.by_clip == {"-v": {"0": 1.5}}
     assert "two answers" in found.refused["-v"]["1"]
     assert "1 empty answers ignored" in found.note
@@ -237,34 +236,34 @@ def test_annotators_are_averaged_and_count_once(tmp_path):
 @pytest.mark.parametrize("answer", ["4", "nan", "good", "1_0"])
 def test_answers_that_are_none(tmp_path, answer):
     with pytest.raises(UserError, match=r"l.csv:2: video 'v', clip '0'"):
-        labels.read_labels(annotations(tmp_path / "l.csv", [("A", "v", "0", answer)]))
+        read_labels(annotations(tmp_path / "l.csv", [("A", "v", "0", answer)]))
 
 
 def test_missing_column_and_missing_file(tmp_path):
     with pytest.raises(UserError, match="has no column"):
-        labels.read_labels(annotations(tmp_path / "l.csv", [], ("Input.VIDEO_ID", "Answer.sentiment")))
+        read_labels(annotations(tmp_path / "l.csv", [], ("Input.VIDEO_ID", "Answer.sentiment")))
     for path in (tmp_path / "none.csv", tmp_path):
         if path == tmp_path:
             (tmp_path / "l.csv").unlink()
         with pytest.raises(UserError):
-            labels.read_labels(path)
+            read_labels(path)
 
 
-def clip(name: str, start: float, end: float) -> transcripts.Clip:
-    return transcripts.Clip("v", name, start, end, "words", "v.txt:1")
+def clip(name: str, start: float, end: float) -> Clip:
+    return Clip("v", name, start, end, "words", "v.txt:1")
 
 
 def test_rows_are_matched_by_their_times_only():
     clips = {c.clip: c for c in (clip("0", -0.5, 1.0), clip("10", 1.0, 2.0), clip("2", 2.0, 3.0), clip("3", 3.0, 4.0))}
     rows = [(2.0004, 3.0, 2.0), (0.0, 1.0, 1.0), (3.0, 4.0, -1.0), (3.0, 4.0, -1.0), (8.0, 9.0, 0.0)]
-    matched, refused = labels.match_times(clips, rows)
+    matched, refused = match_times(clips, rows)
     assert matched == {"0": 1.0, "2": 2.0, "3": -1.0}
     assert refused == {"8-9": "label without a transcript clip of its times"}
 
 
 def test_doubtful_times_are_refused():
     same = {c.clip: c for c in (clip("0", 0.0, 1.0), clip("1", 0.0, 1.0), clip("2", 2.0, 3.0))}
-    matched, refused = labels.match_times(same, [(0.0, 1.0, 1.0), (2.0, 3.0, 1.0), (2.0, 3.0, 2.0)])
+    matched, refused = match_times(same, [(0.0, 1.0, 1.0), (2.0, 3.0, 1.0), (2.0, 3.0, 2.0)])
     assert matched == {} and set(refused) == {"0", "1", "2"}
 
 
@@ -311,7 +310,7 @@ def test_labels_without_media_and_the_reverse(own, tmp_path):
 def test_not_a_raw_distribution(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         raw.raw_root(tmp_path / "none")
-    for call in (transcripts.read_transcripts, labels.find_labels, raw.find_media):
+    for call in (read_transcripts, find_labels, raw.find_media):
         with pytest.raises(UserError):
             call(tmp_path)
 

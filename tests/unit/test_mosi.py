@@ -11,7 +11,8 @@ from helpers import mosei_miniature as mini
 from helpers.recipes import call_recipe, copy_recipes
 
 from sdumc.bin import prepare_mosei
-from sdumc.corpora import labels, raw, transcripts
+from sdumc.corpora import raw
+from sdumc.corpora.annotations import read_labels, read_transcripts
 from sdumc.errors import UserError
 
 
@@ -76,7 +77,7 @@ def test_bad_rows_are_refused(tmp_path, row, message):
     file = tmp_path / "labels.csv"
     file.write_text(f"0,1,v,0,1.5\n{row}\n")
     with pytest.raises(UserError, match=message) as error:
-        labels.read_labels(file)
+        read_labels(file)
     assert f"{file}:2" in str(error.value)
 
 
@@ -84,7 +85,7 @@ def test_transcripts_without_times(tmp_path):
     folder = tmp_path / "Transcript/Segmented"
     folder.mkdir(parents=True)
     (folder / "v.annotprocessed").write_text("1_DELIM_WELL A_DELIM_B\nno separator\n2_DELIM_SO\n2_DELIM_NO\n")
-    found = transcripts.read_transcripts(tmp_path)
+    found = read_transcripts(tmp_path)
     assert found.clips["v"]["1"].text == "WELL A_DELIM_B" and list(found.clips["v"]) == ["1"]
     assert set(found.refused["v"]) == {"line2", "2"}
     media = raw.MediaFiles(False, {"v": Path("v.mp4")}, {})

@@ -13,7 +13,7 @@ from helpers.report_tree import make_tree
 
 from sdumc.bin.decode import main
 from sdumc.conditions import CONDITIONS, PATTERNS, PROTOCOL_RECORD, PROTOCOLS
-from sdumc.data.loader import Batch
+from sdumc.data.batches import Batch
 from sdumc.errors import UserError
 from sdumc.hyperparameters import ModelConfig
 from sdumc.model.network import SDUMC

@@ -25,8 +25,7 @@ from sdumc.reporting.scores import _findings, spread
 from sdumc.reporting.sets import media_links
 from sdumc.scale import CMU
 from sdumc.scoring.attention import read_attention
-from sdumc.scoring.intervals import Bootstrap
-from sdumc.scoring.metrics import format_measure, read_predictions
+from sdumc.scoring.metrics import Bootstrap, format_measure, read_predictions
 
 ARGS = ["--exp-dirs", "exp/train_seed1", "exp/train_seed2", "--output-dir", "exp/report", "--results", "RESULTS.md"]
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdumc.data.sampler import GlobalBatchSampler
+from sdumc.data.batches import GlobalBatchSampler
 
 
 def lengths(count: int = 500) -> list[int]:

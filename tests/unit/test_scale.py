@@ -11,8 +11,7 @@ from sdumc.data.tables import write_table
 from sdumc.errors import UserError
 from sdumc.files import read_json
 from sdumc.scale import CMU, SIMS, LabelScale, declared_scale, looks_like_classes, parse_scale, scale_of
-from sdumc.scoring.intervals import Bootstrap, score_with_intervals
-from sdumc.scoring.metrics import score
+from sdumc.scoring.metrics import Bootstrap, score, score_with_intervals
 
 
 def sims_toolkit(p: np.ndarray, y: np.ndarray) -> dict[str, float]:
