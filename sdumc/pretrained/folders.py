@@ -19,6 +19,7 @@ from sdumc.files import read_json
 log = logging.getLogger("sdumc")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_OTHER_KIND = ("Unrecognized configuration class", "does not recognize this architecture")
 _SMALL_FILE = 256 * 2**20  # bytes; a fingerprint reads smaller weight files whole
 
 
@@ -133,17 +134,23 @@ def fingerprint(path: str | os.PathLike) -> str:
 
 
 def load_model(
-    model_class: Any, folder: Path, dtype: torch.dtype, device: torch.device, optional: tuple[str, ...] = ()
+    model_class: Any,
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    optional: tuple[str, ...] = (),
+    supported: str = "",
 ) -> Any:
     """``model_class.from_pretrained(folder)`` for inference: eval mode, no gradients, all weights from the files.
 
     Transformers initialises weights that a checkpoint lacks at random. Here that is an error, except for parameters
-    whose names begin with one of ``optional`` (those that the caller does not use).
+    whose names begin with one of ``optional`` (those that the caller does not use). ``supported`` says, to a user whose
+    model is of a kind that ``model_class`` does not have, which can be given.
 
     Raises:
         UserError: the folder is incomplete, damaged, or of another architecture.
     """
-    read_model_config(folder)
+    kind = read_model_config(folder)["model_type"]
     safetensors = whole_weights(folder)[0].suffix == ".safetensors"
     try:
         with quiet_transformers():
@@ -155,6 +162,11 @@ def load_model(
                 output_loading_info=True,
             )
     except Exception as e:  # transformers, safetensors and torch raise different errors for a damaged folder
+        if any(words in str(e) for words in _OTHER_KIND):  # a list of all the models that there are
+            raise UserError(
+                f"{folder}: a {kind} model cannot be used here: transformers has no {model_class.__name__} of that kind"
+                + (f"; give {supported}" if supported else "")
+            ) from None
         raise UserError(f"{folder}: cannot be loaded as {model_class.__name__}: {first_line(e)}") from None
     missing = sorted(k for k in info["missing_keys"] if not k.startswith(("masked_spec_embed", *optional)))
     if missing:

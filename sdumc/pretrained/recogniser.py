@@ -65,7 +65,13 @@ class CtcRecogniser:
 
         self.folder, self.dtype, self.device = folder, dtype, torch.device(device)
         self.tokenizer = load_tokenizer(folder)
-        self.model: Any = load_model(AutoModelForCTC, folder, dtype, self.device)
+        self.model: Any = load_model(
+            AutoModelForCTC,
+            folder,
+            dtype,
+            self.device,
+            supported="Whisper, or a CTC model such as wav2vec 2.0 or WavLM",
+        )
         kind = self.model.config.model_type
         refusal = f"{folder}: this {kind} model cannot be used as a recogniser"
         self.features = None

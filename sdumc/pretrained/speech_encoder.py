@@ -89,7 +89,8 @@ def load_whole(name: str, dtype: torch.dtype, device: torch.device) -> Any:
     """The model of an encoder's folder, with all its layers."""
     from transformers import AutoModel
 
-    return load_model(AutoModel, model_folder(name), dtype, device)
+    supported = "a speech encoder such as WavLM, wav2vec 2.0, HuBERT or Whisper"
+    return load_model(AutoModel, model_folder(name), dtype, device, supported=supported)
 
 
 def _with_own_parts(model: Any) -> Any:

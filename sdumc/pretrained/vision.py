@@ -20,6 +20,7 @@ from sdumc.pretrained.trial import attempt, passed, same, trial_pictures
 # Parameters that stand before the patches, as vectors of their own; the first is the class token.
 _CLASS_TOKENS = ("embeddings.cls_token", "embeddings.class_embedding")
 _OTHER_TOKENS = ("embeddings.distillation_token", "embeddings.register_tokens")
+_SUPPORTED = "a model that reads single pictures, such as CLIP, SigLIP, ViT, DINOv2, Swin or ConvNeXt"
 
 
 class VisionExtractor:
@@ -153,7 +154,7 @@ def _load(folder: Path, kind: str, dtype: torch.dtype, device: torch.device, poo
     # A classifier's folder (a facial-expression ViT) has no pooler weights; random ones must not be used.
     optional = () if pooling == "pooler" else ("pooler.", "vision_model.post_layernorm", "vision_model.head")
     try:
-        return load_model(classes.get(kind, AutoModel), folder, dtype, device, optional)
+        return load_model(classes.get(kind, AutoModel), folder, dtype, device, optional, _SUPPORTED)
     except UserError as e:
         if "pooler" in str(e):
             raise UserError(f"{folder}: has no pooler weights; use --pooling cls or mean") from None

@@ -58,6 +58,19 @@ def test_not_a_vision_model(tmp_path):
         VisionExtractor(str(tiny_models.wavlm(tmp_path / "wavlm")))
 
 
+@pytest.mark.parametrize("kind", ["altclip_text_model", "kind_of_next_year"])
+def test_a_kind_without_a_class_is_refused_in_one_plain_line(tmp_path, kind):
+    """Not with transformers' list of all the kinds that it has."""
+    folder = tiny_models.vit(tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": kind}))
+    with pytest.raises(UserError) as found:
+        VisionExtractor(str(folder))
+    message = str(found.value).removeprefix(str(folder))
+    assert f"a {kind} model" in message and len(message) < 250 and "\n" not in message
+    assert message.endswith("such as CLIP, SigLIP, ViT, DINOv2, Swin or ConvNeXt")
+
+
 # Vectors before those of the patches; None: a model in stages, whose output is a map or a list of positions.
 PREFIX = {
     "vit_mae": 1,

@@ -607,3 +607,12 @@ def test_plan_by_hand():
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     lines = {" ".join(line.split()[:-1]): line.split()[-1] for line in done.stdout.splitlines() if line.strip()}
     assert lines["audio H 3600 50 D"] == "1.1" and lines["text N L D"] == "0.6"  # 768 and 576 numbers
+    # A link in another recipe: that corpus, and that recipe's models (Whisper and Qwen2.5).
+    plan = Path(__file__).resolve().parents[2] / "egs/sims/local/plan.py"
+    for models, dims in (("large", (1280, 3584)), ("small", (512, 896))):
+        words = [sys.executable, plan, "--models", models, "--hours", "20", "--tokens", "1000"]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        lines = {" ".join(line.split()[:-1]): line.split()[-1] for line in done.stdout.splitlines() if line.strip()}
+        assert done.stdout.startswith("2281 clips, 20.0 hours")
+        sizes = 20 * 3600 * 50 * dims[0] * 4e-9, 2281 * 1000 * dims[1] * 4e-9
+        assert lines["audio H 3600 50 D"] == f"{sizes[0]:.1f}" and lines["text N L D"] == f"{sizes[1]:.1f}"

@@ -1,34 +1,61 @@
 #!/usr/bin/env python3
 """Disk space that the recipe needs and, from the throughput of a machine, GPU-hours of each stage.
 
-The formulas are those of README.md. Throughput has no defaults: `python -m sdumc.bench` measures it on the machine in
-question, and the logs of stages 2 and 3 state it after the first utterances.
+It starts from the corpus and the models of the recipe whose folder it is called from (egs/mosei, egs/mosi, egs/sims).
+The formulas are those of egs/mosei/README.md. Throughput has no defaults: `python -m sdumc.bench` measures it on the
+machine in question, and the logs of stages 2 and 3 state it after the first utterances.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import NamedTuple
 
 FLOAT = 4  # bytes
-AUDIO_RATE = 50  # WavLM's frames a second
-DIMS = {"large": (1024, 4096, 1024), "small": (768, 576, 768)}  # audio, text, video; of the recipe's --models
+AUDIO_RATE = 50  # frames a second of WavLM and Whisper
+
+
+class Recipe(NamedTuple):
+    """A corpus: clips, hours, share of the train set, tokens a clip; dimensions of audio, text and video."""
+
+    clips: int
+    hours: float
+    train_share: float
+    tokens: float
+    dims: dict[str, tuple[int, int, int]]
+
+
+_WAVLM = {"large": (1024, 4096, 1024), "small": (768, 576, 768)}  # Vicuna-7B or SmolLM2-135M, CLIP
+_WHISPER = {"large": (1280, 3584, 1024), "small": (512, 896, 768)}  # Whisper-large-v3 or -base, Qwen2.5, CLIP
+RECIPES = {
+    "mosei": Recipe(22856, 46.0, 0.714, 26.0, _WAVLM),
+    "mosi": Recipe(2199, 2.6, 0.584, 16.0, _WAVLM),
+    "sims": Recipe(2281, 2.3, 0.6, 15.0, _WHISPER),  # a token a Chinese character, at most
+}
+
+
+def own_recipe() -> str:
+    """The recipe in whose folder this file was called (a link in some of them); MOSEI elsewhere."""
+    name = Path(__file__).absolute().parents[1].name
+    return name if name in RECIPES else "mosei"
 
 
 def get_parser() -> argparse.ArgumentParser:
+    recipe = RECIPES[own_recipe()]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     g = parser.add_argument_group("corpus")
     g.add_argument("--data-dir", help="take clips and hours from DIR/*/utt2dur, that is, after stage 1")
-    g.add_argument("--clips", type=int, default=22856, help="N")
-    g.add_argument("--hours", type=float, default=46.0, help="H, sound in all clips")
-    g.add_argument("--train-share", type=float, default=0.714, help="share of the clips in the train set")
-    g.add_argument("--tokens", type=float, default=26.0, help="L, tokens of the LLM a clip")
+    g.add_argument("--clips", type=int, default=recipe.clips, help="N")
+    g.add_argument("--hours", type=float, default=recipe.hours, help="H, sound in all clips")
+    g.add_argument("--train-share", type=float, default=recipe.train_share, help="share of the clips in the train set")
+    g.add_argument("--tokens", type=float, default=recipe.tokens, help="L, tokens of the LLM a clip")
     g = parser.add_argument_group("features")
-    g.add_argument("--models", choices=DIMS, default="large", help="of the recipe; gives the dimensions")
+    g.add_argument("--models", choices=recipe.dims, default="large", help="of the recipe; gives the dimensions")
     for i, name in enumerate(("audio", "text", "video")):
-        dims = ", ".join(f"{models} {d[i]}" for models, d in DIMS.items())
+        dims = ", ".join(f"{models} {d[i]}" for models, d in recipe.dims.items())
         g.add_argument(f"--{name}-dim", type=int, help=f"of other models ({dims})")
     g.add_argument("--fps", type=float, default=5.0)
     g = parser.add_argument_group("throughput of one GPU (0: not known)")
@@ -76,7 +103,7 @@ def gigabytes(a: argparse.Namespace) -> dict[str, float]:
 
 def main() -> None:
     a = get_parser().parse_args()
-    for name, dim in zip(("audio", "text", "video"), DIMS[a.models], strict=True):
+    for name, dim in zip(("audio", "text", "video"), RECIPES[own_recipe()].dims[a.models], strict=True):
         if getattr(a, f"{name}_dim") is None:
             setattr(a, f"{name}_dim", dim)
     if a.data_dir:
