@@ -326,6 +326,14 @@ class Extractors:
         texts = [t.lower() if s.get("text_case") == "lower" else t for t in texts]
         reader = self._reader(s) if s["context"] == "audio+prompt" else None
         llm = reader.llm if reader is not None else self._llm(s)
+        most = getattr(llm.base.config, "max_position_embeddings", None) or 32768
+        for text in texts:
+            # A token has few letters, so that short texts need not be counted.
+            if len(text) > most and (count := len(llm.plain_ids(text))) > most:
+                raise UserError(
+                    f"a transcript of {count} tokens; the language model reads {most} at once. Give subtitles, whose "
+                    "times cut it into utterances"
+                )
         encoder = TextEncoder(llm, s["context"], s["first_state"] == "keep", reader)
         return [x.float().cpu() for x in encoder(texts, waves)]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdumc.errors import UserError
-from sdumc.prediction.subtitles import SUFFIXES, Cue, is_subtitles, read_subtitles, read_text
+from sdumc.prediction.subtitles import SUFFIXES, Cue, is_subtitles, read_subtitles, read_text, refuse_other_forms
 
 # Extensions of the files that are taken from a folder. A file named by itself may have any extension.
 SOUND = (
@@ -80,6 +80,7 @@ def transcripts(text: str | None, files: Sequence[Path]) -> dict[Path, str | lis
         if len(files) == 1:
             return {files[0]: read_subtitles(path)}
         raise UserError(f"--text {path}: subtitles are of one file; score the files one by one")
+    refuse_other_forms(path, content)
     stems = [f.stem for f in files]
     if len(files) == 1 and not _is_table(content, stems[0]):
         return {files[0]: " ".join(content.split())}

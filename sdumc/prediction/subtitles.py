@@ -67,7 +67,7 @@ def read_subtitles(path: Path) -> Cues:
         UserError: the file is not text or no subtitles, a time cannot be read, or a cue ends before it starts. The
             message names the file and, where there is one, the line.
     """
-    text = read_text(path)
+    text = _converted(read_text(path))
     kind = _kind(path, text)
     _check_lines(path, text, kind)
     found = _cues(_parsed(path, text, kind), path, kind)
@@ -101,15 +101,62 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}:{line}: not UTF-8 or UTF-16 text; save the file as UTF-8") from None
     if "\0" in text:
         raise UserError(f"{path}: not a text file; subtitles that are pictures cannot be read")
-    return re.sub(r"\r\n?", "\n", text)
+    # Characters that control a terminal are nothing that is said.
+    return re.sub(r"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]", " ", re.sub(r"\r\n?", "\n", text))
 
 
 def is_subtitles(text: str) -> bool:
-    """Whether a text has times as SubRip or WebVTT have them, or is SubStation: whatever the file is called."""
-    if text.lstrip().startswith(("WEBVTT", "[Script Info]")):
+    """Whether a text has times as SubRip or WebVTT have them, or is SubStation, TTML, YouTube's SBV or Whisper's table:
+    whatever the file is called."""
+    if text.lstrip().startswith(("WEBVTT", "[Script Info]")) or re.match(r"\s*(<\?xml[^>]*>\s*)?<tt[\s:]", text):
+        return True
+    if _converted(text) != text:
         return True
     arrows = [a for line in text.split("\n") if (a := _ARROW.match(line.strip()))]
     return any(_TIME.match(a[1]) and _TIME.match(a[2]) for a in arrows)
+
+
+def refuse_other_forms(path: Path, text: str) -> None:
+    """Raise :class:`UserError` for a text that is something else than words: markup, data, times of an unknown form."""
+    start = text.lstrip()[:200].lower()
+    form = next(
+        (name for mark, name in _OTHER_FORMS.items() if start.startswith(mark)),
+        "JSON" if re.match(r"[\[{]\s*[\[{\"]", start) else None,
+    )
+    lines = [line for line in text.split("\n") if line.strip()]
+    if form is None and lines and sum(bool(_TIMED.match(line)) for line in lines) * 2 > len(lines):
+        form = "lines with times of a form that is not known"
+    if form:
+        raise UserError(f"{path}: {form}, no words to be read; save it as .srt or .vtt, or as text without times")
+
+
+# How files begin that are other things than words.
+_OTHER_FORMS = {
+    "<?xml": "XML",
+    "<!doctype": "HTML",
+    "<html": "HTML",
+    "<timedtext": "XML",
+    "{\\rtf": "RTF",
+    "%pdf": "PDF",
+    "scenarist_scc": "Scenarist captions",
+    "# vobsub": "an index of subtitles that are pictures",
+    "850stl": "EBU STL subtitles",
+}
+_TIMED = re.compile(r"\s*[\[(<]?(\d{1,2}:)?\d{1,2}:\d{2}([.,:]\d{1,3})?(\s*-->|[\])>:,\s])")
+_SBV = re.compile(r"(\d+:\d\d:\d\d\.\d{3}),(\d+:\d\d:\d\d\.\d{3})$", re.MULTILINE)
+
+
+def _converted(text: str) -> str:
+    """YouTube's SBV (``0:00:01.000,0:00:02.500``) and Whisper's table (start, end, text; times in ms) as SubRip."""
+    if _SBV.match(text.lstrip()):
+        return _SBV.sub(r"\1 --> \2", text)
+    header, _, rest = text.lstrip().partition("\n")
+    if header.strip().split("\t") != ["start", "end", "text"]:
+        return text
+    rows = [line.split("\t", 2) for line in rest.split("\n") if line.strip()]
+    if not all(len(row) == 3 and row[0].isdigit() and row[1].isdigit() for row in rows):
+        return text
+    return "\n\n".join(f"{_clock(int(a) / 1000, 'srt')} --> {_clock(int(b) / 1000, 'srt')}\n{t}" for a, b, t in rows)
 
 
 def _kind(path: Path, text: str) -> str:
@@ -197,7 +244,7 @@ def _cues(subtitles: SSAFile, path: Path, kind: str) -> list[Cue]:
             raise UserError(f"{path}: the cue at {event.start / 1000:.2f} s ends before it starts; correct the times")
         words = event.text.replace("\\N", "\n").replace("\0", ":") if kind in ("srt", "vtt") else event.plaintext
         words = _MARKUP.sub("", re.sub(r"<br\s*/?>", "\n", words))
-        if kind in ("vtt", "sami"):
+        if kind in ("srt", "vtt", "sami"):
             words = html.unescape(words)
         lines = [" ".join(line.split()) for line in words.split("\n")]
         cues.append(Cue(event.start / 1000, event.end / 1000, "\n".join(line for line in lines if line)))

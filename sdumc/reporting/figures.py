@@ -136,12 +136,15 @@ def _draw_bins(ax: Axes, theme: Theme, test_set: TestSet, signed: bool) -> None:
 
 
 def speaker_errors(test_set: TestSet) -> list[tuple[str, int, dict[str, float]]]:
-    """Speaker, number of utterances, MAE by condition over all seeds; the worst without text first."""
+    """Speaker, number of utterances, MAE by condition over all seeds; the worst without text first. Nothing where no
+    speaker has two utterances."""
     members: dict[str, list[int]] = {}
     for i, utt in enumerate(test_set.utterances):
         if utt in test_set.speakers:
             members.setdefault(test_set.speakers[utt], []).append(i)
-    rows = []
+    rows: list[tuple[str, int, dict[str, float]]] = []
+    if len(members) == sum(map(len, members.values())):
+        return rows
     for speaker, index in members.items():
         mae = {
             name: float(np.abs(c.predictions[:, index] - test_set.labels[index]).mean())

@@ -325,4 +325,6 @@ def _left_out(test_set: TestSet) -> list[str]:
         notes.append("No attention over frames: decode again (stage 5); a model with fusion: concat has none.")
     if not test_set.speakers:
         notes.append(f"No errors by speaker: neither the data nor the dump folder of {test_set.name} has utt2spk.")
+    elif len(set(test_set.speakers.values())) == len(test_set.speakers):
+        notes.append(f"No errors by speaker: each utterance of {test_set.name} has a speaker of its own.")
     return notes

@@ -189,7 +189,12 @@ def _spread_notes(test_set: TestSet, runs: Sequence[Run], bootstrap: Bootstrap) 
         words = ", ".join(f"{name} {value:.3f}" for name, value in deviations.items())
         notes.append(f"Sample standard deviation of the MAE over seeds: {words}.")
     if not bootstrap.by_speaker:
-        notes.append(f"No speakers are known (utt2spk of {test_set.name}): the true intervals are wider.")
+        notes.append(
+            f"No speakers are known (utt2spk of {test_set.name}): the true intervals are wider."
+            if not test_set.speakers
+            else f"Each utterance of {test_set.name} has a speaker of its own in utt2spk: if that is because "
+            "nobody knows the speakers, the true intervals are wider."
+        )
     if bootstrap.clusters < 2:
         notes.append(
             f"No intervals: all of {test_set.name} is one {'speaker' if bootstrap.by_speaker else 'utterance'}."
@@ -286,7 +291,8 @@ def compare(
 
     rows, notes = [], [f"Intervals: bootstrap over {bootstrap.unit} and over seeds."]
     if speakers is None:
-        notes.append(f"There is no {path}: utterances were resampled, and the true intervals are wider.")
+        reason = f"No speaker is twice in {path}" if path.is_file() else f"There is no {path}"
+        notes.append(f"{reason}: utterances were resampled; the true intervals are wider if some are of one speaker.")
     for experiment, by_condition in zip(experiments, found, strict=True):
         name = Path(experiment).name
         seeds = list(by_condition[conditions[0]].scores)

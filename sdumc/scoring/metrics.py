@@ -386,7 +386,8 @@ def format_difference(value: float, interval: Interval) -> str:
 
 
 def clusters_of(utterances: Sequence[str], speakers: Mapping[str, str], path: object) -> list[str] | None:
-    """The speaker of each utterance; None, so that utterances are resampled, if no speaker is known.
+    """The speaker of each utterance; None, so that utterances are resampled, if no speaker is known or each utterance
+    has a speaker of its own, as it has in a table without a column of speakers.
 
     Raises:
         UserError: ``speakers``, read from ``path``, has some of the utterances only.
@@ -398,7 +399,8 @@ def clusters_of(utterances: Sequence[str], speakers: Mapping[str, str], path: ob
             f"{path}: {len(absent)} of the {len(utterances)} scored utterances have no speaker, the first is "
             f"{absent[0]}; add them, or resample utterances by leaving the file out"
         )
-    return [speakers[utt] for utt in utterances]
+    found = [speakers[utt] for utt in utterances]
+    return found if len(set(found)) < len(found) else None
 
 
 def score_with_intervals(
@@ -416,7 +418,11 @@ def score_with_intervals(
     bootstrap = Bootstrap(labels, clusters, rounding, scale)
     resampled = bootstrap.resample(np.asarray(predictions)[None])
     intervals: dict[str, list[float] | None] = {}
-    notes = [] if clusters else ["no speakers were given: utterances are resampled; true intervals are wider"]
+    notes = (
+        []
+        if clusters
+        else ["no speakers were given, or none twice: utterances are resampled; true intervals are wider"]
+    )
     if bootstrap.clusters < 2:
         notes.append(f"no intervals: {bootstrap.unit.rstrip('s')} only")
     for m, values in resampled.items():

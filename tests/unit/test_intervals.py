@@ -125,7 +125,8 @@ def test_one_speaker_has_no_interval():
 
 def test_speakers_must_be_known_for_all_or_none():
     assert clusters_of(["a", "b"], {}, "utt2spk") is None
-    assert clusters_of(["a", "b"], {"a": "x", "b": "y", "c": "z"}, "utt2spk") == ["x", "y"]
+    assert clusters_of(["a", "b", "c"], {"a": "x", "b": "y", "c": "x"}, "utt2spk") == ["x", "y", "x"]
+    assert clusters_of(["a", "b"], {"a": "x", "b": "y", "c": "y"}, "utt2spk") is None  # a speaker each: nobody is known
     with pytest.raises(UserError, match="utt2spk: 1 of the 2 scored utterances have no speaker, the first is b"):
         clusters_of(["a", "b"], {"a": "x"}, "utt2spk")
 

@@ -455,6 +455,53 @@ def test_the_trials(media_dir):
 # ---- what is named on the command line
 
 
+OTHER_FORMS = {
+    "x.lrc": "[ti:Song]\n[00:00.00]Hello\n[00:01.50]film\n",
+    "x.json": '{"text": "Hello", "segments": [{"start": 0}]}',
+    "x.json3": '{"wireMagic":"pb3","events":[]}',
+    "x.srv3": '<?xml version="1.0"?><timedtext format="3"><body><p t="0" d="1500">Hello</p></body></timedtext>',
+    "x.rtf": "{\\rtf1\\ansi Hello}",
+    "whisper.txt": "[00:00:00.000 --> 00:00:01.500]   Hello\n[00:00:01.500 --> 00:00:03.000]   film\n",
+    "x.idx": "# VobSub index file, v7\n",
+    "vplayer.txt": "00:00:00:Hello\n00:00:02:film\n",
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FORMS)
+def test_what_is_no_transcript_is_not_scored_as_one(tmp_path, name):
+    (tmp_path / name).write_text(OTHER_FORMS[name])
+    with pytest.raises(UserError, match="no words to be read"):
+        inputs.transcripts(str(tmp_path / name), [Path("clip.mp4")])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.sbv", "0:00:00.000,0:00:01.500\nHello &amp; you\n\n0:00:01.500,0:00:03.000\nfilm\n"),
+        ("whisper.tsv", "start\tend\ttext\n0\t1500\tHello & you\n1500\t3000\tfilm\n"),
+        (
+            "x.dfxp",
+            '<?xml version="1.0"?><tt xmlns="http://www.w3.org/ns/ttml"><body><div><p begin="00:00:00.000" '
+            'end="00:00:01.500">Hello &amp; you</p><p begin="1.5s" end="3s">film</p></div></body></tt>',
+        ),
+        (
+            "x.srt",
+            "\ufeff00:00:00,000 --> 00:00:01,500\r\n<b>Hello</b> &amp; \x1b you\r\n\r\n00:01,5 --> 00:03,0\r\nfilm\r\n",
+        ),
+        (
+            "x.vtt",
+            "WEBVTT - t\nKind: captions\n\nSTYLE\n::cue { color: red }\n\nREGION\nid:a\n\nNOTE no words\n\nintro\n"
+            "00:00.000 --> 00:01.500 region:a\n<v Ann>Hello <c.x>&amp;</c> you\n\n"
+            "00:01.500 --> 00:03.000\n<00:01.6><c>fi</c><00:02.0><c>lm</c>\n",
+        ),
+    ],
+)
+def test_subtitles_of_other_programs(tmp_path, name, content):
+    (tmp_path / name).write_text(content, newline="")
+    cues = inputs.transcripts(str(tmp_path / name), [Path("clip.mp4")])[Path("clip.mp4")]
+    assert [(c.start, c.end, c.text) for c in cues] == [(0, 1.5, "Hello & you"), (1.5, 3, "film")]
+
+
 def test_files_folders_and_lists(tmp_path):
     for name in ("f/b.MP4", "f/a.wav", "f/sub/c.webm", "f/notes.txt", "f/a.sdumc.mp4", "f/.hidden.wav", "x.dat"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
