@@ -46,7 +46,7 @@ def main(repeats: int) -> bool:
 def _audio(folder: Path, device: str, dtype: torch.dtype, count: int):
     from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMModel
 
-    from sdumc.pretrained.speech_encoder import SpeechEncoder
+    from sdumc.pretrained.speech import SpeechEncoder
 
     config = WavLMConfig(
         hidden_size=1024,

@@ -56,7 +56,7 @@ def sound(folder: Path) -> Call:
     """Features of two clips of 4 and 5 s with an encoder of WavLM-base's dimensions, random weights."""
     from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMModel
 
-    from sdumc.pretrained.speech_encoder import SpeechEncoder
+    from sdumc.pretrained.speech import SpeechEncoder
 
     WavLMModel(WavLMConfig()).save_pretrained(folder)
     Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True).save_pretrained(folder)

@@ -118,7 +118,7 @@ def decode_protocols(models: Mapping[str, SDUMC], dump: Dump, args: Namespace) -
     Raises:
         UserError: the models read different modalities.
     """
-    from sdumc.scoring.protocols import decode_protocol, protocol_conditions
+    from sdumc.scoring.decoding import decode_protocol, protocol_conditions
 
     reads = {exp: f"{', '.join(m.available)} (missing: {m.config.missing_text})" for exp, m in models.items()}
     check_alike(reads, "--protocol")

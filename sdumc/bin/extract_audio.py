@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from sdumc.device import pick_device
     from sdumc.extraction.features import extract_audio
     from sdumc.extraction.loop import data_hash, load_job, open_shard, sound_batches
-    from sdumc.pretrained.folders import DTYPES, fingerprint
-    from sdumc.pretrained.speech_encoder import SpeechEncoder
+    from sdumc.pretrained.loading import DTYPES, fingerprint
+    from sdumc.pretrained.speech import SpeechEncoder
 
     data, utterances = load_job(args)
     device = pick_device(args.device)

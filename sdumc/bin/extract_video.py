@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from sdumc.extraction.faces import FaceDetector
     from sdumc.extraction.features import PictureReader, extract_video
     from sdumc.extraction.loop import data_hash, load_job, open_shard
-    from sdumc.pretrained.folders import DTYPES, fingerprint
+    from sdumc.pretrained.loading import DTYPES, fingerprint
     from sdumc.pretrained.vision import VisionExtractor
 
     if args.detector == "opencv":

@@ -117,8 +117,7 @@ def _score(args: Namespace, files: Sequence[Path], texts: dict, results: list[di
 
     if has_own_process():
         start_fast()
-    from sdumc.prediction.output import table, write_subtitles
-    from sdumc.prediction.scorer import Scorer
+    from sdumc.prediction.scorer import Scorer, table, write_subtitles
 
     scorer = Scorer.load(
         args.exp_dir,

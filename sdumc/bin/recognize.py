@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from sdumc.device import pick_device
     from sdumc.extraction.features import extract_transcripts
     from sdumc.extraction.loop import data_hash, load_job, open_shard, sound_batches
-    from sdumc.pretrained.folders import DTYPES, fingerprint
+    from sdumc.pretrained.loading import DTYPES, fingerprint
     from sdumc.pretrained.recogniser import load_recogniser
 
     data, utterances = load_job(args)

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from sdumc.extraction.finishing import without_speech
     from sdumc.extraction.loop import data_hash, load_job, load_reader, load_rescorer, open_shard, sound_batches
     from sdumc.extraction.simulation import Search, extract_simulated_text
-    from sdumc.pretrained.speech_reader import projector_data
+    from sdumc.pretrained.speech import projector_data
 
     data, utterances = load_job(args)
     asr_file = Path(args.asr_text) if args.asr_text else Path(args.data_dir) / "text_asr"

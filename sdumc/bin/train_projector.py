@@ -15,7 +15,7 @@ from sdumc.processes import StopSignal
 
 if TYPE_CHECKING:
     from sdumc.pretrained.llm import SpeechLLM
-    from sdumc.pretrained.speech_encoder import SpeechEncoder
+    from sdumc.pretrained.speech import SpeechEncoder
 
 
 def get_parser() -> Parser:
@@ -67,7 +67,7 @@ def _add_validation(g: Any) -> None:
 
 def describe_models(args: argparse.Namespace, encoder: SpeechEncoder, llm: SpeechLLM) -> dict[str, Any]:
     """What of the command line, besides data and settings, decides the result; it is kept in config.yaml."""
-    from sdumc.pretrained.folders import fingerprint
+    from sdumc.pretrained.loading import fingerprint
 
     return {
         "encoder": args.encoder,
@@ -90,9 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sdumc.data.kaldi_dir import load_kaldi_dir
     from sdumc.device import pick_device
     from sdumc.extraction.loop import data_hash
-    from sdumc.pretrained.folders import DTYPES
     from sdumc.pretrained.llm import SpeechLLM, prompt_text
-    from sdumc.pretrained.speech_encoder import SpeechEncoder
+    from sdumc.pretrained.loading import DTYPES
+    from sdumc.pretrained.speech import SpeechEncoder
     from sdumc.training.checkpoint import hold_folder
     from sdumc.training.data import TranscribedSpeech
     from sdumc.training.projector import ProjectorSettings, partial_folder, train_projector

@@ -347,7 +347,7 @@ class BatchLoader:
         pin_memory: put batches into memory from which a GPU copies without waiting.
 
     Raises:
-        UserError: while iterating, as :class:`sdumc.data.batches.UtteranceDataset`.
+        UserError: while iterating, as :class:`UtteranceDataset`.
     """
 
     def __init__(

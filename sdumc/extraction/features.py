@@ -23,15 +23,14 @@ from sdumc.data.media import read_frames
 from sdumc.data.shards import ShardWriter
 from sdumc.data.tables import MediaSpan
 from sdumc.errors import UserError
+from sdumc.extraction.activity import lacks_speech
 from sdumc.extraction.faces import FaceDetector, crop, track_face
 from sdumc.extraction.finishing import BAD_MEDIA
 from sdumc.extraction.loop import Output, absent_for_bad_media, extract_shard, read_wave, reason_if_allowed
-from sdumc.prediction.activity import lacks_speech
 from sdumc.pretrained.llm import SpeechLLM
 from sdumc.pretrained.quality import judge
 from sdumc.pretrained.recogniser import CtcRecogniser, Heard, WhisperRecogniser
-from sdumc.pretrained.speech_encoder import SpeechEncoder
-from sdumc.pretrained.speech_reader import SpeechReader, without_first
+from sdumc.pretrained.speech import SpeechEncoder, SpeechReader, without_first
 from sdumc.pretrained.vision import VisionExtractor
 
 
@@ -57,7 +56,7 @@ def extract_transcripts(
     """Note the transcripts of the utterances in ``batches``: :func:`sdumc.extraction.loop.extract_shard`.
 
     Args:
-        speech_test: how clips without speech are found: :func:`sdumc.prediction.activity.lacks_speech`.
+        speech_test: how clips without speech are found: :func:`sdumc.extraction.activity.lacks_speech`.
     """
 
     def compute(items: Sequence[tuple[str, np.ndarray]]) -> list[Output]:

@@ -27,11 +27,10 @@ from sdumc.data.shards import ShardWriter
 from sdumc.device import halve_when_out_of_memory, pick_device
 from sdumc.errors import UserError
 from sdumc.extraction.finishing import BAD_MEDIA
-from sdumc.pretrained.folders import DTYPES, fingerprint
 from sdumc.pretrained.llm import SpeechLLM, prompt_text
+from sdumc.pretrained.loading import DTYPES, fingerprint
 from sdumc.pretrained.recogniser import CtcRecogniser, WhisperRecogniser, load_recogniser
-from sdumc.pretrained.speech_encoder import SpeechEncoder
-from sdumc.pretrained.speech_reader import SpeechReader, check_projector_prompt, projector_file
+from sdumc.pretrained.speech import SpeechEncoder, SpeechReader, check_projector_prompt, projector_file
 from sdumc.processes import installed_versions
 
 

@@ -12,13 +12,13 @@ from torch import Tensor
 from sdumc.conditions import NO_SPEECH
 from sdumc.data.kaldi_dir import KaldiDir
 from sdumc.data.shards import ShardWriter
+from sdumc.extraction.activity import lacks_speech
 from sdumc.extraction.finishing import BAD_MEDIA
 from sdumc.extraction.loop import Output, extract_shard, read_wave
-from sdumc.prediction.activity import lacks_speech
 from sdumc.pretrained.llm import SpeechLLM, Transcript
 from sdumc.pretrained.quality import judge, normalise
 from sdumc.pretrained.recogniser import CtcRecogniser, WhisperRecogniser
-from sdumc.pretrained.speech_reader import SpeechReader, without_first
+from sdumc.pretrained.speech import SpeechReader, without_first
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def simulate(
     """Simulated text for a batch of clips.
 
     An LLM writes an opinion for a clip without speech too. It is not asked where ``speech_test``
-    (:func:`sdumc.prediction.activity.lacks_speech`) finds no speech, nor where ``no_speech`` says that the recogniser
+    (:func:`sdumc.extraction.activity.lacks_speech`) finds no speech, nor where ``no_speech`` says that the recogniser
     found none: the status is ``no-speech``, and the state that at the prompt's end (``prompt``).
 
     When the LLM refuses or says nothing, its answer is replaced by the ASR transcript, read behind the same sound and

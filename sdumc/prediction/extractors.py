@@ -25,12 +25,11 @@ from sdumc.extraction.faces import FaceDetector
 from sdumc.extraction.features import PictureReader, TextEncoder, hear, status_of
 from sdumc.extraction.simulation import Search, Simulated, simulate
 from sdumc.files import read_yaml
-from sdumc.pretrained.folders import DTYPES
 from sdumc.pretrained.llm import SpeechLLM
+from sdumc.pretrained.loading import DTYPES
 from sdumc.pretrained.quality import LIKELIHOOD
 from sdumc.pretrained.recogniser import CtcRecogniser, Heard, WhisperRecogniser, load_recogniser
-from sdumc.pretrained.speech_encoder import SpeechEncoder, load_whole
-from sdumc.pretrained.speech_reader import SpeechReader, projector_file
+from sdumc.pretrained.speech import SpeechEncoder, SpeechReader, load_whole, projector_file
 from sdumc.pretrained.vision import VisionExtractor
 
 RECORD = "extractors.yaml"
@@ -154,7 +153,7 @@ def find_model(use: ModelUse, folder: Path, model_dir: Path | None = None) -> Pa
     )
     if not _is_hub_name(use.name):
         raise problem
-    from sdumc.pretrained.folders import model_folder
+    from sdumc.pretrained.loading import model_folder
 
     try:
         cached = model_folder(use.name)
@@ -172,8 +171,8 @@ def _is_hub_name(name: str) -> bool:
 @lru_cache(maxsize=64)
 def fingerprint(path: Path, role: str) -> str:
     """Short hash of a model's weights, as the extraction commands record it."""
-    from sdumc.pretrained.folders import fingerprint as of
-    from sdumc.pretrained.speech_reader import projector_file
+    from sdumc.pretrained.loading import fingerprint as of
+    from sdumc.pretrained.speech import projector_file
 
     return of(projector_file(path) if role == "projector" else path)
 

@@ -1,4 +1,7 @@
-"""Score a video or audio file: find its utterances, extract features, simulate text, run the trained network."""
+"""Score a video or audio file: find its utterances, extract features, simulate text, run the trained network.
+
+Scores for people are an aligned table, and subtitles.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,13 @@ from sdumc.data.media import MediaInfo, PastEnd, probe, read_sound
 from sdumc.data.tables import MediaSpan
 from sdumc.device import pick_device
 from sdumc.errors import UserError
+from sdumc.extraction.activity import RATE, cut_speech, even_pieces, is_silent
 from sdumc.extraction.loop import make_batches
-from sdumc.files import shown
+from sdumc.files import shown, write_text
 from sdumc.model.network import SDUMC
-from sdumc.prediction.activity import RATE, cut_speech, even_pieces, is_silent
 from sdumc.prediction.extractors import Extractors, load_record
+from sdumc.prediction.inputs import Cue, format_subtitles, sentences
 from sdumc.prediction.package import open_experiment
-from sdumc.prediction.subtitles import Cue, sentences
 from sdumc.scale import CMU, LabelScale, scale_of
 from sdumc.scoring.decoding import run_batch
 from sdumc.training.checkpoint import load_model
@@ -468,3 +471,56 @@ def _why_nothing_is_left(info: MediaInfo, model_uses_video: bool) -> str:
     if info.has_video:
         return "has nothing to hear"
     return "its sound is silence, and it has no pictures; there is nothing to score"
+
+
+_HEADER = ("start", "end", "score", "audio", "text", "video", "transcript")
+
+
+def table(scored: ScoredFile) -> str:
+    """The utterances of a file in columns, the overall score, and notes."""
+    rows = [_row(u, _scale(scored)) for u in scored.utterances]
+    rows.append(("", "all", _scale(scored).format(scored.overall), "", "", "", ""))
+    widths = [max(len(r[i]) for r in [_HEADER, *rows]) for i in range(len(_HEADER))]
+    lines = [f"{shown(scored.file)} ({scored.duration:.1f} s), scores from {_scale(scored).ends}"]
+    for row in (_HEADER, *rows):
+        numbers = [cell.rjust(width) for cell, width in zip(row[:3], widths[:3], strict=True)]
+        words = [cell.ljust(width) for cell, width in zip(row[3:], widths[3:], strict=True)]
+        lines.append("  " + "  ".join(numbers + words).rstrip())
+    return "\n".join([*lines, *(f"  note: {note}" for note in scored.notes)])
+
+
+def _scale(scored: ScoredFile) -> LabelScale:
+    return LabelScale(*scored.scale, scheme="none")
+
+
+def _row(u: ScoredUtterance, scale: LabelScale) -> tuple[str, ...]:
+    audio, video = ("yes" if m in u.modalities else "-" for m in ("audio", "video"))
+    # Of simulated and recognised text, what is not as it should be.
+    doubt = u.status if u.status not in (None, "ok") else "unlikely" if u.unlikely else None
+    text = (u.text or "-") + (f" ({doubt})" if doubt else "")
+    return (f"{u.start:.2f}", f"{u.end:.2f}", scale.format(u.score), audio, text, video, u.transcript)
+
+
+def subtitles(scored: ScoredFile, kind: str) -> str:
+    """An ``srt`` or ``vtt`` file with a cue for each utterance: its score and its transcript."""
+    cues = [
+        Cue(u.start, u.end, f"[{_scale(scored).format(u.score, 1)}] {u.transcript}".strip()) for u in scored.utterances
+    ]
+    return format_subtitles(cues, kind)
+
+
+def write_subtitles(scored: ScoredFile, kind: str, output_dir: Path | None = None) -> Path:
+    """Write ``<name>.sdumc.<kind>`` beside the file or into ``output_dir``; players show such a file with the video.
+
+    Raises:
+        UserError: it cannot be written there.
+    """
+    file = Path(scored.file)
+    path = (output_dir or file.parent) / f"{file.stem}.sdumc.{kind}"
+    try:
+        write_text(path, subtitles(scored, kind))
+    except OSError as e:
+        raise UserError(
+            f"{shown(path)}: cannot be written ({e.strerror}); give another place with --output-dir"
+        ) from None
+    return path

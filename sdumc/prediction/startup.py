@@ -56,7 +56,7 @@ def start_fast() -> None:
     skip_teardown(cleanup=True)
     if not torch.cuda.is_available():  # not tried with a GPU, where starting takes longer than these imports anyway
         import_transformers()
-    from sdumc.pretrained.trial import remember_passed
+    from sdumc.pretrained.loading import remember_passed
 
     remember_passed()
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdumc.pretrained.attention import EVERYTHING, Attention
+from sdumc.pretrained.internals import EVERYTHING, Attention
 
 ROOM = 32  # columns that a growing cache makes at once
 

@@ -17,11 +17,16 @@ import torch
 from torch import Tensor
 
 from sdumc.errors import UserError
-from sdumc.pretrained.attention import Attention, longest_context
 from sdumc.pretrained.beam_search import Winner, beam_search, call_with_cache, new_cache, prompt_positions
-from sdumc.pretrained.folders import load_model, load_tokenizer, model_folder, read_model_config
-from sdumc.pretrained.states import StateTap, decoder_layers, embedding_scale, layer_index
-from sdumc.pretrained.trial import find_attention, passed
+from sdumc.pretrained.internals import (
+    Attention,
+    StateTap,
+    decoder_layers,
+    embedding_scale,
+    layer_index,
+    longest_context,
+)
+from sdumc.pretrained.loading import find_attention, load_model, load_tokenizer, model_folder, passed, read_model_config
 
 PROMPTS = {
     "short": "Transcribe speech to text. ",
@@ -183,7 +188,7 @@ class SpeechLLM:
 
     Raises:
         UserError: incomplete folder, unusable tokenizer, no EOS token, no such layer, a template without the prompt, or
-            an LLM that fails the trial (:mod:`sdumc.pretrained.trial`).
+            an LLM that fails the trial (:mod:`sdumc.pretrained.loading`).
     """
 
     def __init__(
@@ -251,7 +256,7 @@ class SpeechLLM:
 
     @functools.cached_property
     def embedding_scale(self) -> float | None:
-        """What the LLM multiplies projected sound by: :func:`sdumc.pretrained.states.embedding_scale`."""
+        """What the LLM multiplies projected sound by: :func:`sdumc.pretrained.internals.embedding_scale`."""
         return embedding_scale(self.base, self.dim, str(self.folder))
 
     @property

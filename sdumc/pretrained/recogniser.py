@@ -13,10 +13,18 @@ import torch
 
 from sdumc.errors import UserError
 from sdumc.files import read_json
-from sdumc.pretrained.folders import load_model, load_tokenizer, model_folder, quiet_transformers, read_model_config
+from sdumc.pretrained.loading import (
+    attempt,
+    load_model,
+    load_tokenizer,
+    model_folder,
+    passed,
+    quiet_transformers,
+    read_model_config,
+    try_clips,
+)
 from sdumc.pretrained.quality import find_loop
-from sdumc.pretrained.speech_encoder import MIN_SAMPLES, RATE, WaveInput, whisper_spectrogram
-from sdumc.pretrained.trial import attempt, passed, try_clips
+from sdumc.pretrained.speech import MIN_SAMPLES, RATE, WaveInput, whisper_spectrogram
 
 _WINDOW = 30 * RATE  # samples of Whisper's input: 30 s
 _SEARCH = 5 * RATE  # a longer clip is cut at the quietest moment of a window's last 5 s

@@ -14,8 +14,16 @@ from torch import Tensor
 from sdumc.device import halve_when_out_of_memory
 from sdumc.errors import UserError
 from sdumc.files import read_json
-from sdumc.pretrained.folders import first_line, load_model, model_folder, read_model_config
-from sdumc.pretrained.trial import attempt, passed, same, trial_pictures
+from sdumc.pretrained.loading import (
+    attempt,
+    first_line,
+    load_model,
+    model_folder,
+    passed,
+    read_model_config,
+    same,
+    trial_pictures,
+)
 
 # Parameters that stand before the patches, as vectors of their own; the first is the class token.
 _CLASS_TOKENS = ("embeddings.cls_token", "embeddings.class_embedding")

@@ -296,7 +296,7 @@ class Bootstrap:
     Args:
         labels: (N,).
         clusters: the cluster of each utterance, such as its speaker; None resamples utterances.
-        rounding, scale: as in :func:`sdumc.scoring.metrics.score`.
+        rounding, scale: as in :func:`score`.
     """
 
     def __init__(
@@ -410,7 +410,7 @@ def score_with_intervals(
     rounding: str = "half-even",
     scale: LabelScale = CMU,
 ) -> dict[str, Any]:
-    """:func:`sdumc.scoring.metrics.score`, with ``intervals`` by measure and ``interval_method``.
+    """:func:`score`, with ``intervals`` by measure and ``interval_method``.
 
     An interval is [low, high], or None where it is undefined; ``interval_method["notes"]`` says why.
     """

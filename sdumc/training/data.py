@@ -32,7 +32,7 @@ from sdumc.data.kaldi_dir import KaldiDir
 from sdumc.errors import UserError
 from sdumc.extraction.loop import make_batches, read_ahead, read_wave
 from sdumc.model.network import SDUMC
-from sdumc.pretrained.speech_encoder import SpeechEncoder
+from sdumc.pretrained.speech import SpeechEncoder
 from sdumc.scale import SCALE, declared_scale, looks_like_classes
 
 log = logging.getLogger("sdumc")

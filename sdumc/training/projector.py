@@ -27,8 +27,7 @@ from sdumc.files import write_text
 from sdumc.pretrained.beam_search import prompt_positions
 from sdumc.pretrained.llm import SpeechLLM
 from sdumc.pretrained.quality import word_error_rate
-from sdumc.pretrained.speech_encoder import SpeechEncoder
-from sdumc.pretrained.speech_reader import FILE_NAME, Projector, project, save_projector
+from sdumc.pretrained.speech import FILE_NAME, Projector, SpeechEncoder, project, save_projector
 from sdumc.processes import StopSignal, installed_versions
 from sdumc.training.checkpoint import CHECKPOINT, LOCK, SavedState, load_checkpoint, log_to, save_checkpoint
 from sdumc.training.data import TranscribedSpeech, epoch_batches, spread

@@ -24,7 +24,7 @@ from sdumc.data.dump import load_dump
 from sdumc.data.tables import read_table
 from sdumc.errors import UserError
 from sdumc.files import read_json
-from sdumc.pretrained.folders import whole_weights
+from sdumc.pretrained.loading import whole_weights
 
 pytestmark = pytest.mark.slow
 SENTENCES = {"good": "the movie was really good and i loved it", "bad": "i did not like this boring film at all"}

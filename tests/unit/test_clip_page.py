@@ -20,8 +20,7 @@ from helpers.browser import Tab, find_browser
 from mini.clips import write_clip
 from sdumc.data.media import probe, read_audio, read_frames
 from sdumc.errors import UserError
-from sdumc.prediction.clip_page import PageWriter, clock, make_clip, page_html, place_words
-from sdumc.prediction.player import make_player
+from sdumc.prediction.clip_page import PageWriter, clock, make_clip, make_player, page_html, place_words
 from sdumc.prediction.scorer import ScoredFile, ScoredUtterance
 
 SAID = ["i really liked the second half", "it was <b>bad</b> & slow", "", "I would see it again"]

@@ -23,7 +23,7 @@ from sdumc.extraction import loop
 from sdumc.extraction.loop import make_batches
 from sdumc.extraction.simulation import Search, simulate
 from sdumc.pretrained.recogniser import load_recogniser
-from sdumc.pretrained.speech_reader import Projector, SpeechReader, save_projector
+from sdumc.pretrained.speech import Projector, SpeechReader, save_projector
 from sdumc.processes import installed_versions
 
 
@@ -312,7 +312,7 @@ def test_every_command_goes_on_when_the_gpu_s_memory_is_too_small(work, tmp_path
     """Two at once are too many: each command says so, halves the batch, and writes what it would have written."""
     from sdumc.pretrained.llm import SpeechLLM
     from sdumc.pretrained.recogniser import CtcRecogniser
-    from sdumc.pretrained.speech_encoder import SpeechEncoder
+    from sdumc.pretrained.speech import SpeechEncoder
     from sdumc.pretrained.vision import VisionExtractor
 
     target, method, command, arguments = {

@@ -15,8 +15,8 @@ import transformers
 from helpers import tiny_models
 
 from sdumc.errors import UserError
-from sdumc.pretrained import trial
-from sdumc.pretrained.attention import EVERYTHING
+from sdumc.pretrained import loading
+from sdumc.pretrained.internals import EVERYTHING
 from sdumc.pretrained.llm import SpeechLLM
 from sdumc.training.projector import answer_loss
 
@@ -224,7 +224,7 @@ def test_the_windows_of_these_tests_matter(tmp_path, monkeypatch):
     assert (
         max(float((a - b).abs().max()) for a, b in zip(right, llm.encode(contexts, [[5, 6, 7]] * 8), strict=True)) > 0.1
     )
-    monkeypatch.setattr(trial, "possible_attentions", lambda *_: [EVERYTHING])
+    monkeypatch.setattr(loading, "possible_attentions", lambda *_: [EVERYTHING])
     with pytest.raises(UserError, match="failed a trial"):
         SpeechLLM(folder)
 

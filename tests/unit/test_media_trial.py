@@ -8,9 +8,9 @@ import torch
 from helpers import tiny_models
 
 from sdumc.errors import UserError
+from sdumc.pretrained.loading import same, trial_waves, try_clips
 from sdumc.pretrained.recogniser import load_recogniser
-from sdumc.pretrained.speech_encoder import SpeechEncoder, normalise
-from sdumc.pretrained.trial import same, trial_waves, try_clips
+from sdumc.pretrained.speech import SpeechEncoder, normalise
 
 ALONE = {"hubert, batch norm", "data2vec-audio", "conformer", "sew"}  # in every layer behind the first
 

@@ -21,10 +21,10 @@ from helpers.shared import MEDIA
 
 from sdumc.data.media import read_audio
 from sdumc.errors import UserError
-from sdumc.prediction import activity, extractors, inputs, package, subtitles
-from sdumc.prediction.output import table
-from sdumc.prediction.scorer import ScoredFile, ScoredUtterance, overall_score
-from sdumc.prediction.subtitles import Cue
+from sdumc.extraction import activity
+from sdumc.prediction import extractors, inputs, package
+from sdumc.prediction.inputs import Cue
+from sdumc.prediction.scorer import ScoredFile, ScoredUtterance, overall_score, table
 
 
 def voiced(*spans: tuple[float, float], length: float) -> np.ndarray:
@@ -232,21 +232,21 @@ And more
 def test_subtitles_are_read_and_joined_to_sentences(tmp_path):
     path = tmp_path / "a.srt"
     path.write_text(SRT, encoding="utf-8-sig")
-    cues = subtitles.read_subtitles(path)
+    cues = inputs.read_subtitles(path)
     assert cues == [Cue(1, 3.5, "I really liked"), Cue(3.6, 5, "the film. And more")]
-    assert subtitles.sentences(cues, 20) == [Cue(1, 5, "I really liked the film. And more")]
-    assert subtitles.sentences(cues, 3) == cues
-    assert len(subtitles.sentences([Cue(0, 1, "Yes."), Cue(1, 2, "no")], 20)) == 2
-    assert len(subtitles.sentences([Cue(0, 1, "yes"), Cue(2, 3, "no")], 20)) == 2
+    assert inputs.sentences(cues, 20) == [Cue(1, 5, "I really liked the film. And more")]
+    assert inputs.sentences(cues, 3) == cues
+    assert len(inputs.sentences([Cue(0, 1, "Yes."), Cue(1, 2, "no")], 20)) == 2
+    assert len(inputs.sentences([Cue(0, 1, "yes"), Cue(2, 3, "no")], 20)) == 2
 
 
 def test_subtitles_written_can_be_read_again(tmp_path):
     cues = [Cue(0.5, 3661.25, "a < b & c --> d"), Cue(3662, 3663.001, "two\nlines")]
     for kind in ("srt", "vtt"):
         path = tmp_path / f"x.{kind}"
-        path.write_text(subtitles.format_subtitles(cues, kind))
+        path.write_text(inputs.format_subtitles(cues, kind))
         assert (kind == "vtt") == path.read_text().startswith("WEBVTT\n\n")
-        back = subtitles.read_subtitles(path)
+        back = inputs.read_subtitles(path)
         assert [(c.start, c.end) for c in back] == [(c.start, c.end) for c in cues]
         assert back[1].text == "two lines"
     assert back[0].text == "a < b & c -> d"
@@ -267,13 +267,13 @@ def test_bad_subtitles_are_refused(tmp_path, content, message):
     path = tmp_path / "a.srt"
     path.write_text(content)
     with pytest.raises(UserError, match=message):
-        subtitles.read_subtitles(path)
+        inputs.read_subtitles(path)
 
 
 def read(tmp_path, name, content, encoding="utf-8"):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode(encoding))
-    return subtitles.read_subtitles(path)
+    return inputs.read_subtitles(path)
 
 
 def clock(seconds):
@@ -445,7 +445,7 @@ def test_the_trials(media_dir):
     folder = media_dir.parent / "trials/media"
     if not folder.is_dir():
         pytest.skip("no real recordings: no folder")
-    texts = {n: [c.text for c in subtitles.read_subtitles(folder / n)] for n in ("youtube.vtt", "zerolen.srt", "a.ass")}
+    texts = {n: [c.text for c in inputs.read_subtitles(folder / n)] for n in ("youtube.vtt", "zerolen.srt", "a.ass")}
     assert texts["youtube.vtt"] == ["the movie was", "really very good", "yesterday"]
     assert texts["zerolen.srt"] == ["a b", "c"] and texts["a.ass"] == ["the movie was good"]
     clip = Path("lbax4n.mpg")

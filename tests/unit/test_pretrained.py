@@ -11,13 +11,20 @@ import torch
 from helpers import tiny_models
 
 from sdumc.errors import UserError
-from sdumc.pretrained import states
+from sdumc.pretrained import internals
 from sdumc.pretrained.beam_search import call_with_cache
-from sdumc.pretrained.folders import load_tokenizer, model_folder, weight_files, whole_weights
 from sdumc.pretrained.llm import SpeechLLM
+from sdumc.pretrained.loading import load_tokenizer, model_folder, weight_files, whole_weights
 from sdumc.pretrained.recogniser import load_recogniser
-from sdumc.pretrained.speech_encoder import SpeechEncoder, normalise
-from sdumc.pretrained.speech_reader import Projector, SpeechReader, load_projector, project, save_projector
+from sdumc.pretrained.speech import (
+    Projector,
+    SpeechEncoder,
+    SpeechReader,
+    load_projector,
+    normalise,
+    project,
+    save_projector,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -443,7 +450,7 @@ def test_scaling_of_input_embeddings_is_measured(folders, llm, scaled, tmp_path)
         def forward(self, inputs_embeds, use_cache):
             return self.layers[0](self.norm(inputs_embeds) + 1)
 
-    assert states.embedding_scale(Normed(), 8, "normed") is None
+    assert internals.embedding_scale(Normed(), 8, "normed") is None
 
 
 def test_projector_of_another_transformers_version_is_corrected_or_refused(folders, scaled, tmp_path, caplog):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from sdumc.bin import simulate_text, train_projector
 from sdumc.errors import EXIT_REQUEUE, UserError
-from sdumc.pretrained.speech_reader import projector_data
+from sdumc.pretrained.speech import projector_data
 from sdumc.processes import installed_versions
 from sdumc.training import checkpoint
 from sdumc.training import projector as training

@@ -8,7 +8,7 @@ from helpers import tiny_models
 
 from sdumc.errors import UserError
 from sdumc.pretrained.llm import PROMPTS, RELEASED, SpeechLLM, around_sound, resolve_template
-from sdumc.pretrained.speech_reader import check_projector_prompt
+from sdumc.pretrained.speech import check_projector_prompt
 
 CHAT = (
     "{{ bos_token }}{% for m in messages %}the {{ m.role }} : {{ m.content | trim }} </s> {% endfor %}"

@@ -18,7 +18,7 @@ from sdumc.errors import UserError
 from sdumc.hyperparameters import ModelConfig
 from sdumc.model.network import SDUMC
 from sdumc.reporting import drawing
-from sdumc.scoring import protocols as p
+from sdumc.scoring import decoding as p
 from sdumc.scoring.metrics import read_predictions
 
 INPUTS = {"audio": "audio", "text": "text", "video": "video"}

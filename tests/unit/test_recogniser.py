@@ -32,7 +32,7 @@ def test_ctc(tmp_path, waves, norm):
     together = recogniser(waves)
     assert together == [recogniser([w])[0] for w in waves]
     # Greedy CTC by hand: most likely letter per frame, repeats merged, blanks left out.
-    from sdumc.pretrained.speech_encoder import normalise
+    from sdumc.pretrained.speech import normalise
 
     with torch.no_grad():
         logits = recogniser.model(torch.from_numpy(normalise(waves[0]))[None]).logits[0]

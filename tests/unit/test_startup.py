@@ -15,9 +15,9 @@ import torch
 from helpers import tiny_models
 
 from sdumc.files import recall, remember
-from sdumc.pretrained import trial
+from sdumc.pretrained import loading
 from sdumc.pretrained.llm import SpeechLLM
-from sdumc.pretrained.speech_encoder import SpeechEncoder, load_whole
+from sdumc.pretrained.speech import SpeechEncoder, load_whole
 from sdumc.pretrained.vision import VisionExtractor
 
 HEAVY = ("sympy", "scipy.optimize", "torch._dynamo", "torch.distributed.tensor", "torch.distributed.checkpoint")
@@ -26,7 +26,7 @@ import sys
 import numpy as np
 import torch
 from sdumc.pretrained.llm import SpeechLLM
-from sdumc.pretrained.speech_encoder import SpeechEncoder, load_whole
+from sdumc.pretrained.speech import SpeechEncoder, load_whole
 from sdumc.pretrained.vision import VisionExtractor
 rng = np.random.default_rng(1)
 waves = [rng.normal(size=n).astype(np.float32) for n in (9000, 5000)]
@@ -124,7 +124,7 @@ print(type(sys.modules["sympy"]) is type(sys), sympy.Integer(2) + 1)
 def remembering(tmp_path, monkeypatch):
     """A cache of its own; counts the passes of the models through trials."""
     monkeypatch.setenv("SDUMC_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(trial, "_remembers", True)
+    monkeypatch.setattr(loading, "_remembers", True)
     return tmp_path / "cache"
 
 
@@ -141,8 +141,8 @@ def loads(monkeypatch, make) -> int:
         return call
 
     with monkeypatch.context() as patch:
-        patch.setattr("sdumc.pretrained.speech_encoder.try_clips", counted(trial.try_clips))
-        patch.setattr("sdumc.pretrained.llm.find_attention", counted(trial.find_attention))
+        patch.setattr("sdumc.pretrained.speech.try_clips", counted(loading.try_clips))
+        patch.setattr("sdumc.pretrained.llm.find_attention", counted(loading.find_attention))
         patch.setattr(VisionExtractor, "_try", counted(VisionExtractor._try))
         make()
     return count
@@ -166,7 +166,7 @@ def test_a_model_that_passed_is_not_tried_again(tmp_path, models, remembering, m
         file.write_text(file.read_text()[:-9])
     assert loads(monkeypatch, makers["vit"]) == 1
     # Without being asked to, nothing is remembered.
-    monkeypatch.setattr(trial, "_remembers", False)
+    monkeypatch.setattr(loading, "_remembers", False)
     assert loads(monkeypatch, makers["vit"]) == 1
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sdumc.cli import Parser, run
 from sdumc.errors import EXIT_USER_ERROR, UserError
-from sdumc.pretrained.folders import model_folder, read_model_config, whole_weights
+from sdumc.pretrained.loading import model_folder, read_model_config, whole_weights
 
 # Beside configuration and weights, by what the model is for: one file of each group.
 TOKENISER = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
