@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from sdumc.corpora.importing import Corpus, FeatureWriter, Fold, split_name
-from sdumc.corpora.table import read_csv
 from sdumc.data.kaldi_dir import shard
 from sdumc.data.pickles import load_npy, load_npz_dicts
 from sdumc.data.shards import Merged, ShardWriter, merge_shards
+from sdumc.data.tables import read_csv
 from sdumc.errors import UserError
 from sdumc.files import settings_hash
 
@@ -126,7 +126,7 @@ def read_transcripts(path: Path) -> dict[str, str]:
     """The columns ``name`` and ``english`` of a CSV table.
 
     Raises:
-        UserError: see :func:`sdumc.corpora.table.read_csv`; a column is missing, or a name has two different texts.
+        UserError: see :func:`sdumc.data.tables.read_csv`; a column is missing, or a name has two different texts.
     """
     result: dict[str, str] = {}
     table = read_csv(path)

@@ -7,18 +7,17 @@ hands on MOSI, MOSEI, CH-SIMS and CH-SIMS v2 as ``label.csv`` and ``Raw/<video_i
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sdumc.corpora.importing import FOLDS, ClipMedia, Corpus, Fold, format_number, split_name, utterance_id
-from sdumc.data.tables import parse_number
+from sdumc.data.tables import Sheet, parse_number, read_csv
 from sdumc.errors import UserError
 from sdumc.scale import LabelScale, ask_for_scale, parse_scale
 
@@ -40,6 +39,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "label_audio": ("label_a",),
     "label_video": ("label_v",),
     "annotation": ("annotation",),
+    "start": ("start", "start_time", "starttime", "begin", "start_sec", "start_seconds"),
+    "end": ("end", "end_time", "endtime", "stop", "end_sec", "end_seconds"),
 }
 EXTRA = {"label_text": "utt2label_text", "label_audio": "utt2label_audio", "label_video": "utt2label_video"}
 EXTRA_TABLES = {**EXTRA, "annotation": "utt2annotation"}  # column -> table of data/<set>/
@@ -55,119 +56,6 @@ _SPLITS |= {"test": "test", "testing": "test", "eval": "test"}
 _PICTURES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".flv", ".mpg", ".mpeg", ".m4v", ".wmv")
 _SOUNDS = (".wav", ".flac", ".mp3", ".m4a", ".ogg", ".opus", ".aac", ".amr")
 _SHARES = {"test": 0.15, "valid": 0.15}  # of the utterances, where a table has no split
-
-
-# ------------------------------------------------------------------------------------------------------ reading a table
-
-
-@dataclass
-class Table:
-    """The lines of a table: for each its number in the file, and its values by column as the table calls it."""
-
-    path: Path
-    columns: list[str]
-    rows: list[tuple[int, dict[str, str]]] = field(default_factory=list)
-
-
-def read_csv(path: Path) -> Table:
-    """Read a CSV (comma, semicolon) or TSV file with a header; every line must have the header's number of columns.
-
-    Raises:
-        UserError: naming the line: another number of columns, a quotation mark that is not closed or closed too late, a
-            column name given twice; or the file cannot be read or is not UTF-8 (or UTF-16 with its mark).
-    """
-    content = _decode(path)
-    first = content.split("\n", 1)[0]
-    if re.fullmatch(r"sep=.", first.strip(), re.IGNORECASE):  # a spreadsheet's note to itself
-        content = content[len(first) :]
-        first = content[1:].split("\n", 1)[0]
-    delimiter = max("\t;,", key=lambda c: (first.count(c), c == ","))
-    if not first.strip():
-        raise UserError(f"{path}:1: no header; the first line must name the columns")
-    plain = _unquoted(content) if delimiter == "\t" else []
-    lines = plain or list(_quoted(path, content, delimiter))
-    header = [" ".join(name.split()) for name in lines[0][1]]
-    lowered = [name.casefold() for name in header]
-    if doubled := [name for name in header if lowered.count(name.casefold()) > 1]:
-        raise UserError(f"{path}:1: two columns are called {doubled[0]!r}; rename one")
-    table = Table(path, header)
-    for number, values in lines[1:]:
-        if len(values) != len(header):
-            kind = {"\t": "tab", ",": "comma", ";": "semicolon"}[delimiter]
-            raise UserError(
-                f"{path}:{number}: {len(values)} columns, but the header has {len(header)}; is there a {kind} in a "
-                f"text without quotation marks around it? It begins {delimiter.join(values)[:60]!r}"
-            )
-        table.rows.append((number, dict(zip(header, (v.strip() for v in values), strict=True))))
-    if not table.rows:
-        raise UserError(f"{path}: no line below the header")
-    return table
-
-
-def _decode(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
-    if raw.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
-        raise UserError(f"{path}: a workbook or an archive, no text; save the table as CSV (UTF-8)")
-    encoding = "utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
-    try:
-        text = raw.decode(encoding)
-    except UnicodeDecodeError as e:
-        line = raw[: e.start].count(b"\n") + 1
-        raise UserError(
-            f"{path}:{line}: not UTF-8 text; convert it, such as: iconv -f WINDOWS-1252 -t UTF-8 (or -f GB18030)"
-        ) from None
-    if "\0" in text:
-        raise UserError(f"{path}: holds zero bytes; it is no text file")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _unquoted(content: str) -> list[tuple[int, list[str]]]:
-    """The lines of a TSV file without quoting, if all have the same number of columns; else nothing."""
-    lines = [(n, line.split("\t")) for n, line in enumerate(content.split("\n"), start=1) if line.strip()]
-    if len({len(values) for _, values in lines}) > 1:
-        return []
-    return [(n, [_unquote(v) for v in values]) for n, values in lines]
-
-
-def _unquote(value: str) -> str:
-    inner = value[1:-1].replace('""', "")
-    return (
-        value[1:-1].replace('""', '"')
-        if len(value) > 1 and value[0] == value[-1] == '"' and '"' not in inner
-        else value
-    )
-
-
-def _quoted(path: Path, content: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Number of its first line and values of every row. A field with a line break in which the rest of the break looks
-    like rows of the table is taken for a quotation mark that was not closed.
-    """
-    reader = csv.reader(io.StringIO(content, newline=""), strict=True, delimiter=delimiter)
-    start, width = 1, 0
-    while True:
-        try:
-            values = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as e:
-            raise UserError(
-                f"{path}:{start}: cannot be read as {'TSV' if delimiter == chr(9) else 'CSV'} ({e}); is a quotation "
-                "mark open, or one inside a text not doubled?"
-            ) from None
-        for value in values:
-            for part in value.split("\n")[1:]:
-                if width and part.count(delimiter) >= width - 1:
-                    raise UserError(
-                        f"{path}:{start}: a text with a line break, and the line {part[:60]!r} in it looks like a row "
-                        "of its own; close the quotation mark, or write the text in one line"
-                    )
-        if any(values):
-            width = width or len(values)
-            yield start, values
-        start = reader.line_num + 1
 
 
 # ------------------------------------------------------------------------------------------------ from rows to a corpus
@@ -202,7 +90,7 @@ def read_table_corpus(
     folds = {name: Fold(name, scale=scale) for name in FOLDS}
     entries = [_entry(table, number, row, names) for number, row in table.rows]
     sets = _splits(table, names, entries)
-    owners: dict[Path | None, int] = {}  # media file -> line
+    owners: dict[tuple[Path | None, tuple[float, float] | None], int] = {}  # media file and place in it -> line
     for (number, row), entry, label, name in zip(table.rows, entries, labels, sets, strict=True):
         fold = folds[name]
         if label is None:
@@ -210,14 +98,18 @@ def read_table_corpus(
             continue
         text = row[names["text"]] if "text" in names else ""
         found = places.find(entry) if places else None
+        if isinstance(found, ClipMedia) and entry.times:
+            found = replace(
+                found, recording=places.recording(found) if places else "", start=entry.times[0], end=entry.times[1]
+            )
         if places is None and not text:
             fold.unlabelled[entry.utt] = f"no text (line {number})"
             continue
         if isinstance(found, ClipMedia):
             for file in {found.sound, found.pictures} - {None}:
-                if before := owners.get(file):
+                if before := owners.get((file, entry.times)):
                     raise UserError(f"{path}:{number}: {file} is the media file of line {before} too; remove one")
-                owners[file] = number
+                owners[file, entry.times] = number
         try:
             fold.add(entry.utt, entry.speaker, label, text, None if isinstance(found, str) else found)
         except UserError as e:
@@ -231,13 +123,19 @@ def read_table_corpus(
                 fold.extra.setdefault(extra, {})[entry.utt] = row[names[column]]
     corpus = Corpus([fold for fold in folds.values() if fold.utterances or fold.left_out or fold.name != "test"])
     used = ", ".join(f"{what} from {name!r}" for what, name in names.items())
-    corpus.notes = [f"{path.name}: {len(table.rows)} lines; {used}", f"labels: from {scale.named_ends}"]
+    others = [name for name in table.columns if name and name not in names.values()]
+    not_read = f"; not read: {', '.join(others)}" if others else ""
+    corpus.notes = [f"{path.name}: {len(table.rows)} lines; {used}{not_read}", f"labels: from {scale.named_ends}"]
     if places:
-        corpus.unused = {str(file): "a media file not in the table" for file in places.listed() - owners.keys()}
+        corpus.unused = {
+            str(file): "a media file not in the table" for file in places.listed() - {file for file, _ in owners}
+        }
     else:
         corpus.notes.append("transcripts alone: there are no media")
     if "split" not in names:
         corpus.notes.append("no column of sets: speakers were shared out, about 70, 15 and 15 of 100 utterances")
+    if "speaker" not in names and len({e.speaker for e in entries}) == len(entries):
+        corpus.notes.append("no column of speakers: each utterance counts as one, and intervals are over utterances")
     without = sum(not u.text for fold in folds.values() for u in fold.utterances.values())
     if "text" in names and without:
         corpus.notes.append(f"{without} utterances have no text")
@@ -245,9 +143,10 @@ def read_table_corpus(
 
 
 _OF_MEDIA = ("media", "audio", "video")
+_ABOUT_MEDIA = (*_OF_MEDIA, "start", "end")
 
 
-def find_columns(table: Table, given: Mapping[str, str], no_media: bool = False) -> dict[str, str]:
+def find_columns(table: Sheet, given: Mapping[str, str], no_media: bool = False) -> dict[str, str]:
     """What each column is: key of :data:`COLUMNS` -> the table's name.
 
     Raises:
@@ -258,13 +157,15 @@ def find_columns(table: Table, given: Mapping[str, str], no_media: bool = False)
     for what, name in given.items():
         if what not in COLUMNS:
             raise UserError(f"--columns: {what!r} is none of {', '.join(COLUMNS)}")
+        if name == "-":
+            continue
         if name.casefold().replace(" ", "_") not in by_name:
             raise UserError(f"{table.path}:1: has no column {name!r}; it has {', '.join(table.columns)}")
         found[what] = by_name[name.casefold().replace(" ", "_")]
     taken = set(found.values())
     for what, aliases in COLUMNS.items():
         candidates = [by_name[a] for a in aliases if a in by_name and by_name[a] not in taken]
-        if what in found or not candidates:
+        if what in found or given.get(what) == "-" or not candidates:
             continue
         if what in ("label", "text", "split") and len(candidates) > 1:
             raise UserError(
@@ -280,7 +181,8 @@ def find_columns(table: Table, given: Mapping[str, str], no_media: bool = False)
     if no_media:
         if "text" not in found:
             raise UserError(f"{table.path}:1: --no-media needs a column of texts; name it: --columns text=NAME")
-        return {what: name for what, name in found.items() if what not in _OF_MEDIA}
+        return {what: name for what, name in found.items() if what not in _ABOUT_MEDIA}
+    _check_times(table, found, given)
     if not found.keys() & {"media", "audio", "video", "id"} and not {"video_id", "clip_id"} <= found.keys():
         raise UserError(
             f"{table.path}:1: no column with the media file, an id, or video_id and clip_id among "
@@ -289,12 +191,34 @@ def find_columns(table: Table, given: Mapping[str, str], no_media: bool = False)
     return found
 
 
+def _check_times(table: Sheet, found: dict[str, str], given: Mapping[str, str]) -> None:
+    """Keep the columns of times where clips are parts of files, which is clear where a file is in several rows.
+
+    Raises:
+        UserError: it is not clear, or one of the two columns is missing.
+    """
+    here = found.keys() & {"start", "end"}
+    media = [found[what] for what in _OF_MEDIA if what in found]
+    if here and len(here) < 2 and here & given.keys():
+        other = next(iter({"start", "end"} - here))
+        raise UserError(f"{table.path}:1: where does a clip {other}? Name that column too: --columns {other}=NAME")
+    if len(here) < 2 or not media:
+        for what in here:
+            del found[what]
+    elif not here <= given.keys() and len({row[media[0]] for _, row in table.rows}) == len(table.rows):
+        names = f"{found['start']!r} and {found['end']!r}"
+        raise UserError(
+            f"{table.path}:1: {names}: is each clip that part of its file, or the whole file, cut out before? Say "
+            f"--columns 'start={found['start']} end={found['end']}' for the part, 'start=- end=-' for the file"
+        )
+
+
 _WITH_COMMA = re.compile(r"([-+]?\d+(,\d+)?)?")
 _NO_LABEL = ("n/a", "na", "nan", "null", "none", "nil", "-", "--", "?", "missing", "#n/a", "inf", "-inf")
 
 
 def read_labels(
-    table: Table, column: str, scale: LabelScale | None, label_map: Mapping[str, float]
+    table: Sheet, column: str, scale: LabelScale | None, label_map: Mapping[str, float]
 ) -> tuple[list[float | None], LabelScale]:
     """The label of each row, None where it is empty, and their scale.
 
@@ -305,6 +229,8 @@ def read_labels(
     labels: list[float | None] = []
     unknown: dict[str, int] = {}
     values = [row[column].strip('" ').replace("\N{MINUS SIGN}", "-") for _, row in table.rows]
+    if any(values) and all(value.endswith("%") for value in values if value):
+        values = [value.rstrip("% ") for value in values]
     if all(map(_WITH_COMMA.fullmatch, values)):  # as spreadsheets write numbers in many countries
         values = [value.replace(",", ".") for value in values]
     for (number, _), value in zip(table.rows, values, strict=True):
@@ -342,6 +268,8 @@ def read_labels(
             f"--label-map 'negative=-1 neutral=0 positive=1'; here: {shown}"
         )
     known = [y for y in labels if y is not None]
+    if len(known) > 1 and len(set(known)) == 1:
+        raise UserError(f"{table.path}: all labels of column {column!r} are {known[0]:g}: there is nothing to learn")
     if scale is None and label_map:
         ends = sorted(label_map.values())
         scale = parse_scale(f"{ends[0]!r} {ends[-1]!r}", label_map)
@@ -366,13 +294,15 @@ class Entry:
     audio: str = ""
     video: str = ""
     clip: tuple[str, str] | None = None  # video_id, clip_id
+    times: tuple[float, float] | None = None  # seconds in the file; None: all of it
 
 
-def _entry(table: Table, number: int, row: Mapping[str, str], names: Mapping[str, str]) -> Entry:
+def _entry(table: Sheet, number: int, row: Mapping[str, str], names: Mapping[str, str]) -> Entry:
     def value(what: str) -> str:
         return row[names[what]] if what in names else ""
 
     files = {what: value(what) for what in ("media", "audio", "video")}
+    times = _times(table, number, value("start"), value("end")) if "start" in names else None
     speaker = _as_id(value("speaker"))
     if {"video_id", "clip_id"} <= names.keys():
         video, clip = value("video_id"), value("clip_id").removesuffix(".0")
@@ -397,10 +327,34 @@ def _entry(table: Table, number: int, row: Mapping[str, str], names: Mapping[str
             else:
                 name = _as_id(stem)
         else:
-            name = _as_id(str(Path(stem).with_suffix("")))
+            name = _as_id(str(Path(_relative(stem)).with_suffix("")))
+        if times:  # parts of a file are of one speaker, or at least in one set
+            speaker = speaker or _as_id(str(Path(_relative(next(filter(None, files.values()), stem))).with_suffix("")))
+            name = name if value("id") else utterance_id(name, f"{round(1000 * times[0]):08d}")
     speaker = speaker or name
     utt = name if name.startswith(f"{speaker}-") or name == speaker else utterance_id(speaker, name)
-    return Entry(utt, speaker, **files, clip=files_of)
+    return Entry(utt, speaker, **files, clip=files_of, times=times)
+
+
+def _times(table: Sheet, number: int, start: str, end: str) -> tuple[float, float]:
+    """Seconds of the two times of a row: numbers, or minutes and seconds such as 1:02.5."""
+    found = []
+    for text in (start, end):
+        *before, seconds = text.replace(",", ".").split(":")
+        minutes = [parse_number(part) for part in before]
+        found.append(sum(60.0 ** (i + 1) * m for i, m in enumerate(reversed(minutes))) + parse_number(seconds))
+        if not math.isfinite(found[-1]) or found[-1] < 0 or len(before) > 2:
+            raise UserError(f"{table.path}:{number}: {text!r} is no time such as 62.5 or 1:02.5 (in seconds)")
+    if not found[0] < found[1]:
+        raise UserError(f"{table.path}:{number}: the clip ends at {end}, not after its start at {start}")
+    return found[0], found[1]
+
+
+def _relative(name: str) -> str:
+    """A file's name for an id: of a path from the root, on this machine or on another, the last two parts."""
+    plain = name.replace("\\", "/")
+    parts = [p for p in plain.split("/") if p not in ("", ".", "..")]
+    return "/".join(parts[-2:] if re.match(r"/|[A-Za-z]:/", plain) else parts)
 
 
 def _as_id(text: str) -> str:
@@ -408,7 +362,7 @@ def _as_id(text: str) -> str:
     return re.sub(r"\s+", "_", text.strip()).replace("\\", "/").strip("/").replace("/", "_")
 
 
-def _splits(table: Table, names: Mapping[str, str], entries: Sequence[Entry]) -> list[str]:
+def _splits(table: Sheet, names: Mapping[str, str], entries: Sequence[Entry]) -> list[str]:
     """The set of each row: as the table says, or by speaker."""
     if "split" in names:
         sets = []
@@ -419,6 +373,12 @@ def _splits(table: Table, names: Mapping[str, str], entries: Sequence[Entry]) ->
                     f"{table.path}:{number}: {names['split']} is {row[names['split']]!r}, none of {', '.join(_SPLITS)}"
                 )
             sets.append(_SPLITS[word])
+        for name in ("train", "valid"):
+            if name not in sets:
+                raise UserError(
+                    f"{table.path}: no line of column {names['split']!r} says {name!r}; both are needed: mark about "
+                    "15 of 100 clips of train `valid`, whole speakers, or have all sets drawn: --columns split=-"
+                )
         return sets
     by_speaker: dict[str, int] = {}
     for entry in entries:
@@ -451,6 +411,7 @@ class Places:
             raise UserError(f"{given}: no such folder of media")
         self.roots = [given, given / "Raw"] if (given / "Raw").is_dir() else [given]
         self._listed: dict[Path, dict[str, list[Path]]] = {}
+        self._recordings: dict[str, Path] = {}
 
     def find(self, entry: Entry) -> ClipMedia | str:
         """The media of an entry, or why there are none."""
@@ -471,15 +432,29 @@ class Places:
             return f"no media file {wanted}"
         return ClipMedia(entry.utt, found, found if found.suffix.lower() in _PICTURES else None)
 
+    def recording(self, media: ClipMedia) -> str:
+        """The name of a file of which clips are parts: its own without extension, unless another file has that."""
+        for name in (_as_id(media.sound.stem), _as_id(str(media.sound.absolute()))):
+            if self._recordings.setdefault(name, media.sound) == media.sound:
+                break
+        return name
+
     def _file(self, name: str) -> Path | None:
-        """A file as the table names it: with its extension, in any case, or without; from Windows, with backslashes."""
-        for path in (root / way for root in self.roots for way in dict.fromkeys((name, name.replace("\\", "/")))):
+        """A file as the table names it: with its extension, in any case, or without; from Windows, with backslashes;
+        of a path from the root that is not there, its end, as far as it is in the folder of media."""
+        plain = name.replace("\\", "/")
+        ways = [name, plain]
+        if re.match(r"/|[A-Za-z]:/", plain):  # the corpus was moved, or made on another machine
+            parts = plain.split("/")
+            ways += ["/".join(parts[i:]) for i in range(1, len(parts)) if all(parts[i:])]
+        for path in (root / way for way in dict.fromkeys(ways) for root in self.roots):
             if path.is_file():
                 return path
             names = self._names(path.parent)
-            for other in names.get(path.name, []):
+            full, stem = (unicodedata.normalize("NFC", part) for part in (path.name, path.stem))
+            for other in names.get(full, []):
                 return other
-            for other in names.get(path.stem, []):
+            for other in names.get(stem, []):
                 if other.suffix.lower() == path.suffix.lower():
                     return other
         return None
@@ -509,7 +484,8 @@ class Places:
             if folder.is_dir():
                 files = [p for p in folder.iterdir() if p.suffix.lower() in _PICTURES + _SOUNDS]
                 for path in sorted(files, key=lambda p: (p.suffix.lower() not in _PICTURES, p.name)):
-                    found.setdefault(path.stem, []).append(path)
+                    # macOS takes an umlaut apart in names of files; tables mostly do not.
+                    found.setdefault(unicodedata.normalize("NFC", path.stem), []).append(path)
             self._listed[folder] = found
         return self._listed[folder]
 

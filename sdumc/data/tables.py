@@ -8,10 +8,12 @@ left out, with its name and the reason.
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -287,3 +289,116 @@ def read_labels(path: str | os.PathLike, label_range: tuple[float, float] = LABE
     table, problems = scan_table(path)
     fail_on(problems + label_problems(table, label_range))
     return {key: float(value) for key, value in table.values.items()}
+
+
+# ------------------------------------------------------------------------------------------------------ CSV and TSV
+
+
+@dataclass
+class Sheet:
+    """The lines of a CSV file: for each its number in the file, and its values by column as the file calls it."""
+
+    path: Path
+    columns: list[str]
+    rows: list[tuple[int, dict[str, str]]] = field(default_factory=list)
+
+
+def read_csv(path: Path) -> Sheet:
+    """Read a CSV (comma, semicolon, bar) or TSV file with a header; every line must have as many columns as that.
+
+    Raises:
+        UserError: naming the line: another number of columns, a quotation mark that is not closed or closed too late, a
+            column name given twice; or the file cannot be read or is not UTF-8 (or UTF-16 with its mark).
+    """
+    content = _decode(path)
+    first = content.split("\n", 1)[0]
+    if re.fullmatch(r"sep=.", first.strip(), re.IGNORECASE):  # a spreadsheet's note to itself
+        content = content[len(first) :]
+        first = content[1:].split("\n", 1)[0]
+    delimiter = max("\t;,|", key=lambda c: (first.count(c), c == ","))
+    if not first.strip():
+        raise UserError(f"{path}:1: no header; the first line must name the columns")
+    plain = _unquoted(content) if delimiter == "\t" else []
+    lines = plain or list(_quoted(path, content, delimiter))
+    header = [" ".join(name.split()) for name in lines[0][1]]
+    lowered = [name.casefold() for name in header]
+    if doubled := [name for name in header if lowered.count(name.casefold()) > 1]:
+        raise UserError(f"{path}:1: two columns are called {doubled[0]!r}; rename one")
+    table = Sheet(path, header)
+    for number, values in lines[1:]:
+        if len(values) != len(header):
+            kind = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar"}[delimiter]
+            raise UserError(
+                f"{path}:{number}: {len(values)} columns, but the header has {len(header)}; is there a {kind} in a "
+                f"text without quotation marks around it? It begins {delimiter.join(values)[:60]!r}"
+            )
+        table.rows.append((number, dict(zip(header, (v.strip() for v in values), strict=True))))
+    if not table.rows:
+        raise UserError(f"{path}: no line below the header")
+    return table
+
+
+def _decode(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+    if raw.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
+        raise UserError(f"{path}: a workbook or an archive, no text; save the table as CSV (UTF-8)")
+    encoding = "utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    try:
+        text = raw.decode(encoding)
+    except UnicodeDecodeError as e:
+        line = raw[: e.start].count(b"\n") + 1
+        raise UserError(
+            f"{path}:{line}: not UTF-8 text; convert it, such as: iconv -f WINDOWS-1252 -t UTF-8 (or -f GB18030)"
+        ) from None
+    if "\0" in text:
+        raise UserError(f"{path}: holds zero bytes; it is no text file")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _unquoted(content: str) -> list[tuple[int, list[str]]]:
+    """The lines of a TSV file without quoting, if all have the same number of columns; else nothing."""
+    lines = [(n, line.split("\t")) for n, line in enumerate(content.split("\n"), start=1) if line.strip()]
+    if len({len(values) for _, values in lines}) > 1:
+        return []
+    return [(n, [_unquote(v) for v in values]) for n, values in lines]
+
+
+def _unquote(value: str) -> str:
+    inner = value[1:-1].replace('""', "")
+    return (
+        value[1:-1].replace('""', '"')
+        if len(value) > 1 and value[0] == value[-1] == '"' and '"' not in inner
+        else value
+    )
+
+
+def _quoted(path: Path, content: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Number of its first line and values of every row. A field with a line break in which the rest of the break looks
+    like rows of the table is taken for a quotation mark that was not closed.
+    """
+    reader = csv.reader(io.StringIO(content, newline=""), strict=True, delimiter=delimiter)
+    start, width = 1, 0
+    while True:
+        try:
+            values = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as e:
+            raise UserError(
+                f"{path}:{start}: cannot be read as {'TSV' if delimiter == chr(9) else 'CSV'} ({e}); is a quotation "
+                "mark open, or one inside a text not doubled?"
+            ) from None
+        for value in values:
+            for part in value.split("\n")[1:]:
+                if width and part.count(delimiter) >= width - 1:
+                    raise UserError(
+                        f"{path}:{start}: a text with a line break, and the line {part[:60]!r} in it looks like a row "
+                        "of its own; close the quotation mark, or write the text in one line"
+                    )
+        if any(values):
+            width = width or len(values)
+            yield start, values
+        start = reader.line_num + 1

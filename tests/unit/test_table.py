@@ -12,9 +12,9 @@ from helpers.recipes import call_recipe, copy_recipes
 from helpers.shared import FOLDER
 
 from sdumc.bin import import_table
-from sdumc.corpora.table import parse_label_map, parse_pairs, read_csv
+from sdumc.corpora.table import parse_label_map, parse_pairs
 from sdumc.data.kaldi_dir import load_kaldi_dir
-from sdumc.data.tables import read_dropped, read_table
+from sdumc.data.tables import read_csv, read_dropped, read_table
 from sdumc.errors import UserError
 from sdumc.scale import SIMS, scale_of
 
@@ -31,6 +31,7 @@ def run(table: Path, *words: str) -> Path:
     return data
 
 
+FOLDS = ("train", "valid", "test")
 CLIPS = [
     ("video_0001", "0001", "真的 很 好", 0.4, "train"),
     ("video_0001", "0002", 'a "good" film, really', -0.6, "train"),
@@ -76,14 +77,11 @@ def test_the_toolkits_form(tmp_path, form):
 
 def test_published_splits_that_share_videos(tmp_path, capsys):
     table = make_sims(tmp_path, "as handed on")
-    table.write_text(
-        table.read_text().replace("Positive,valid", "Positive,test").replace("video_0001,0002", "aqgy3,0002")
-    )
+    table.write_text(table.read_text().replace("video_0001,0002", "aqgy3,0002"))
     shutil.copytree(tmp_path / "Raw/video_0001", tmp_path / "Raw/aqgy3", dirs_exist_ok=True)
-    with pytest.raises(UserError, match=r"video 'aqgy3' is in train and in test .*--shared-speakers"):
+    with pytest.raises(UserError, match=r"video 'aqgy3' is in train and in valid .*--shared-speakers"):
         run(table, "--label-scale", "sims")
-    with pytest.raises(UserError, match="valid: no labelled utterance"):
-        run(table, "--label-scale", "sims", "--shared-speakers", "allow")
+    run(table, "--label-scale", "sims", "--shared-speakers", "allow")
     assert "NOTE: 1 of 3 speakers or videos are in several sets" in capsys.readouterr().out
 
 
@@ -236,6 +234,61 @@ def test_what_is_refused_with_its_line(tmp_path, change, message):
     (tmp_path / "t.csv").write_bytes(change(ODD).encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match=message):
         run(tmp_path / "t.csv", "--label-scale", "-3 3", "--max-drop", "0")
+
+
+def parts(folder: Path, rows: list[str], header: str = "file,start,end,rating,split") -> Path:
+    for name in ("a", "b", "c"):
+        sound(folder / f"{name}.wav")  # a quarter of a second
+    (folder / "t.csv").write_text("\n".join([header, *rows]) + "\n")
+    return folder / "t.csv"
+
+
+def test_several_clips_of_one_file(tmp_path):
+    rows = [
+        "a.wav,0,0.1,1,train",
+        "a.wav,0:00.1,00:00:00.2,3,train",
+        "a.wav,5,6,3,train",
+        "b.wav,0,0.2,2,valid",
+        "c.wav,0,0.2,5,test",
+    ]
+    data = run(parts(tmp_path, rows), "--label-scale", "1 5", "--max-drop", "0.5")
+    train = load_kaldi_dir(data / "train")
+    assert train.utterances == ["a-00000000", "a-00000100"] and set(train.utt2spk.values()) == {"a"}
+    assert (train.audio_source("a-00000100").start, train.audio_source("a-00000100").end) == (0.1, 0.2)
+    assert [row[0] for row in read_dropped(data / "train" / "dropped.tsv")] == ["a-00005000"]
+
+
+def test_times_that_may_be_those_of_another_file(tmp_path):
+    table = parts(tmp_path, [f"{n}.wav,0,0.1,{i + 1},{s}" for i, (n, s) in enumerate(zip("abc", FOLDS, strict=True))])
+    with pytest.raises(UserError, match="'start' and 'end': is each clip that part of its file"):
+        run(table, "--label-scale", "1 5")
+    assert load_kaldi_dir(run(table, "--label-scale", "1 5", "--columns", "start=- end=-") / "test").segments == {}
+    assert load_kaldi_dir(run(table, "--label-scale", "1 5", "--columns", "start=start end=end") / "test").segments
+    with pytest.raises(UserError, match=r"t\.csv:3: 'soon' is no time"):
+        run(parts(tmp_path, ["a.wav,0,1,1,train", "a.wav,soon,1,2,valid"]), "--label-scale", "1 5")
+    with pytest.raises(UserError, match=r"t\.csv:2: the clip ends at 1, not after its start at 2"):
+        run(parts(tmp_path, ["a.wav,2,1,1,train", "a.wav,0,1,2,valid"]), "--label-scale", "1 5")
+
+
+def test_paths_of_another_machine(tmp_path):
+    rows = ["C:\\Users\\me\\wav\\a.wav|10%|train", "/home/me/wav/b.wav|20 %|valid", "scho\u0308n.wav|99%|test"]
+    table = parts(tmp_path, rows, "file|rating|split")
+    sound(tmp_path / "sch\u00f6n.wav")
+    data = run(table, "--label-scale", "0 100")
+    found = {name: read_table(data / name / "utt2label") for name in FOLDS}
+    assert found == {"train": {"wav_a": "10"}, "valid": {"wav_b": "20"}, "test": {"scho\u0308n": "99"}}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["a.wav,3,train", "b.wav,3,train", "c.wav,4,test"], "says 'valid'; both are needed"),
+        (["a.wav,3,train", "b.wav,3,valid", "c.wav,3,test"], "all labels of column 'rating' are 3"),
+    ],
+)
+def test_tables_from_which_nothing_can_be_learnt(tmp_path, rows, message):
+    with pytest.raises(UserError, match=message):
+        run(parts(tmp_path, rows, "file,rating,split"), "--label-scale", "1 5")
 
 
 def test_texts_alone(tmp_path):
