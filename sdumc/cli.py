@@ -21,10 +21,9 @@ import yaml
 
 from sdumc import __version__
 from sdumc.conditions import SPEECH_TESTS
-from sdumc.device import add_device_option
 from sdumc.errors import EXIT_USAGE, EXIT_USER_ERROR, UserError
 from sdumc.files import disk_full, settings_chain
-from sdumc.processes import exit_process
+from sdumc.machine import add_device_option, exit_process
 
 log = logging.getLogger("sdumc")
 

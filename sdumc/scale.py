@@ -125,10 +125,6 @@ class LabelScale:
         """The word of a label, or an empty string."""
         return next((word for word, v in self.words if v == value), "")
 
-    def nearest_word(self, value: float) -> str:
-        """The word whose label is nearest; empty where labels have no words."""
-        return min(self.words, key=lambda pair: abs(pair[1] - value))[0] if self.words else ""
-
     @property
     def class_values(self) -> tuple[float, ...]:
         """What ``nearest`` chooses from: the labels of words, or the whole numbers of the scale; sorted."""

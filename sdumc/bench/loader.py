@@ -19,9 +19,8 @@ import numpy as np
 import torch
 
 from sdumc.bench.measure import goal, interleaved, median, peak_memory, ratio, seconds, spread, table
-from sdumc.data.ark import split_rxspecifier
 from sdumc.data.batches import BatchLoader, GlobalBatchSampler, UtteranceDataset, collate
-from sdumc.data.dump import Dump, load_dump
+from sdumc.data.dump import Dump, load_dump, split_rxspecifier
 from sdumc.data.shards import ShardWriter, merge_shards
 from sdumc.data.tables import write_table
 from sdumc.errors import UserError

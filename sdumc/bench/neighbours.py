@@ -98,7 +98,7 @@ def _stream(stream: IO[str] | None) -> IO[str]:
 @contextmanager
 def busy(count: int) -> Iterator[None]:
     """``count`` processes that keep a core busy each, for as long as this lasts."""
-    code = f"from sdumc.processes import die_with\ndie_with({os.getpid()})\nwhile True: pass"
+    code = f"from sdumc.machine import die_with\ndie_with({os.getpid()})\nwhile True: pass"
     processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(count)]
     try:
         if count:

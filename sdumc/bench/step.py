@@ -9,9 +9,9 @@ import torch
 from sdumc.bench.measure import goal, interleaved, median, peak_memory, ratio, seconds, spread, table
 from sdumc.bench.plain import PlainSDUMC, plain_objective
 from sdumc.conditions import COMPLETE, MISSING, MODALITIES
-from sdumc.device import pick_device
 from sdumc.hyperparameters import ModelConfig, ObjectiveWeights
 from sdumc.losses.objective import sdumc_objective
+from sdumc.machine import pick_device
 from sdumc.model.network import SDUMC
 
 BATCH = 96

@@ -17,9 +17,11 @@ import torch
 
 from sdumc.bench.simulation import write_tokenizer
 from sdumc.bench.step import Step
-from sdumc.losses.objective import ObjectiveWeights, sdumc_objective
-from sdumc.model.network import COMPLETE, SDUMC, ModelConfig
-from sdumc.processes import die_with
+from sdumc.conditions import COMPLETE
+from sdumc.hyperparameters import ModelConfig, ObjectiveWeights
+from sdumc.losses.objective import sdumc_objective
+from sdumc.machine import die_with
+from sdumc.model.network import SDUMC
 from sdumc.training.distributed import Ranks, gather_objects, gather_rows, join, leave, sum_gradients
 
 Call = Callable[[], object]

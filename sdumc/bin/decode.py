@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from sdumc.cli import Parser, add_checkpoint_option, at_least, log, run, setup_logging
 from sdumc.conditions import CONDITIONS, MISSING_TEXTS, PROTOCOLS, SIMULATED, in_words
-from sdumc.device import add_device_option, pick_device
 from sdumc.errors import UserError
+from sdumc.machine import add_device_option, pick_device
 
 if TYPE_CHECKING:
     from sdumc.data.dump import Dump

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 
 from sdumc.cli import Parser, add_model_options, at_least, has_own_process, run, setup_logging
-from sdumc.device import add_device_option
 from sdumc.errors import UserError
+from sdumc.machine import add_device_option
 
 
 def get_parser() -> Parser:

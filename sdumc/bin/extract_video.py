@@ -39,11 +39,11 @@ def get_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     setup_logging(args.verbose)
-    from sdumc.device import pick_device
     from sdumc.errors import UserError
     from sdumc.extraction.faces import FaceDetector
     from sdumc.extraction.features import PictureReader, extract_video
     from sdumc.extraction.loop import data_hash, load_job, open_shard
+    from sdumc.machine import pick_device
     from sdumc.pretrained.loading import DTYPES, fingerprint
     from sdumc.pretrained.vision import VisionExtractor
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdumc.cli import Parser, add_checkpoint_option, add_model_options, has_own_process, run, setup_logging
-from sdumc.device import add_device_option
 from sdumc.errors import EXIT_USER_ERROR, UserError
+from sdumc.machine import add_device_option
 from sdumc.scale import CMU
 
 if TYPE_CHECKING:

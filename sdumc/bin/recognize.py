@@ -28,9 +28,9 @@ def get_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     setup_logging(args.verbose)
-    from sdumc.device import pick_device
     from sdumc.extraction.features import extract_transcripts
     from sdumc.extraction.loop import data_hash, load_job, open_shard, sound_batches
+    from sdumc.machine import pick_device
     from sdumc.pretrained.loading import DTYPES, fingerprint
     from sdumc.pretrained.recogniser import load_recogniser
 

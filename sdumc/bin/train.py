@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from sdumc.cli import run
 from sdumc.errors import UserError
-from sdumc.processes import StopSignal, die_with
+from sdumc.machine import StopSignal, die_with
 from sdumc.training.settings import get_parser
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdumc.cli import Parser, add_compute_options, add_prompt_option, at_least, run, setup_logging
 from sdumc.errors import EXIT_REQUEUE
-from sdumc.processes import StopSignal
+from sdumc.machine import StopSignal
 
 if TYPE_CHECKING:
     from sdumc.pretrained.llm import SpeechLLM
@@ -88,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = StopSignal(signal.SIGTERM, signal.SIGUSR1)
     setup_logging(args.verbose)
     from sdumc.data.kaldi_dir import load_kaldi_dir
-    from sdumc.device import pick_device
     from sdumc.extraction.loop import data_hash
+    from sdumc.machine import pick_device
     from sdumc.pretrained.llm import SpeechLLM, prompt_text
     from sdumc.pretrained.loading import DTYPES
     from sdumc.pretrained.speech import SpeechEncoder

@@ -24,8 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from sdumc.data.ark import all_finite, load_matrix, read_float_matrix, split_rxspecifier
-from sdumc.data.dump import Dump
+from sdumc.data.dump import Dump, all_finite, load_matrix, read_float_matrix, split_rxspecifier
 from sdumc.errors import UserError
 
 # Lengths are multiplied by a random factor within 1 +- _JITTER before they are sorted: utterances have other neighbours

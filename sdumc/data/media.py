@@ -15,22 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from sdumc.data import worker
-from sdumc.data.sound import resample
-from sdumc.data.tables import MediaInfo, MediaSpan, PastEnd
+from sdumc.data.tables import MediaInfo, MediaSpan
 from sdumc.errors import UserError
 
-__all__ = [
-    "Contents",
-    "MediaInfo",
-    "PastEnd",
-    "check_media_file",
-    "describe",
-    "probe",
-    "read_audio",
-    "read_frames",
-    "read_sound",
-    "resample",
-]
 log = logging.getLogger(__name__)
 
 

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from sdumc.data.ark import all_finite, matrix_bytes
+from sdumc.data.dump import all_finite, matrix_bytes
 from sdumc.data.tables import check_id, write_table
 from sdumc.errors import UserError
 from sdumc.files import disk_full, read_json, settings_hash, write_json, write_text
-from sdumc.processes import all_versions, different_major
+from sdumc.machine import all_versions, different_major
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class ShardWriter:
         name: the feature's name.
         job: number of the job, from 1.
         settings: whatever the values depend on; work left by a run with other settings is not continued but redone. Its
-            ``compression``, if there is one, is a key of :data:`sdumc.data.ark.COMPRESSION`.
+            ``compression``, if there is one, is a key of :data:`sdumc.data.dump.COMPRESSION`.
         utterances: what this job is to write. When given, work left by a run with another split is redone too.
         versions: those of the packages that make the values. They are kept in the manifest. A shard that has been
             finished stays as it is whatever made it; what a killed job left is not continued with another major

@@ -24,14 +24,13 @@ import numpy as np
 from sdumc.data.kaldi_dir import KaldiDir, load_kaldi_dir, shard
 from sdumc.data.media import probe, read_audio
 from sdumc.data.shards import ShardWriter
-from sdumc.device import halve_when_out_of_memory, pick_device
 from sdumc.errors import UserError
 from sdumc.extraction.finishing import BAD_MEDIA
+from sdumc.machine import halve_when_out_of_memory, installed_versions, pick_device
 from sdumc.pretrained.llm import SpeechLLM, prompt_text
 from sdumc.pretrained.loading import DTYPES, fingerprint
 from sdumc.pretrained.recogniser import CtcRecogniser, WhisperRecogniser, load_recogniser
 from sdumc.pretrained.speech import SpeechEncoder, SpeechReader, check_projector_prompt, projector_file
-from sdumc.processes import installed_versions
 
 
 def durations(data: KaldiDir, utterances: Sequence[str]) -> dict[str, float]:

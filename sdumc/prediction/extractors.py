@@ -19,12 +19,12 @@ import torch
 
 from sdumc.conditions import NO_SPEECH
 from sdumc.data.tables import MediaSpan
-from sdumc.device import halve_when_out_of_memory
 from sdumc.errors import UserError
 from sdumc.extraction.faces import FaceDetector
 from sdumc.extraction.features import PictureReader, TextEncoder, hear, status_of
 from sdumc.extraction.simulation import Search, Simulated, simulate
 from sdumc.files import read_yaml
+from sdumc.machine import halve_when_out_of_memory
 from sdumc.pretrained.llm import SpeechLLM
 from sdumc.pretrained.loading import DTYPES
 from sdumc.pretrained.quality import LIKELIHOOD

@@ -19,13 +19,13 @@ import torch
 
 from sdumc.conditions import MISSING_TEXTS, MODALITIES, TEXTS, condition_of, modality
 from sdumc.data.batches import Utterance, collate
-from sdumc.data.media import MediaInfo, PastEnd, probe, read_sound
-from sdumc.data.tables import MediaSpan
-from sdumc.device import pick_device
+from sdumc.data.media import probe, read_sound
+from sdumc.data.tables import MediaInfo, MediaSpan, PastEnd
 from sdumc.errors import UserError
 from sdumc.extraction.activity import RATE, cut_speech, even_pieces, is_silent
 from sdumc.extraction.loop import make_batches
 from sdumc.files import shown, write_text
+from sdumc.machine import pick_device
 from sdumc.model.network import SDUMC
 from sdumc.prediction.extractors import Extractors, load_record
 from sdumc.prediction.inputs import Cue, format_subtitles, sentences

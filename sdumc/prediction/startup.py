@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import Any
 
 from sdumc.files import recall, remember
-from sdumc.processes import skip_teardown
+from sdumc.machine import skip_teardown
 
 log = logging.getLogger("sdumc")
 

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdumc.device import halve_when_out_of_memory
 from sdumc.errors import UserError
 from sdumc.files import read_json
+from sdumc.machine import halve_when_out_of_memory
 from sdumc.pretrained.loading import (
     attempt,
     first_line,

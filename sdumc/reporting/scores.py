@@ -17,8 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from sdumc.conditions import MAIN_CONDITIONS, SIMULATED, condition_of, modality
-from sdumc.data.ark import load_matrix
-from sdumc.data.dump import Dump
+from sdumc.data.dump import Dump, load_matrix
 from sdumc.data.tables import read_table
 from sdumc.errors import UserError
 from sdumc.files import read_yaml
@@ -492,6 +491,7 @@ def fit_ridges(
         if any(n not in dumps[valid_set].features for n in names):
             notes.append(f"No ridge regression on {' + '.join(names)}: {dump_root / valid_set} lacks one of them.")
             continue
+        _check_dimensions(dumps, names, dump_root)
         train, valid = ([inputs(d, n) for n in names] for d in (train_set, valid_set))
         y_train, y_valid = (np.array([dumps[d].labels[u] for u in dumps[d].utterances]) for d in (train_set, valid_set))
         model = fit_ridge(train, y_train, valid, y_valid)

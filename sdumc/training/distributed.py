@@ -19,9 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sdumc.device import pick_device
 from sdumc.errors import UserError
-from sdumc.processes import skip_teardown
+from sdumc.machine import pick_device, skip_teardown
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def join(device: str = "auto") -> Ranks:
     """Join the process group if a launcher started several ranks, and choose the device.
 
     Args:
-        device: as :func:`sdumc.device.pick_device` takes it.
+        device: as :func:`sdumc.machine.pick_device` takes it.
 
     Raises:
         UserError: a GPU is asked for and there is none for this rank, or Slurm started several ranks without saying

@@ -20,15 +20,14 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from sdumc.device import halve_when_out_of_memory
 from sdumc.errors import UserError
 from sdumc.extraction.loop import read_ahead
 from sdumc.files import write_text
+from sdumc.machine import StopSignal, halve_when_out_of_memory, installed_versions
 from sdumc.pretrained.beam_search import prompt_positions
 from sdumc.pretrained.llm import SpeechLLM
 from sdumc.pretrained.quality import word_error_rate
 from sdumc.pretrained.speech import FILE_NAME, Projector, SpeechEncoder, project, save_projector
-from sdumc.processes import StopSignal, installed_versions
 from sdumc.training.checkpoint import CHECKPOINT, LOCK, SavedState, load_checkpoint, log_to, save_checkpoint
 from sdumc.training.data import TranscribedSpeech, epoch_batches, spread
 

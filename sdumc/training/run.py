@@ -28,8 +28,8 @@ from sdumc.data.dump import Dump
 from sdumc.errors import EXIT_REQUEUE, UserError
 from sdumc.files import json_ready, settings_hash, write_text
 from sdumc.losses.objective import sdumc_objective
+from sdumc.machine import StopSignal
 from sdumc.model.network import SDUMC, empty_loss_inputs
-from sdumc.processes import StopSignal
 from sdumc.scale import LabelScale
 from sdumc.scoring.decoding import decode
 from sdumc.scoring.metrics import doubts, median_mae, score

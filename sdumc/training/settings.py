@@ -16,10 +16,10 @@ import yaml
 from sdumc import __version__
 from sdumc.cli import Parser, at_least
 from sdumc.conditions import MISSING_TEXTS, MODALITIES, SIMULATED
-from sdumc.device import add_device_option
 from sdumc.errors import UserError
 from sdumc.files import read_yaml, write_text
 from sdumc.hyperparameters import FUSION, IMAGINATION, POOLING, ModelConfig, ObjectiveWeights
+from sdumc.machine import add_device_option
 from sdumc.scale import scale_of
 
 CONFIG = "config.yaml"

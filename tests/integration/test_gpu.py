@@ -28,11 +28,10 @@ from sdumc.bin import (
     simulate_text,
     train_projector,
 )
-from sdumc.data.ark import load_matrix
-from sdumc.data.dump import load_dump
+from sdumc.data.dump import load_dump, load_matrix
 from sdumc.data.tables import read_table
-from sdumc.device import halve_when_out_of_memory
 from sdumc.errors import UserError
+from sdumc.machine import halve_when_out_of_memory
 from sdumc.prediction.scorer import Scorer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible here")

@@ -23,8 +23,7 @@ from helpers.tiny_recipe import ENV, ROOT, SMALL, clip, make_recipe, predictions
 
 from sdumc import Scorer
 from sdumc.bin import pack, predict
-from sdumc.data.ark import load_matrix
-from sdumc.data.dump import load_dump
+from sdumc.data.dump import load_dump, load_matrix
 from sdumc.data.media import read_audio
 from sdumc.data.tables import MediaSpan, read_table
 from sdumc.errors import UserError

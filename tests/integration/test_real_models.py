@@ -19,8 +19,7 @@ import soundfile
 from helpers.shared import REAL_MODELS
 
 from sdumc.bin import extract_text, finish_dump, recognize
-from sdumc.data.ark import load_matrix
-from sdumc.data.dump import load_dump
+from sdumc.data.dump import load_dump, load_matrix
 from sdumc.data.tables import read_table
 from sdumc.errors import UserError
 from sdumc.files import read_json

@@ -1,4 +1,4 @@
-"""The shape of the package: who imports whom, and how long functions are."""
+"""The shape of the package: who imports whom, how many modules there are, and how long files and functions are."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ MODULES = {
     for p in sorted((ROOT / "sdumc").rglob("*.py"))
 }
 SOURCES = ("sdumc/**/*.py", "utils/*.py", "tools/*.py", "egs/**/*.py", "tests/**/*.py")
-LONGEST_FUNCTION, LONGEST_MAIN = 80, 40
+LONGEST_FUNCTION, LONGEST_MAIN, LONGEST_FILE = 80, 40, 560
+MOST_MODULES = 70  # besides commands and benchmarks: what is new extends the module of its concept
 
 
 @cache
@@ -98,6 +99,14 @@ def test_functions_are_short():
         if lines > (LONGEST_MAIN if name == "main" else LONGEST_FUNCTION)
     ]
     assert long == []
+
+
+def test_modules_are_few_and_fit_a_sitting():
+    lines = {p.relative_to(ROOT).as_posix(): len(p.read_text().splitlines()) for p in MODULES.values()}
+    assert {file: n for file, n in lines.items() if n > LONGEST_FILE} == {}
+    apart = ("sdumc.bin", "sdumc.bench")
+    parts = [m for m, p in MODULES.items() if p.name != "__init__.py" and not m.startswith(apart)]
+    assert 50 < len(parts) <= MOST_MODULES
 
 
 def test_parts_never_import_commands():

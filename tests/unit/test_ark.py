@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
-from sdumc.data.ark import load_matrix, matrix_shape, split_rxspecifier
-from sdumc.data.dump import load_dump
+from sdumc.data.dump import load_dump, load_matrix, matrix_shape, split_rxspecifier
 from sdumc.data.shards import ShardWriter, merge_shards
 from sdumc.data.tables import read_table
 from sdumc.errors import UserError

@@ -107,7 +107,8 @@ def test_asking_loads_neither_torch_nor_numpy():
 def test_the_network_is_built_on_these_names():
     import torch
 
-    from sdumc.model.network import SDUMC, ModelConfig
+    from sdumc.hyperparameters import ModelConfig
+    from sdumc.model.network import SDUMC
 
     model = SDUMC(ModelConfig(audio_dim=2, text_dim=2, video_dim=2, dim=4, content_dim=2))
     assert torch.equal(model.fusions, torch.tensor([[1.0, 1, 1], [1, 1, 0], [0, 1, 1], [1, 0, 1]]))

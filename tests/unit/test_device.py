@@ -9,8 +9,8 @@ import pytest
 import torch
 from helpers import tiny_models
 
-from sdumc.device import pick_device
 from sdumc.errors import UserError
+from sdumc.machine import pick_device
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB = ["--data-dir", "data", "--dump-dir", "dump"]

@@ -9,8 +9,7 @@ import kaldiio
 import numpy as np
 import pytest
 
-from sdumc.data.ark import load_matrix
-from sdumc.data.dump import load_dump
+from sdumc.data.dump import load_dump, load_matrix
 from sdumc.data.shards import ShardWriter, merge_shards
 from sdumc.data.tables import read_table, write_table
 from sdumc.errors import UserError

@@ -12,19 +12,18 @@ import yaml
 from helpers import tiny_models
 from test_features import make_clip, video_data_dir
 
-from sdumc import device
+from sdumc import machine
 from sdumc.bin import extract_audio, extract_text, extract_video, finish_dump, recognize, simulate_text
-from sdumc.data.ark import load_matrix
-from sdumc.data.dump import load_dump
+from sdumc.data.dump import load_dump, load_matrix
 from sdumc.data.kaldi_dir import load_kaldi_dir
 from sdumc.data.shards import ShardWriter
 from sdumc.errors import UserError
 from sdumc.extraction import loop
 from sdumc.extraction.loop import make_batches
 from sdumc.extraction.simulation import Search, simulate
+from sdumc.machine import installed_versions
 from sdumc.pretrained.recogniser import load_recogniser
 from sdumc.pretrained.speech import Projector, SpeechReader, save_projector
-from sdumc.processes import installed_versions
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -135,7 +134,7 @@ def test_real_text_equals_simulated_text_of_the_same_words(work, tmp_path):
     extract_text.main([a for a in arguments if a not in ("--max-new-tokens", "12", *NOISE)])
     finish(work, dump, "text_asr")
     found = load_dump(dump)
-    from sdumc.data.ark import load_matrix
+    from sdumc.data.dump import load_matrix
 
     compared = 0
     rows = [r.split("\t") for r in (dump / "text_sim.status.tsv").read_text().splitlines()[1:]]
@@ -296,7 +295,7 @@ def test_out_of_memory_halves_the_batch(caplog):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return [i * 2 for i in items]
 
-    assert device.halve_when_out_of_memory(list(range(10)), work_) == [2 * i for i in range(10)]
+    assert machine.halve_when_out_of_memory(list(range(10)), work_) == [2 * i for i in range(10)]
     assert sizes == [10, 5, 3, 2, 5, 3, 2]
     assert "batches of 5" in caplog.text
 
@@ -304,7 +303,7 @@ def test_out_of_memory_halves_the_batch(caplog):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     with pytest.raises(UserError, match=r"^utterance 'u1' alone does not fit"):
-        device.halve_when_out_of_memory(["u1"], never)
+        machine.halve_when_out_of_memory(["u1"], never)
 
 
 @pytest.mark.parametrize("name", ["audio", "recognize", "simulate", "text", "video"])

@@ -13,8 +13,7 @@ from scipy.ndimage import rotate
 from mini.clips import write_clip
 from mini.face import draw_face, draw_looks
 from sdumc.bin import extract_video, finish_dump
-from sdumc.data.ark import load_matrix
-from sdumc.data.dump import load_dump
+from sdumc.data.dump import load_dump, load_matrix
 from sdumc.data.media import read_frames
 from sdumc.errors import UserError
 from sdumc.extraction.faces import FaceDetector, crop, overlap, track_face

@@ -13,7 +13,6 @@ import soundfile
 
 from sdumc.data.kaldi_dir import (
     FIX_STAGE,
-    MediaSpan,
     Segment,
     check_tables,
     finish_kaldi_dir,
@@ -24,7 +23,7 @@ from sdumc.data.kaldi_dir import (
     shard,
     validate_kaldi_dir,
 )
-from sdumc.data.tables import append_dropped, read_dropped, read_table, write_table
+from sdumc.data.tables import MediaSpan, append_dropped, read_dropped, read_table, write_table
 from sdumc.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,9 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from sdumc.data.ark import all_finite
 from sdumc.data.batches import BatchLoader, GlobalBatchSampler, UtteranceDataset, _Blocks, collate
-from sdumc.data.dump import load_dump
+from sdumc.data.dump import all_finite, load_dump
 from sdumc.data.shards import ShardWriter, merge_shards
 from sdumc.data.tables import read_table, write_table
 from sdumc.errors import UserError

@@ -12,7 +12,8 @@ import pytest
 import soundfile
 
 from mini.clips import write_clip
-from sdumc.data.media import check_media_file, probe, read_audio, read_frames, resample
+from sdumc.data.media import check_media_file, probe, read_audio, read_frames
+from sdumc.data.sound import resample
 from sdumc.data.tables import MediaSpan
 from sdumc.errors import UserError
 

@@ -18,9 +18,9 @@ from helpers.stopping import wait_until
 
 from sdumc.data import decoding, streams, worker
 from sdumc.data.containers import bytes_missing
-from sdumc.data.media import PastEnd, check_media_file, probe, read_audio, read_frames, read_sound
+from sdumc.data.media import check_media_file, probe, read_audio, read_frames, read_sound
 from sdumc.data.sound import resample
-from sdumc.data.tables import MediaSpan
+from sdumc.data.tables import MediaSpan, PastEnd
 from sdumc.errors import UserError
 from sdumc.files import shown
 

@@ -18,8 +18,7 @@ from sdumc.corpora import authors, raw, toolkit
 from sdumc.corpora.annotations import Clip, find_labels, match_times, read_csd, read_labels, read_transcripts
 from sdumc.corpora.importing import Corpus, Fold, check_disjoint, split_name, summary, utterance_id
 from sdumc.corpora.raw import read_folds
-from sdumc.data.ark import load_matrix
-from sdumc.data.dump import load_dump
+from sdumc.data.dump import load_dump, load_matrix
 from sdumc.data.kaldi_dir import load_kaldi_dir, validate_kaldi_dir
 from sdumc.data.media import read_audio, read_frames
 from sdumc.data.tables import read_dropped

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from sdumc.bin import simulate_text, train_projector
 from sdumc.errors import EXIT_REQUEUE, UserError
+from sdumc.machine import installed_versions
 from sdumc.pretrained.speech import projector_data
-from sdumc.processes import installed_versions
 from sdumc.training import checkpoint
 from sdumc.training import projector as training
 from sdumc.training.checkpoint import hold_folder

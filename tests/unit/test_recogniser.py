@@ -10,7 +10,8 @@ import torch
 from helpers import tiny_models
 
 from sdumc.errors import UserError
-from sdumc.pretrained.recogniser import RATE, Heard, load_recogniser, windows
+from sdumc.pretrained.recogniser import Heard, load_recogniser, windows
+from sdumc.pretrained.speech import RATE
 
 
 @pytest.fixture(scope="module", autouse=True)

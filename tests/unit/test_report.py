@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
@@ -19,6 +20,7 @@ from helpers.browser import find_browser
 from helpers.report_tree import make_tree
 
 from sdumc.bin.report import common_title, main
+from sdumc.data.dump import load_dump
 from sdumc.errors import UserError
 from sdumc.reporting import drawing, scores
 from sdumc.reporting.scores import _findings, spread
@@ -392,6 +394,14 @@ def test_without_dump_there_are_no_baselines_but_a_note(tree, quick):
     main(ARGS)
     text = Path("RESULTS.md").read_text()
     assert "No baselines: dump lacks train or valid" in text and "ridge:" not in text
+
+
+def test_a_feature_of_other_dimensions_in_one_set_is_named(tree):
+    dumps = {name: load_dump(Path("dump") / name) for name in ("train", "valid", "test")}
+    audio = dumps["test"].features["audio"]
+    dumps["test"].features["audio"] = replace(audio, dim=audio.dim + 1)
+    with pytest.raises(UserError, match="the feature audio has different dimensions"):
+        scores.fit_ridges(dumps, "train", "valid", Path("dump"))
 
 
 def test_two_conditions_with_the_same_features_share_a_ridge_row(tree, quick, monkeypatch):

@@ -66,7 +66,7 @@ def test_nearest_class_of_words():
     assert scale.scheme == "nearest" and list(scale.measures)[3:] == ["acc_nearest", "f1_nearest"]
     got = score([-2.0, 0.4, 0.6, 0.1], [-1.0, 0.0, 0.0, 1.0], scale=scale)
     assert got["acc_nearest"] == 0.5
-    assert scale.nearest_word(0.4) == "neutral" and scale.named_ends == "-1 (negative) to 1 (positive)"
+    assert scale.named_ends == "-1 (negative) to 1 (positive)"
     assert score_with_intervals(np.array([1.0, 2.0]), np.array([1.0, 5.0]), None, scale=parse_scale("1 5"))["n"] == 2
 
 

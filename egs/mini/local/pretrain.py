@@ -17,7 +17,7 @@ from pathlib import Path
 
 from sdumc.cli import Parser, run, setup_logging
 from sdumc.errors import UserError
-from sdumc.processes import die_with
+from sdumc.machine import die_with
 
 MODELS = ("encoder", "llm", "vision")
 

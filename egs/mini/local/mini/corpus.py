@@ -27,7 +27,7 @@ from mini.clips import write_clip, write_sound
 from mini.plan import Clip, Settings
 from sdumc.errors import UserError
 from sdumc.files import read_json, write_json, write_text
-from sdumc.processes import die_with
+from sdumc.machine import die_with
 
 TABLE = "corpus.tsv"
 SPEAKERS = "speakers.json"
