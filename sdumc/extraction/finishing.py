@@ -7,13 +7,23 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sdumc.conditions import ASR_SHARDS, NO_SPEECH, TRANSCRIPTS
 from sdumc.data.kaldi_dir import KaldiDir
 from sdumc.data.shards import Merged, merge_shards
 from sdumc.data.tables import write_table
 from sdumc.errors import UserError
 from sdumc.files import atomic_write, read_json, write_json, write_text
-from sdumc.pretrained.quality import LIKELIHOOD, likelihood, summarise, word_error_rate
+from sdumc.pretrained.quality import (
+    LIKELIHOOD,
+    SOUND,
+    Sounds,
+    from_numbers,
+    likelihood,
+    summarise,
+    word_error_rate,
+)
 
 log = logging.getLogger("sdumc")
 
@@ -44,13 +54,22 @@ def finish(data: KaldiDir, dump_dir: Path, name: str, num_jobs: int, max_drop: f
 
     def check(found: Merged) -> None:
         _check_media(name, found, max_drop)
-        if name == "text_sim" and (likely := likelihood(found.notes.values())):
-            described[LIKELIHOOD] = likely  # what predict compares a clip's text with
+        if name == "text_sim":  # what predict compares a clip's text and sound with
+            if likely := likelihood(found.notes.values()):
+                described[LIKELIHOOD] = likely
+            if sounds := _sounds(found, data):
+                described[SOUND] = sounds.as_dict()
 
     merged = merge_shards(dump_dir, name, num_jobs, described, data.utterances, check)
     if name in TRANSCRIPTS:
         write_transcripts(name, data, dump_dir, merged)
     return merged
+
+
+def _sounds(merged: Merged, data: KaldiDir) -> Sounds | None:
+    """How the sound of a set's clips is spread."""
+    found = {u: from_numbers(n[SOUND]) for u, n in merged.notes.items() if SOUND in n}
+    return Sounds.of(np.array(list(found.values())), [data.utt2spk.get(u, u) for u in found])
 
 
 def _manifest(dump_dir: Path, name: str) -> Path:

@@ -16,7 +16,7 @@ from sdumc.extraction.activity import lacks_speech
 from sdumc.extraction.finishing import BAD_MEDIA
 from sdumc.extraction.loop import Output, extract_shard, read_wave
 from sdumc.pretrained.llm import SpeechLLM, Transcript
-from sdumc.pretrained.quality import judge, normalise
+from sdumc.pretrained.quality import LIKELIHOOD, SOUND, judge, normalise, numbers, sketch
 from sdumc.pretrained.recogniser import CtcRecogniser, WhisperRecogniser
 from sdumc.pretrained.speech import SpeechReader, without_first
 
@@ -54,7 +54,8 @@ class Simulated:
 
     ``states`` (N, D) float32; ``text`` is the transcript that the states belong to, ``raw`` what the LLM wrote;
     ``fallback`` is one of none, asr, cut, prompt. ``log_probability`` says how sure its writer was of
-    ``raw``: the mean over the tokens; None where nothing was written, or it is not known.
+    ``raw``: the mean over the tokens; None where nothing was written, or it is not known. ``sound`` says what the
+    encoder heard (:func:`sdumc.pretrained.quality.sketch`); None where the LLM was not asked.
     """
 
     states: Tensor
@@ -63,6 +64,7 @@ class Simulated:
     status: str
     fallback: str
     log_probability: float | None = None
+    sound: np.ndarray | None = None
 
 
 def simulate(
@@ -108,7 +110,8 @@ def _transcribe(
 ) -> list[Simulated]:
     """What :func:`simulate` does with clips in which there may be speech."""
     llm = reader.llm
-    contexts = reader.contexts(waves)
+    frames = reader.encoder(waves)
+    contexts = reader.contexts_of(frames)
     choose = functools.partial(search.choose, waves) if search.rescorer is not None else None
     written = llm.transcribe(contexts, search.beam, search.max_new_tokens, search.length_penalty, choose)
     verdicts = [judge(t.text, t.tokens, t.ended) for t in written]
@@ -133,7 +136,10 @@ def _transcribe(
         if results[i] is None:
             t = written[i]
             results[i] = Simulated(t.states[:1], "", t.text, verdicts[i][0], "prompt", t.log_probability)
-    return [r for r in results if r is not None]
+    found = [r for r in results if r is not None]
+    for result, heard in zip(found, frames, strict=True):
+        result.sound = sketch(heard.float().mean(0).cpu().numpy())
+    return found
 
 
 def _kept(llm: SpeechLLM, written: Transcript, status: str, kept: int, keep_first: bool) -> Simulated:
@@ -180,4 +186,8 @@ def extract_simulated_text(
 
 def _notes(r: Simulated) -> dict[str, str]:
     notes = {"hyp": r.text, "raw": r.raw, "status": r.status, "fallback": r.fallback}
-    return notes if r.log_probability is None else {**notes, "log_probability": f"{r.log_probability:.3f}"}
+    if r.log_probability is not None:
+        notes[LIKELIHOOD] = f"{r.log_probability:.3f}"
+    if r.sound is not None:
+        notes[SOUND] = numbers(r.sound)
+    return notes

@@ -27,7 +27,7 @@ from sdumc.files import read_yaml
 from sdumc.machine import halve_when_out_of_memory
 from sdumc.pretrained.llm import SpeechLLM
 from sdumc.pretrained.loading import DTYPES
-from sdumc.pretrained.quality import LIKELIHOOD
+from sdumc.pretrained.quality import LIKELIHOOD, SOUND, Sounds
 from sdumc.pretrained.recogniser import CtcRecogniser, Heard, WhisperRecogniser, load_recogniser
 from sdumc.pretrained.speech import SpeechEncoder, SpeechReader, load_whole, projector_file
 from sdumc.pretrained.vision import VisionExtractor
@@ -301,6 +301,20 @@ class Extractors:
         """The mean log-probability of a token below which the text of a clip is far less likely than that of the train
         set's clips: their first percentile. None where the record does not have it."""
         return self.record.features.get(feature, {}).get(LIKELIHOOD, {}).get("p1")
+
+    def strange_sound(self, feature: str, sketch: np.ndarray | None) -> bool:
+        """Whether a clip sounds otherwise than 99% of the train set's clips: their encoder frames are compared. False
+        where the record does not say what those are like."""
+        if sketch is None or SOUND not in self.record.features.get(feature, {}):
+            return False
+        return self._once(self._sounds, feature).strange(sketch)
+
+    def _sounds(self, feature: str) -> Sounds:
+        try:
+            return Sounds.from_dict(self.record.features[feature][SOUND])
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            place = self.record.folder / RECORD
+            raise UserError(f"{place}: `{SOUND}` of {feature} is damaged ({e}); take that entry out") from None
 
     def _recognise(self, s: dict[str, Any], waves: list[np.ndarray]) -> list[Heard]:
         recogniser = self._once(

@@ -50,7 +50,8 @@ class ScoredUtterance:
     ``modalities`` are those of audio, text and video that the utterance has. ``text`` is "simulated", "asr", "real" or
     None, and ``transcript`` is the simulated, recognised or given text. ``status`` is the result of simulation or
     recognition, one of :data:`sdumc.conditions.TEXT_STATUSES`. ``log_probability`` is the mean over the tokens of
-    simulated or recognised text; ``unlikely`` where it is below that of 99% of the train set's transcripts.
+    simulated or recognised text; ``unlikely`` where it is below that of 99% of the train set's transcripts;
+    ``strange_sound`` where simulated text comes from sound that is farther from the train set's than 99% of its clips.
 
     ``attention`` has, by modality, the attention of the seven queries over the frames (7, T); ``tokens`` the places in
     ``transcript`` of the T tokens of text, empty where they are not known.
@@ -67,6 +68,7 @@ class ScoredUtterance:
     tokens: list[tuple[int, int]] = field(default_factory=list, repr=False, compare=False)
     log_probability: float | None = None
     unlikely: bool = False
+    strange_sound: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ class _Part:
     transcript: str = ""
     status: str | None = None
     log_probability: float | None = None
+    sound: np.ndarray | None = None
     attention: dict[str, np.ndarray] = field(default_factory=dict)
 
 
@@ -339,6 +342,7 @@ class Scorer:
             for p, s in zip(with_sound, make(waves), strict=True):
                 p.features[str(name)], p.transcript, p.status = s.states.float().cpu(), s.text, s.status
                 p.log_probability = s.log_probability if s.status != "empty" else None
+                p.sound = s.sound if s.status != "empty" else None
         if has_video and "video" in self.features:
             for p in parts:
                 try:
@@ -416,20 +420,28 @@ class Scorer:
             tokens,
             log_probability=sure,
             unlikely=unlikely,
+            strange_sound=self.extractors.strange_sound(feature or "", part.sound),
         )
 
 
 def _doubts(scored: Sequence[ScoredUtterance]) -> list[str]:
-    """A note on the utterances whose text is far less likely than that of the train set."""
-    found = [u for u in scored if u.unlikely]
-    if not found:
-        return []
-    where = ", ".join(f"{u.start:.2f}-{u.end:.2f} s" for u in found[:3]) + (", ..." if len(found) > 3 else "")
-    which = f"{len(found)} of {len(scored)} utterances ({where})" if len(scored) > 1 else "it"
-    return [
-        f"the text of {which} is less likely than that of 99% of the train set's clips: perhaps not what was said, and "
-        "the score not to be trusted"
-    ]
+    """Notes on the utterances whose text is far less likely, or whose sound is farther away, than the train set's."""
+    found = (
+        ([u for u in scored if u.unlikely], "the text of {} is less likely than that of 99% of the train set's clips"),
+        (
+            [u for u in scored if u.strange_sound],
+            "the sound of {} is less like the train set than that of 99% of its clips",
+        ),
+    )
+    notes = []
+    for marked, what in found:
+        if marked:
+            where = ", ".join(f"{u.start:.2f}-{u.end:.2f} s" for u in marked[:3]) + (", ..." if len(marked) > 3 else "")
+            which = f"{len(marked)} of {len(scored)} utterances ({where})" if len(scored) > 1 else "it"
+            notes.append(
+                f"{what.format(which)}: the text is perhaps not what was said, and the score not to be trusted"
+            )
+    return notes
 
 
 def _probe(path: str) -> MediaInfo:
@@ -496,8 +508,9 @@ def _scale(scored: ScoredFile) -> LabelScale:
 def _row(u: ScoredUtterance, scale: LabelScale) -> tuple[str, ...]:
     audio, video = ("yes" if m in u.modalities else "-" for m in ("audio", "video"))
     # Of simulated and recognised text, what is not as it should be.
-    doubt = u.status if u.status not in (None, "ok") else "unlikely" if u.unlikely else None
-    text = (u.text or "-") + (f" ({doubt})" if doubt else "")
+    doubts = [u.status] if u.status not in (None, "ok") else []
+    doubts += [name for name, found in (("unlikely", u.unlikely), ("strange sound", u.strange_sound)) if found]
+    text = (u.text or "-") + (f" ({', '.join(doubts)})" if doubts else "")
     return (f"{u.start:.2f}", f"{u.end:.2f}", scale.format(u.score), audio, text, video, u.transcript)
 
 

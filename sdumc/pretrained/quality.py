@@ -6,6 +6,8 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -130,6 +132,97 @@ def likelihood(notes: Iterable[Mapping[str, str]]) -> dict[str, Any]:
     points = np.percentile(values, _PERCENTILES)
     percentiles = {f"p{p}": round(float(x), 3) for p, x in zip(_PERCENTILES, points, strict=True)}
     return {"n": len(values), "mean": round(float(np.mean(values)), 3), **percentiles}
+
+
+# ------------------------------------------------------------------------------------- sound like that of the train set
+
+SOUND = "sound"  # the name of a clip's sketch in notes, and of what a set's sketches are like in its yaml
+_SKETCH = 32  # numbers
+_FEWEST = 50  # clips that say how the sound of a set is spread
+_FOLDS = 20
+_SHRINK = 0.02  # of the covariance towards a multiple of the identity
+
+
+@lru_cache(maxsize=2)
+def _directions(dim: int) -> np.ndarray:
+    """(dim, 32): random, and the same for ever (numpy keeps RandomState's numbers)."""
+    return np.random.RandomState(0).standard_normal((dim, _SKETCH)) / np.sqrt(dim)
+
+
+def sketch(mean: np.ndarray) -> np.ndarray:
+    """A clip's sound in 32 numbers: the mean (D,) of its encoder frames along fixed random directions."""
+    return np.asarray(mean, np.float64) @ _directions(len(mean))
+
+
+@dataclass(frozen=True)
+class Sounds:
+    """How the sketches of a set's clips are spread.
+
+    Attributes:
+        mean: (32,). whitening: (32, 32); a sketch less the mean, times this, has about unit variance in all directions.
+        limit: the distance from the mean that one clip in a hundred of the set exceeds.
+    """
+
+    mean: np.ndarray
+    whitening: np.ndarray
+    limit: float
+
+    @classmethod
+    def of(cls, sketches: np.ndarray, speakers: Sequence[str]) -> Sounds | None:
+        """From the sketches (N, 32) of a set's clips and their speakers; None where they are too few.
+
+        So that a new voice does not count as strange, each clip's distance is measured from clips of other speakers
+        (cross-validation over 20 groups of speakers); where those are too few, from all.
+        """
+        if len(sketches) < _FEWEST or not np.isfinite(sketches).all():
+            return None
+        group = {name: i % _FOLDS for i, name in enumerate(sorted(set(speakers)))}
+        groups = np.array([group[name] for name in speakers])
+        distances = np.zeros(len(sketches))
+        for fold in np.unique(groups):
+            own = groups == fold
+            others = sketches[~own] if np.count_nonzero(~own) >= _FEWEST else sketches
+            distances[own] = cls(*_spread(others), 0.0).distances(sketches[own])
+        return cls(*_spread(sketches), float(np.percentile(distances, 99)))
+
+    def distances(self, sketches: np.ndarray) -> np.ndarray:
+        """(N, 32) -> (N,): how far sketches are from the mean, in standard deviations (Mahalanobis)."""
+        return np.linalg.norm((sketches - self.mean) @ self.whitening, axis=1)
+
+    def strange(self, found: np.ndarray | None) -> bool:
+        """Whether a clip's sketch is farther away than those of 99% of the set's clips. None is no sound: False."""
+        return found is not None and float(self.distances(found[None])[0]) > self.limit
+
+    def as_dict(self) -> dict[str, Any]:
+        """For yaml, a line for each row."""
+        return {
+            "limit": round(self.limit, 4),
+            "mean": numbers(self.mean),
+            "whitening": [numbers(row) for row in self.whitening],
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Sounds:
+        """What :meth:`as_dict` wrote."""
+        rows = [from_numbers(row) for row in values["whitening"]]
+        return cls(from_numbers(values["mean"]), np.stack(rows), float(values["limit"]))
+
+
+def _spread(sketches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    covariance = np.cov(sketches.T)
+    level = max(float(np.trace(covariance)) / _SKETCH, 1e-12)
+    covariance = (1 - _SHRINK) * covariance + _SHRINK * level * np.eye(_SKETCH)
+    return sketches.mean(0), np.linalg.inv(np.linalg.cholesky(covariance)).T
+
+
+def numbers(values: np.ndarray) -> str:
+    """(N,) as text with spaces."""
+    return " ".join(f"{v:.5g}" for v in values)
+
+
+def from_numbers(text: str) -> np.ndarray:
+    """What :func:`numbers` wrote."""
+    return np.array([float(v) for v in text.split()])
 
 
 def summarise(statuses: Mapping[str, str], fallbacks: Mapping[str, str]) -> dict[str, Any]:

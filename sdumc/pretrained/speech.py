@@ -393,7 +393,11 @@ class SpeechReader:
 
     def contexts(self, waves: Sequence[np.ndarray]) -> list[Tensor]:
         """Clips (T_i,) -> input embeddings (P_i, D): projected sound, BOS and prompt, in the template's order."""
-        return self.llm.contexts(project(self.projector, self.encoder(waves)))
+        return self.contexts_of(self.encoder(waves))
+
+    def contexts_of(self, frames: list[Tensor]) -> list[Tensor]:
+        """The same from the encoder's frames (T_i, D)."""
+        return self.llm.contexts(project(self.projector, frames))
 
 
 def without_first(states: Tensor, keep_first: bool) -> Tensor:

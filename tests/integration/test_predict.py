@@ -29,6 +29,7 @@ from sdumc.data.tables import MediaSpan, read_table
 from sdumc.errors import UserError
 from sdumc.extraction.simulation import simulate
 from sdumc.prediction.scorer import overall_score
+from sdumc.pretrained.quality import Sounds
 from sdumc.pretrained.recogniser import Heard
 
 
@@ -119,6 +120,24 @@ def test_text_that_is_far_less_likely_than_the_train_set_s_is_flagged(exp, clips
     assert run(capsys, "--exp-dir", tmp_path / "tiny", clips["spk0-002"])[0] == 0
     code, out, _ = run(capsys, "--exp-dir", tmp_path / "tiny", clips["spk0-002"], "--json")
     assert code == 0 and json.loads(out)["files"][0]["utterances"][0]["unlikely"] is True
+
+
+def test_sound_unlike_the_train_set_s_is_said(exp, clips, capsys, tmp_path):
+    """By a note, in the table and in JSON; a record that knows nothing of it says nothing."""
+    pack.main(["--exp-dir", str(exp), "--output", str(tmp_path / "tiny")])
+    record = yaml.safe_load((tmp_path / "tiny/extractors.yaml").read_text())
+    assert "sound" not in record["text_sim"]  # its train set is too small
+    clip_, code = clips["spk0-002"], 0
+    for limit in (None, 1e9, 0.0):
+        if limit is not None:
+            record["text_sim"]["sound"] = Sounds(np.zeros(32), np.eye(32), limit).as_dict()
+            (tmp_path / "tiny/extractors.yaml").write_text(yaml.safe_dump(record))
+        code, out, _ = run(capsys, "--exp-dir", tmp_path / "tiny", clip_, "--json")
+        (file,) = json.loads(out)["files"]
+        assert code == 0 and file["utterances"][0]["strange_sound"] is (limit == 0.0)
+        assert any("less like the train set" in note for note in file["notes"]) is (limit == 0.0)
+    _, out, _ = run(capsys, "--exp-dir", tmp_path / "tiny", clip_)
+    assert "strange sound)" in out
 
 
 def test_a_transcript_takes_the_complete_flow(exp, scorer, clips):

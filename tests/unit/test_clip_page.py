@@ -205,6 +205,7 @@ def test_one_page_for_all_or_one_for_each(clip, tmp_path):
 def test_attention_is_not_in_the_json(clip):
     (first, *_) = scored(clip).as_dict()["utterances"]
     known = {"start", "end", "score", "transcript", "modalities", "text", "status", "log_probability", "unlikely"}
+    known |= {"strange_sound"}
     assert set(first) == known
 
 

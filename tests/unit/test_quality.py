@@ -1,8 +1,9 @@
 """Transcript quality: error rates, loops, refusals, empty answers."""
 
+import numpy as np
 import pytest
 
-from sdumc.pretrained.quality import find_loop, judge, normalise, summarise, word_error_rate
+from sdumc.pretrained.quality import Sounds, find_loop, judge, normalise, sketch, summarise, word_error_rate
 
 
 @pytest.mark.parametrize(
@@ -81,3 +82,37 @@ def test_summarise_counts_everything():
     assert report["counts"] == {"ok": 2, "empty": 0, "no-speech": 0, "refusal": 0, "repeat": 1, "limit": 0}
     assert report["fallbacks"] == {"cut": 1}
     assert report["n"] == 3
+
+
+def test_sketches_are_the_same_for_ever():
+    """The yaml of a train set holds them: another version must not make others."""
+    assert sketch(np.arange(4.0))[:3] == pytest.approx([-0.2507, 1.2866, -1.6138], abs=1e-3)
+    assert sketch(np.ones(5)).shape == (32,)
+
+
+def test_sound_unlike_a_set_s():
+    """In a set of 40 voices, other clips of new voices count as strange in about one of a hundred, shifted ones do."""
+    rng = np.random.default_rng(0)
+    spread = rng.normal(size=(32, 32))
+
+    def clips(voices, each, first=0):
+        voice = np.repeat(2 * rng.normal(size=(voices, 32)), each, axis=0)
+        names = [f"voice{first + i // each}" for i in range(voices * each)]
+        return (voice + rng.normal(size=voice.shape)) @ spread, names
+
+    train, names = clips(40, 10)
+    sounds = Sounds.of(train, names)
+    new, _ = clips(100, 3)
+    share = float(np.mean([sounds.strange(x) for x in new]))
+    assert share < 0.04
+    assert np.mean([sounds.strange(x) for x in train]) <= 0.01
+    # Measured against its own voice's clips, too many of new ones would be strange.
+    assert sounds.limit > np.percentile(Sounds.of(train, [str(i) for i in range(400)]).distances(train), 99)
+    shifted = new + 8 * np.std(train, axis=0)
+    assert np.mean([sounds.strange(x) for x in shifted]) > 0.9
+    assert not sounds.strange(None)
+
+    again = Sounds.from_dict(sounds.as_dict())
+    np.testing.assert_allclose(again.distances(new), sounds.distances(new), rtol=1e-2)
+    assert Sounds.of(train[:49], names[:49]) is None  # too few to say
+    assert Sounds.of(train[:50], ["one"] * 50) is not None
