@@ -28,13 +28,6 @@ from sdumc.pretrained.recogniser import load_recogniser
 from sdumc.pretrained.speech import Projector, SpeechReader, save_projector
 
 
-@pytest.fixture(scope="module", autouse=True)
-def offline():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        yield
-
-
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     root = tmp_path_factory.mktemp("work")

@@ -20,13 +20,6 @@ from sdumc.extraction.faces import FaceDetector, crop, overlap, track_face
 from sdumc.pretrained.vision import VisionExtractor
 
 
-@pytest.fixture(scope="module", autouse=True)
-def offline():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        yield
-
-
 def pictures(count, seed=0, size=(48, 64)):
     return list(np.random.default_rng(seed).integers(0, 255, (count, *size, 3), dtype=np.uint8))
 

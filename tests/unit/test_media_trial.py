@@ -15,13 +15,6 @@ from sdumc.pretrained.speech import SpeechEncoder, normalise
 ALONE = {"hubert, batch norm", "data2vec-audio", "conformer", "sew"}  # in every layer behind the first
 
 
-@pytest.fixture(scope="module", autouse=True)
-def offline():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        yield
-
-
 @pytest.fixture(scope="module")
 def waves():
     return [tiny_models.wave(s, i) for i, s in enumerate([0.9, 0.31, 1.4, 0.05])]

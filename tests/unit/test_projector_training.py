@@ -23,13 +23,6 @@ from sdumc.training.checkpoint import hold_folder
 FILES = {"projector.safetensors", "config.yaml", "train.log", "train_utterances"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def offline():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        yield
-
-
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     root = tmp_path_factory.mktemp("work")

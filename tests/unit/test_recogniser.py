@@ -14,13 +14,6 @@ from sdumc.pretrained.recogniser import Heard, load_recogniser, windows
 from sdumc.pretrained.speech import RATE
 
 
-@pytest.fixture(scope="module", autouse=True)
-def offline():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        yield
-
-
 @pytest.fixture(scope="module")
 def waves():
     return [tiny_models.wave(s, i) for i, s in enumerate([0.9, 0.2, 1.7])]
