@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from sdumc.cli import Parser, at_least, run
 
-PARTS = ("step", "contrast", "simulation", "loader", "extraction", "neighbours")
+PARTS = ("step", "contrast", "simulation", "loader", "extraction", "neighbours", "predict")
 
 
 def get_parser() -> Parser:
@@ -33,6 +33,13 @@ def get_parser() -> Parser:
     group.add_argument("--dir", metavar="DIR", help="where the corpus is generated (default: the temporary folder)")
     group.add_argument("--keep", action="store_true", help="leave the corpus in --dir, or use the one that is there")
     group.add_argument("--workers", type=at_least(0, int), default=2, help="threads that read")
+    group = parser.add_argument_group("predict")
+    group.add_argument("--exp-dir", metavar="MODEL", help="a trained model's folder or a pack")
+    group.add_argument("--clip", metavar="FILE", help="a recording of some seconds, of which copies are scored")
+    group.add_argument(
+        "--clips", type=at_least(1, int), default=500, metavar="N", help="how many (default: %(default)s)"
+    )
+    group.add_argument("--minutes", type=float, default=60.0, help="of the long recording made of it (%(default)g)")
     return parser
 
 
@@ -41,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := [p for p in args.part if p not in PARTS]:
         print(f"error: no part {unknown[0]!r}; the parts are {', '.join(PARTS)}", file=sys.stderr)
         return 2
-    from sdumc.bench import contrast, extraction, loader, neighbours, simulation, step
+    from sdumc.bench import contrast, extraction, loader, neighbours, predict, simulation, step
     from sdumc.bench.measure import machine
 
     measure: dict[str, Callable[[int], bool]] = {
@@ -51,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "loader": lambda repeats: loader.main(repeats, args.utterances, args.dir, args.keep, args.workers),
         "extraction": extraction.main,
         "neighbours": neighbours.main,
+        "predict": lambda repeats: predict.main(repeats, args.exp_dir, args.clip, args.clips, args.minutes),
     }
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of models that the parts write to load them again
     print(machine())

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("give --condition, or --protocol; --help lists both")
     from sdumc.data.dump import load_dump
     from sdumc.scale import mapped_from, mapping_in_words, scale_of
-    from sdumc.scoring.decoding import inputs_for, load_for
+    from sdumc.scoring.decoding import check_dimensions, inputs_for, load_for
     from sdumc.training.checkpoint import load_model
 
     device = pick_device(args.device)
@@ -78,10 +78,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if theirs := mapped_from(models, scale):
         log.info("%s", mapping_in_words(theirs, scale))
     if args.protocol:
-        decode_protocols(models, load_dump(args.data_dir), args)
+        whole = load_dump(args.data_dir)
+        check_dimensions(models, whole)
+        decode_protocols(models, whole, args)
         return
     missing_text = {model.config.missing_text for model in models.values()}
     dump = load_for(Path(args.data_dir), args.condition, missing_text)
+    check_dimensions(models, dump)
     for condition in args.condition:
         for text in missing_text:
             warn_of_absent(dump, condition, text)

@@ -133,7 +133,9 @@ def find_model(use: ModelUse, folder: Path, model_dir: Path | None = None) -> Pa
     if name.is_absolute():
         places.append(name)
     else:
-        places += [place / name for place in (folder.absolute(), *folder.absolute().parents, Path.cwd())]
+        # An exp folder may be a link to another disk: its models are beside the link or beside what it points to.
+        above = [place for start in (folder.absolute(), folder.resolve()) for place in (start, *start.parents)]
+        places += [place / name for place in (*above, Path.cwd())]
     different = []
     for place in dict.fromkeys(places):
         if place.exists():

@@ -237,8 +237,8 @@ def open_experiment(path: Path) -> tuple[Path, Any]:
     """
     if path.is_dir():
         return path, None
-    if not path.exists() and _HUB_NAME.fullmatch(str(path)) and not is_archive(path):
-        return open_experiment(_from_hub_cache(str(path)))
+    if not path.exists() and (pack := hub_pack(str(path))):
+        return open_experiment(pack)
     if not path.is_file():
         raise UserError(f"{path}: no such experiment folder, packed folder or archive")
     keep = tempfile.TemporaryDirectory(prefix="sdumc-")
@@ -257,12 +257,14 @@ def open_experiment(path: Path) -> tuple[Path, Any]:
     return folders[0], keep
 
 
-def _from_hub_cache(name: str) -> Path:
-    """The packed folder, or the only archive, of a model in the hub's cache.
+def hub_pack(name: str) -> Path | None:
+    """The packed folder, or the only archive, of a model in the hub's cache; None if ``name`` is not ``OWNER/NAME``.
 
     Raises:
         UserError: it is not there, not whole, or none of ours.
     """
+    if not _HUB_NAME.fullmatch(name) or is_archive(Path(name)):
+        return None
     from huggingface_hub import constants, snapshot_download
 
     fetch = f"fetch it once, with a network: hf download {name}"

@@ -229,6 +229,18 @@ def load_for(data_dir: Path, conditions: Iterable[str], missing_texts: Iterable[
     return load_dump(data_dir, sorted({feature for c in wanted for feature in c.features}))
 
 
+def check_dimensions(models: Mapping[str, SDUMC], dump: Dump) -> None:
+    """Raise a :class:`UserError` where a feature of the dump is not as wide as what a model, by exp folder, reads."""
+    for exp, model in models.items():
+        for name, feature in dump.features.items():
+            want = getattr(model.config, f"{modality(name)}_dim")
+            if feature.entries and want and feature.dim != want:
+                raise UserError(
+                    f"{dump.path}/{name}.scp: dimension {feature.dim}, but {exp} reads {want}: other models made its "
+                    "features; make them with the same for both, or give another model"
+                )
+
+
 def worth_keeping(decoded: Decoded, worst: int = WORST, drawn: int = DRAWN) -> list[str]:
     """The utterances with the largest absolute errors, and some drawn at random, labelled or not."""
     error = np.nan_to_num(np.abs(decoded.prediction - decoded.label), nan=-1.0)

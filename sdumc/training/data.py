@@ -9,6 +9,7 @@ import math
 import random
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -163,6 +164,9 @@ def train_weights(settings: Namespace) -> list[float]:
         raise UserError(f"--train-weights: {len(weights)} for {len(folders)} --train-dir; give one for each")
     if not all(0 < weight < math.inf for weight in weights):
         raise UserError("--train-weights must be finite and above 0; leave out a --train-dir that is not to count")
+    places = [Path(folder).resolve() for folder in folders]
+    if doubled := [folder for folder, place in zip(folders, places, strict=True) if places.count(place) > 1]:
+        raise UserError(f"--train-dir: {doubled[0]} is there twice; leave it out, or give it a --train-weights")
     return weights
 
 

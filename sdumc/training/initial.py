@@ -76,11 +76,16 @@ def start_from(model: SDUMC, settings: Namespace, exp_dir: Path, train: Dump, wr
 
 
 def read_weights(source: Path, settings: Namespace) -> dict[str, Tensor]:
-    """The weights of an exp folder, a packed folder or archive, or the released checkpoint, under our names.
+    """The weights, under our names, of an exp folder, a packed folder or archive, one in the hub's cache
+    (``OWNER/NAME``), or the released checkpoint.
 
     Raises:
         UserError: it is none of these, or damaged.
     """
+    if not source.exists():
+        from sdumc.prediction.package import hub_pack
+
+        source = hub_pack(str(source)) or source
     if source.is_dir():
         return load_weights(weights_file(source))
     if not source.is_file():

@@ -193,6 +193,10 @@ def test_starting_from_a_model(tmp_path):
     ("init", "message"),
     [
         ("nowhere", "no such exp folder, packed model or checkpoint"),
+        (
+            "owner/nowhere",
+            "owner/nowhere: no such experiment folder, packed folder or archive here. If it is a name on the",
+        ),
         ("train/utt2label", "not an exp folder, packed model or released checkpoint"),
         ("wide", "train with the settings of that model"),
     ],
@@ -204,5 +208,20 @@ def test_what_cannot_be_started_from(tmp_path, init, message):
     if init == "wide":
         done = call_here("train", *places, "--exp-dir", tmp_path / "wide", *SMALL, "--epochs", 1, "--dim", 24)
         assert done.returncode == 0, done.stderr
-    done = call_here("train", *places, "--exp-dir", tmp_path / "exp", *SMALL, "--init", tmp_path / init)
+    source = init if init.startswith("owner") else tmp_path / init
+    done = call_here("train", *places, "--exp-dir", tmp_path / "exp", *SMALL, "--init", source)
     assert done.returncode == 1 and message in done.stderr
+
+
+def test_a_model_is_not_asked_about_features_of_another_width(tmp_path):
+    for number, name in enumerate(("train", "valid")):
+        make_dump(tmp_path / name, 8, number, ("audio",))
+    train(tmp_path, epochs=1)
+    make_dump(tmp_path / "other", 8, 2, ("video",))
+    for table in (tmp_path / "other").glob("video*"):
+        table.rename(table.with_name(table.name.replace("video", "audio")))
+    done, _ = decode(tmp_path, tmp_path / "other", "audio")
+    assert done.returncode == 1 and "other/audio.scp: dimension" in done.stderr and "Traceback" not in done.stderr
+    twice = ["--train-dir", tmp_path / "train", tmp_path / "valid" / ".." / "train"]
+    done = call_here("train", *twice, "--valid-dir", tmp_path / "valid", "--exp-dir", tmp_path / "two", *SMALL)
+    assert done.returncode == 1 and "train is there twice" in done.stderr

@@ -581,6 +581,9 @@ def test_models_are_found_where_they_were_or_where_they_are_said_to_be(tmp_path,
     exp = write_record(tmp_path / "exp/one", settings(model_hash=known))
     (use,) = extractors.load_record(exp).models()
     assert extractors.find_model(use, exp) == model
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "exp").symlink_to(tmp_path / "exp")
+    assert extractors.find_model(use, tmp_path / "recipe/exp/one") == model  # an exp folder that is a link
     other = fake_model(tmp_path / "exp/models/encoder", b"others")
     assert extractors.find_model(use, exp) == model  # not the nearer one with other weights
     moved = (tmp_path / "elsewhere").resolve()
