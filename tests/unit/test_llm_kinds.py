@@ -82,6 +82,25 @@ RIGHT = {
     "exaone4": ("Exaone4", {**GROUPED, **MIXED, "sliding_window_pattern": 2}),
     "biogpt": ("BioGpt", {**NAMES, "max_position_embeddings": 128}),
     "gpt-bigcode": ("GPTBigCode", OLD),
+    "gemma4": (
+        "Gemma4Text",
+        {
+            **{**GROUPED, **HEADS, **MIXED, "num_experts": 4, "moe_intermediate_size": 16, "num_kv_shared_layers": 0},
+            **{"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0},
+        },
+    ),
+    "cohere2-moe": (
+        "Cohere2Moe",
+        {**GROUPED, **HEADS, **MIXED, "num_experts": 4, "num_experts_per_tok": 2, "mlp_layer_types": ["sparse"] * 2},
+    ),
+    "mimo-v2-flash": (
+        "MiMoV2Flash",
+        {
+            **{**EXPERTS, **HEADS, **MIXED, "n_routed_experts": 4, "moe_intermediate_size": 16, "v_head_dim": 8},
+            **{"n_group": 1, "topk_group": 1, "mlp_layer_types": ["dense", "sparse"]},
+        },
+    ),
+    "vaultgemma": ("VaultGemma", {**GROUPED, **HEADS, **MIXED, "query_pre_attn_scalar": 8}),
     "gpt-neo-global": (
         "GPTNeo",
         {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]},
@@ -116,6 +135,24 @@ REFUSED = {
             **{"activation_sparsity_pattern": [0.0, 0.0]},
         },
         "failed a trial",
+    ),
+    "gemma4, inputs per layer": (
+        "Gemma4Text",
+        {
+            **{**GROUPED, **HEADS, **MIXED, "num_kv_shared_layers": 0},
+            **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 40},
+        },
+        "failed a trial",
+    ),
+    "deepseek-v4": (
+        "DeepseekV4",
+        {
+            **{**EXPERTS, **HEADS, **WINDOW, "n_routed_experts": 4, "moe_intermediate_size": 16, "q_lora_rank": 16},
+            **{"qk_rope_head_dim": 8, "n_shared_experts": 1, "index_head_dim": 8, "index_n_heads": 2},
+            **{"layer_types": ["heavily_compressed_attention", "compressed_sparse_attention"]},
+            **{"mlp_layer_types": ["hash_moe", "hash_moe"], "num_nextn_predict_layers": 0},
+        },
+        "compressed_sparse_attention",
     ),
     "rwkv": ("Rwkv", {**NAMES, "attention_hidden_size": 32}, "architecture is not supported"),
     "openai-gpt": ("OpenAIGPT", OLD, "not every layer keeps keys and values|trial"),
