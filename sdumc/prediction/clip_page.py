@@ -131,13 +131,13 @@ class PageWriter:
 
     def add(self, scored: ScoredFile) -> None:
         """Take a scored file, which is written now if it has a page of its own."""
+        page = self._page(scored.file)
         if self.single:
-            clip = make_clip(scored, self.target, self._left)
+            clip = make_clip(scored, self.target, self._left, copy=page.stem)
             self._left -= len(clip.player.source) * 3 // 4
             self._clips.append(clip)
             return
-        page = self._page(scored.file)
-        clip = make_clip(scored, page)
+        clip = make_clip(scored, page, copy=page.stem)
         write_text(page, page_html([clip]))
         self._entries.append(_entry(clip, page.name))
         self._ends = tuple(_number(clip.labels, end, 0) for end in scored.scale)
@@ -189,14 +189,16 @@ def _number(labels: LabelScale, score: float, digits: int) -> str:
     return labels.format(score, digits).replace("-", "−")
 
 
-def make_clip(scored: ScoredFile, page: Path | None, left: float = EMBEDDED, name: str = "") -> Clip:
-    """What a page shows of a file; ``left`` and ``page`` as :func:`make_player` has them."""
+def make_clip(
+    scored: ScoredFile, page: Path | None, left: float = EMBEDDED, name: str = "", copy: str | None = None
+) -> Clip:
+    """What a page shows of a file; ``page``, ``left`` and ``copy`` as :func:`make_player` has them."""
     scales = {}
     for m in MODALITIES:
         if maps := [u.attention[m] for u in scored.utterances if m in u.attention]:
             scales[m] = scale_of(maps)
     utterances = [_utterance(i, u, scales) for i, u in enumerate(scored.utterances, start=1)]
-    player = make_player(Path(scored.file), page, left)
+    player = make_player(Path(scored.file), page, left, copy)
     clip = Clip(_printable(name or Path(scored.file).name), scored, player, utterances, scales)
     clip.ticks = _ticks(clip.duration)
     return clip
@@ -315,12 +317,12 @@ class Player:
     note: str = ""
 
 
-def make_player(file: Path, page: Path | None, left: float = EMBEDDED) -> Player:
+def make_player(file: Path, page: Path | None, left: float = EMBEDDED, copy: str | None = None) -> Player:
     """What plays ``file`` on the page that is to be written as ``page``.
 
     A file of at most ``left`` bytes is part of the page; a larger one is linked relative to it. What browsers do not
     play is encoded again as MP4 (H.264 of at most 360 lines and 25 pictures a second, AAC of one channel) and, where
-    that is larger, written beside the page as ``<name>.sdumc.mp4``. Without ``page`` everything is embedded.
+    that is larger, written beside the page as ``<copy>.sdumc.mp4``. Without ``page`` everything is embedded.
     """
     media_type = _playable(file)
     if media_type and file.stat().st_size <= left:
@@ -334,7 +336,7 @@ def make_player(file: Path, page: Path | None, left: float = EMBEDDED) -> Player
     note = "a copy is played: one channel of sound" + (", small pictures" if kind == "video" else "")
     if len(content) <= left or page is None:
         return Player(kind, _data_uri(f"{kind}/mp4", content), note)
-    beside = page.parent / f"{file.stem}.sdumc.mp4"
+    beside = page.parent / f"{copy or file.stem}.sdumc.mp4"
     with atomic_write(beside, "wb") as f:
         f.write(content)
     return Player(kind, _link(beside, page), f"{note}; it is the file {beside.name} beside this page")

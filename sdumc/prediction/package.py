@@ -23,14 +23,14 @@ from typing import Any, Literal
 import yaml
 
 from sdumc import __version__
-from sdumc.conditions import CONDITIONS, SIMULATED, by_condition, condition_of
+from sdumc.conditions import CONDITIONS, SIMULATED, by_condition, condition_of, modality
 from sdumc.errors import UserError
 from sdumc.files import atomic_write, read_json, read_yaml, write_text
 from sdumc.prediction.extractors import RECORD, ModelUse, Record, find_model, load_record
 from sdumc.scale import CMU, SCALE, LabelScale, from_dict, scale_of
 from sdumc.scoring.metrics import format_measure
 from sdumc.training.checkpoint import PACKED, weights_file
-from sdumc.training.settings import CONFIG
+from sdumc.training.settings import CONFIG, read_train_sets, shares_in_words
 
 _LEFT_OUT = ("ccc", "acc5", "acc3", "acc2_has0", "f1_has0")  # of the card's table, on CMU's scale
 _ROLES = {
@@ -50,6 +50,19 @@ _WITHOUT_TRANSCRIPT = {
 }
 
 
+def _reads(features: Mapping[str, Mapping[str, Any]], missing_text: str) -> str:
+    """Which modalities a model reads, in words."""
+    read = {modality(name) for name in features}
+    names = [words for m, words in (("audio", "sound"), ("text", "words"), ("video", "pictures")) if m in read]
+    if names == ["words"]:
+        return "from its words. It needs a transcript."
+    without = f" Without a transcript, {_WITHOUT_TRANSCRIPT[missing_text]}." if "words" in names else ""
+    absent = " Absent modalities are left out." if len(names) > 1 else ""
+    *first, last = (f"its {name}" for name in names)
+    both = f"{', '.join(first)} and {last}" if first else last
+    return f"from {both}.{without}{absent}"
+
+
 def model_card(
     name: str,
     experiment: str,
@@ -60,12 +73,14 @@ def model_card(
     scores: Mapping[str, Mapping[str, Mapping[str, Any]]],
     backbones: bool,
     scale: LabelScale = CMU,
+    train_sets: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The text of the card.
 
     Args:
         models: ``name`` in the pack, or on the hub; ``was``, ``roles`` and ``bytes``.
         scores: contents of score.json by set and condition.
+        train_sets: of a model that learned from several corpora, as in ``train_sets.yaml``.
     """
     chosen = (
         "the epochs that are best on the valid set" if checkpoint == "valid-best" else "the mean of the best epochs"
@@ -75,9 +90,9 @@ def model_card(
     parts = [
         "---\n" + yaml.safe_dump(_front_matter(name, scores), sort_keys=False) + "---\n",
         f"# {name}\n",
-        f"SDUMC: the sentiment of an utterance as one number from {scale.named_ends}, from its "
-        f"sound, its words and its pictures. Without a transcript, {_WITHOUT_TRANSCRIPT[missing_text]}. Absent "
-        "modalities are left out.\n",
+        f"SDUMC: the sentiment of an utterance as one number from {scale.named_ends}, "
+        f"{_reads(features, missing_text)}\n",
+        *(["".join(f"It {line}.\n" for line in shares_in_words(train_sets))] if train_sets else []),
         f"Experiment `{experiment}`, {chosen}. Made with sdumc {__version__}.\n",
         "## Use\n",
         f"{needs} Install sdumc, then, in the folder that holds this one:\n",
@@ -411,7 +426,8 @@ def pack(
         RECORD: yaml.safe_dump(record.features, sort_keys=True, allow_unicode=True),
         SCORES: json.dumps(scores, indent=2) + "\n",
         "README.md": model_card(
-            name, exp_dir.name, checkpoint, config, record.features, models, scores, backbones, scale
+            *(name, exp_dir.name, checkpoint, config, record.features, models, scores, backbones, scale),
+            read_train_sets(exp_dir),
         ),
     }
     (_write_archive if is_archive(output) else _write_folder)(output, name, files, texts)

@@ -244,6 +244,9 @@ class Scorer:
             raise UserError(f"cut must be auto, yes or no, not {cut!r}")
         if max_seconds < 1:
             raise UserError(f"utterances of at most {max_seconds:g} s are too short; at least 1")
+        missing = MISSING_TEXTS[self.missing_text]
+        if text is None and {modality(f) for f in self.features} == {"text"} and missing not in self.features:
+            raise UserError("this model reads nothing but a transcript; give it with --text")
         if text is not None and "text" not in self.features:
             reason = self.extractors.record.left_out.get("text", "its features of real text are not recorded")
             raise UserError(f"this model cannot take a transcript: {reason}")

@@ -20,6 +20,7 @@ from helpers.browser import Tab, find_browser
 from mini.clips import write_clip
 from sdumc.data.media import probe, read_audio, read_frames
 from sdumc.errors import UserError
+from sdumc.prediction import clip_page
 from sdumc.prediction.clip_page import PageWriter, clock, make_clip, make_player, page_html, place_words
 from sdumc.prediction.scorer import ScoredFile, ScoredUtterance
 
@@ -161,6 +162,19 @@ def test_a_file_that_cannot_be_played_has_a_page_all_the_same(tmp_path):
     clip = make_clip(scored(tmp_path / "x.mp4"), tmp_path / "x.html")
     text = page_html([clip])
     assert "no player: it could not be encoded" in text and "<video" not in text and "+0.95" in text
+
+
+@pytest.mark.parametrize("target", ["pages", "one.html"])
+def test_files_of_one_name_in_two_folders_have_copies_of_their_own(clip, tmp_path, monkeypatch, target):
+    monkeypatch.setattr(clip_page, "_playable", lambda file: "")
+    monkeypatch.setattr(clip_page, "encode", lambda file: ("video", bytes(21_000_000)))
+    writer = PageWriter(tmp_path / "out" / target)
+    (tmp_path / "out").mkdir()
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        writer.add(scored(shutil.copy(clip, tmp_path / folder / "1.mp4")))
+    writer.close()
+    assert sorted(p.name for p in (tmp_path / "out").rglob("*.mp4")) == ["1.sdumc.mp4", "1_2.sdumc.mp4"]
 
 
 def test_one_page_for_all_or_one_for_each(clip, tmp_path):

@@ -675,3 +675,31 @@ def test_importing_the_package_stays_light():
     code = "import sys, sdumc; sdumc.__version__; print('torch' in sys.modules, hasattr(sdumc, 'nothing'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+# ---- what a model says of itself
+
+
+def test_the_card_says_what_is_read_and_what_was_learned_from():
+    def card(*features, sets=()):
+        return package.model_card(
+            "m", "e", "averaged", {}, {name: {} for name in features}, [], {}, True, train_sets=sets
+        )
+
+    assert "from its sound, its words and its pictures. Without a transcript" in card(
+        "audio", "text", "text_sim", "video"
+    )
+    assert "from its sound and its pictures. Absent" in card("audio", "video") and "It learned" not in card("audio")
+    assert "from its words. It needs a transcript." in card("text")
+    sets = [{"folder": f, "weight": 1.0, "utterances": 80, "share": 1.0, "labels": "-3 to 3"} for f in ("one", "two")]
+    assert "It learned from two with weight 1: 80 utterances, 50% of what is drawn." in card("audio", sets=sets)
+
+
+def test_a_model_of_texts_alone_asks_for_a_transcript():
+    from sdumc.prediction.scorer import Scorer
+
+    scorer = Scorer.__new__(Scorer)
+    scorer.features, scorer.missing_text = ["text"], "simulated"
+    with pytest.raises(UserError, match="nothing but a transcript; give it with --text"):
+        scorer._check_request(None, "auto", 20)
+    scorer._check_request("words", "auto", 20)
