@@ -31,8 +31,8 @@ from sdumc.pretrained.quality import LIKELIHOOD, SOUND, Sounds
 from sdumc.pretrained.recogniser import CtcRecogniser, Heard, WhisperRecogniser, load_recogniser
 from sdumc.pretrained.speech import SpeechEncoder, SpeechReader, load_whole, projector_file
 from sdumc.pretrained.vision import VisionExtractor
+from sdumc.training.checkpoint import RECORD
 
-RECORD = "extractors.yaml"
 # By feature: the settings that name a model, each with the role of the model.
 _MODELS = {
     "audio": (("model", "audio"),),

@@ -11,7 +11,6 @@ import io
 import json
 import math
 import os
-import re
 import shutil
 import tarfile
 import tempfile
@@ -26,10 +25,10 @@ from sdumc import __version__
 from sdumc.conditions import CONDITIONS, SIMULATED, by_condition, condition_of, modality
 from sdumc.errors import UserError
 from sdumc.files import atomic_write, read_json, read_yaml, write_text
-from sdumc.prediction.extractors import RECORD, ModelUse, Record, find_model, load_record
+from sdumc.prediction.extractors import ModelUse, Record, find_model, load_record
 from sdumc.scale import CMU, SCALE, LabelScale, from_dict, scale_of
 from sdumc.scoring.metrics import format_measure
-from sdumc.training.checkpoint import PACKED, weights_file
+from sdumc.training.checkpoint import PACKED, RECORD, hub_pack, is_archive, weights_file
 from sdumc.training.settings import CONFIG, read_train_sets, shares_in_words
 
 _LEFT_OUT = ("ccc", "acc5", "acc3", "acc2_has0", "f1_has0")  # of the card's table, on CMU's scale
@@ -226,15 +225,8 @@ def _feature_list(features: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 SCORES = "scores.json"
-ARCHIVES = (".tar", ".tar.gz", ".tgz")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WEIGHTS = (".bin", ".safetensors", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf")
 _OF_THIS_MACHINE = ("train-dir", "train-weights", "valid-dir", "exp-dir", "init", "device", "num-workers", "save-every")
-
-
-def is_archive(path: Path) -> bool:
-    """Whether the name is that of an archive."""
-    return path.name.endswith(ARCHIVES)
 
 
 # ------------------------------------------------------------------------------------------------------------ opening
@@ -270,34 +262,6 @@ def open_experiment(path: Path) -> tuple[Path, Any]:
         keep.cleanup()
         raise UserError(f"{path}: no {RECORD} in it; is it an archive of `sdumc pack`?")
     return folders[0], keep
-
-
-def hub_pack(name: str) -> Path | None:
-    """The packed folder, or the only archive, of a model in the hub's cache; None if ``name`` is not ``OWNER/NAME``.
-
-    Raises:
-        UserError: it is not there, not whole, or none of ours.
-    """
-    if not _HUB_NAME.fullmatch(name) or is_archive(Path(name)):
-        return None
-    from huggingface_hub import constants, snapshot_download
-
-    fetch = f"fetch it once, with a network: hf download {name}"
-    try:
-        folder = Path(snapshot_download(name, local_files_only=True))
-    except Exception:  # its errors differ between versions, and say to look at the network
-        raise UserError(
-            f"{name}: no such experiment folder, packed folder or archive here. If it is a name on the hub: that "
-            f"is not in the cache {constants.HF_HUB_CACHE}; {fetch}"
-        ) from None
-    if not (folder / RECORD).is_file():
-        archives = [p for p in folder.iterdir() if is_archive(p) and p.is_file()]
-        if len(archives) != 1:
-            raise UserError(f"{name}: {folder} has no {RECORD}: no model of `sdumc pack`, or not whole; {fetch}")
-        return archives[0]
-    if missing := [file for file in (CONFIG, PACKED) if not (folder / file).is_file()]:
-        raise UserError(f"{name}: {folder} is not whole, it has no {missing[0]}; {fetch}")
-    return folder
 
 
 def _unpack(path: Path, folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 That is the state of a run in its checkpoint, the weights of the best epochs, and their average.
 :class:`TrainingState` is all that a run is between two steps, with the random generators of its ranks. It is saved
-whole.
+whole. A packed model (:mod:`sdumc.prediction.package`) has the weights of one epoch or of the average.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sdumc.data.dump import Dump
 from sdumc.errors import UserError
 from sdumc.files import atomic_write, write_text
 from sdumc.model.network import SDUMC
-from sdumc.training.settings import load_config, model_config
+from sdumc.training.settings import CONFIG, load_config, model_config
 
 
 @dataclass
@@ -115,6 +115,9 @@ AVERAGED = "model.averaged.safetensors"
 TOLERANCE = 0.05  # by how much the average's MAE on valid may exceed the best epoch's
 CHOSEN = "chosen.yaml"  # the epochs whose mean VALID_BEST is, at the end of a run
 PACKED = "model.safetensors"  # the only weights of a packed model
+RECORD = "extractors.yaml"  # in it too: how its features were made
+ARCHIVES = (".tar", ".tar.gz", ".tgz")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def save_weights(path: Path, state: dict[str, Tensor]) -> None:
@@ -359,3 +362,36 @@ def weights_file(exp_dir: Path, which: str = "valid-best") -> Path:
     """Where the weights of :func:`load_model` are, or should be."""
     trained, packed = exp_dir / (VALID_BEST if which == "valid-best" else AVERAGED), exp_dir / PACKED
     return packed if packed.exists() and not trained.exists() else trained
+
+
+def is_archive(path: Path) -> bool:
+    """Whether the name is that of an archive."""
+    return path.name.endswith(ARCHIVES)
+
+
+def hub_pack(name: str) -> Path | None:
+    """The packed folder, or the only archive, of a model in the hub's cache; None if ``name`` is not ``OWNER/NAME``.
+
+    Raises:
+        UserError: it is not there, not whole, or none of ours.
+    """
+    if not _HUB_NAME.fullmatch(name) or is_archive(Path(name)):
+        return None
+    from huggingface_hub import constants, snapshot_download
+
+    fetch = f"fetch it once, with a network: hf download {name}"
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True))
+    except Exception:  # its errors differ between versions, and say to look at the network
+        raise UserError(
+            f"{name}: no such experiment folder, packed folder or archive here. If it is a name on the hub: that "
+            f"is not in the cache {constants.HF_HUB_CACHE}; {fetch}"
+        ) from None
+    if not (folder / RECORD).is_file():
+        archives = [p for p in folder.iterdir() if is_archive(p) and p.is_file()]
+        if len(archives) != 1:
+            raise UserError(f"{name}: {folder} has no {RECORD}: no model of `sdumc pack`, or not whole; {fetch}")
+        return archives[0]
+    if missing := [file for file in (CONFIG, PACKED) if not (folder / file).is_file()]:
+        raise UserError(f"{name}: {folder} is not whole, it has no {missing[0]}; {fetch}")
+    return folder

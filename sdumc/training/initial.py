@@ -24,7 +24,7 @@ from sdumc.errors import UserError
 from sdumc.files import read_yaml, write_text
 from sdumc.hyperparameters import ModelConfig
 from sdumc.model.network import SDUMC
-from sdumc.training.checkpoint import CHECKPOINT, PACKED, load_weights, weights_file, with_statistics
+from sdumc.training.checkpoint import CHECKPOINT, PACKED, hub_pack, load_weights, weights_file, with_statistics
 
 log = logging.getLogger("sdumc")
 
@@ -83,8 +83,6 @@ def read_weights(source: Path, settings: Namespace) -> dict[str, Tensor]:
         UserError: it is none of these, or damaged.
     """
     if not source.exists():
-        from sdumc.prediction.package import hub_pack
-
         source = hub_pack(str(source)) or source
     if source.is_dir():
         return load_weights(weights_file(source))

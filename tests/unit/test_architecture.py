@@ -15,6 +15,10 @@ MODULES = {
 }
 SOURCES = ("sdumc/**/*.py", "utils/*.py", "tools/*.py", "egs/**/*.py", "tests/**/*.py")
 LONGEST_FUNCTION, LONGEST_MAIN, LONGEST_FILE = 80, 40, 560
+READING_ORDER = (
+    *("data", "pretrained", "model", "losses", "corpora"),
+    *("extraction", "scoring", "training", "reporting", "prediction"),
+)
 MOST_MODULES = 70  # besides commands and benchmarks: what is new extends the module of its concept
 
 
@@ -118,6 +122,18 @@ def test_parts_never_import_commands():
         if name.startswith("sdumc.bin")
     }
     assert not guilty
+
+
+def test_parts_import_only_what_comes_before_them():
+    part_of = {m: m.split(".")[1] for m in MODULES if m.count(".") == 2 and m.split(".")[1] in READING_ORDER}
+    assert set(part_of.values()) == set(READING_ORDER)
+    guilty = [
+        (module, name)
+        for module, part in part_of.items()
+        for name in imports(module, True)
+        if name in part_of and READING_ORDER.index(part_of[name]) > READING_ORDER.index(part)
+    ]
+    assert guilty == []
 
 
 @pytest.mark.parametrize(

@@ -563,7 +563,7 @@ def settings(**more):
 
 def write_record(folder: Path, content: dict) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / extractors.RECORD).write_text(yaml.safe_dump(content))
+    (folder / "extractors.yaml").write_text(yaml.safe_dump(content))
     return folder
 
 
