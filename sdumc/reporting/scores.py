@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -123,6 +124,10 @@ def summarise_set(
         cells = {m: (v, UNDEFINED if math.isnan(v) else bootstrap.limits(values[m])) for m, v in means.items()}
         rows.append(Row(title, kind, condition, cells))
 
+    def of_train(values: Any) -> Any:
+        """Labels of the train set's scale, or predictions learned from them, on the scale of this set."""
+        return values if train is None else scale.from_network(train.scale.to_network(values))
+
     about, doubt = _about_projector(train)
     for condition in test_set.conditions.values():
         title = condition.title
@@ -148,10 +153,15 @@ def summarise_set(
         if first != name:  # where missing reads ASR text, asr has the same features: one row is enough
             mae["ridge", name], resampled["ridge", name] = mae["ridge", first], resampled["ridge", first]
             continue
-        p = ridge.model(ridge.inputs[test_set.name])
+        p = of_train(ridge.model(ridge.inputs[test_set.name]))
         add(f"ridge: {' + '.join(ridge.features)}", "ridge", name, p, [score(p, test_set.labels, rounding, scale)])
     if train is not None:
-        median = float(np.median(list(train.labels.values())))
+        median = float(of_train(np.median(list(train.labels.values()))))
+        if train.scale.ends != scale.ends:
+            notes.append(
+                f"Labels of the train set are from {train.scale.ends}: ridge regression and the median are mapped "
+                f"linearly to {scale.ends}."
+            )
         p = np.full(len(test_set.labels), median)
         title = f"median of the train labels ({median:.2f})"
         add(title, "median", "", p, [score(p, test_set.labels, rounding, scale)])
@@ -494,7 +504,8 @@ def fit_ridges(
         _check_dimensions(dumps, names, dump_root)
         train, valid = ([inputs(d, n) for n in names] for d in (train_set, valid_set))
         y_train, y_valid = (np.array([dumps[d].labels[u] for u in dumps[d].utterances]) for d in (train_set, valid_set))
-        model = fit_ridge(train, y_train, valid, y_valid)
+        scales = dumps[train_set].scale, dumps[valid_set].scale
+        model = fit_ridge(train, y_train, valid, scales[0].from_network(scales[1].to_network(y_valid)))
         able = [d for d in dumps if all(n in dumps[d].features for n in names)]
         ridges[condition] = FittedRidge(names, model, {d: [inputs(d, n) for n in names] for d in able})
     return ridges, notes

@@ -21,6 +21,7 @@ from helpers.report_tree import make_tree
 
 from sdumc.bin.report import common_title, main
 from sdumc.data.dump import load_dump
+from sdumc.data.tables import read_table, write_table
 from sdumc.errors import UserError
 from sdumc.reporting import drawing, scores
 from sdumc.reporting.scores import _findings, spread
@@ -369,6 +370,23 @@ def test_characters_without_a_font_are_logged(caplog, recwarn):
     assert not recwarn.list
     (record,) = caplog.records
     assert record.getMessage().startswith("figures: no font here has \U00013000;")
+
+
+def test_baselines_of_a_train_set_on_another_scale(tree, quick):
+    def baselines() -> list[str]:
+        main(["--exp-dirs", "exp/train_seed1", "--output-dir", "exp/report"])
+        lines = Path("exp/report/RESULTS.md").read_text().splitlines()
+        return [line.split("|")[2] for line in lines if line.startswith(("| ridge", "| median"))]  # their MAE
+
+    before = baselines()
+    for name in ("train", "valid"):
+        labels = read_table(Path("dump") / name / "utt2label")
+        write_table(
+            Path("dump") / name / "utt2label", {u: f"{(float(y) + 3) * 100 / 6:.9f}" for u, y in labels.items()}
+        )
+        (Path("dump") / name / "scale.yaml").write_text("low: 0\nhigh: 100\nclasses: none\n")
+    assert len(before) >= 2 and baselines() == before
+    assert "Labels of the train set are from 0 to 100" in Path("exp/report/RESULTS.md").read_text()
 
 
 def test_one_seed_and_no_extras(tree, quick):
