@@ -31,7 +31,7 @@ from sdumc.data.batches import UtteranceDataset
 from sdumc.data.dump import Dump, Feature, load_dump
 from sdumc.data.kaldi_dir import KaldiDir
 from sdumc.errors import UserError
-from sdumc.extraction.loop import make_batches, read_ahead, read_wave
+from sdumc.extraction.loop import Progress, make_batches, read_ahead, read_wave
 from sdumc.model.network import SDUMC
 from sdumc.pretrained.speech import SpeechEncoder
 from sdumc.scale import SCALE, declared_scale, looks_like_classes
@@ -330,6 +330,8 @@ class TranscribedSpeech:
         This happens in fixed batches before the first step, so that what is kept, and its last bits, do not depend on
         the step at which a resumed run begins.
         """
+        log.info("%s: encoding %d utterances before the first step", self.data.path, len(utterances))
+        progress = Progress(len(utterances))
         batches = self.batches(utterances, _ENCODED_SECONDS)
         for batch, waves in read_ahead(batches, lambda b: [read_wave(self.data, u) for u in b]):
             for utt, frames in zip(batch, self.encoder(waves), strict=True):
@@ -339,6 +341,7 @@ class TranscribedSpeech:
                     return
                 self.room -= size
                 self._kept[utt] = frames.cpu()
+            progress.step(len(batch))
 
     def read(self, batch: Sequence[str]) -> dict[str, np.ndarray]:
         """The sound of those utterances whose frames are not kept; called in a thread ahead of time."""
