@@ -12,10 +12,10 @@ __all__ = ["Scorer", "__version__"]
 
 # How OpenMP's threads wait for each other, unless the user says. By default they spin for milliseconds, which makes
 # training up to 40 times slower beside one other busy process; see docs/benchmarks.md. Here they sleep soon: after
-# 5000 checks (GNU's runtime, some 50 to 250 microseconds) or at once (others).
+# 2000 checks (GNU's runtime, some 20 to 100 microseconds) or at once (others).
 # The runtime reads these variables when it is loaded, with torch. So they are set here: every command, every process
 # of a launcher and `from sdumc import Scorer` import this module before torch.
-WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "5000"}
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
 WAITING_NAMES = (*WAITING, "KMP_BLOCKTIME")
 if not any(name in os.environ for name in WAITING_NAMES):
     os.environ.update(WAITING)

@@ -41,7 +41,7 @@ def warm_python(folder: Path) -> Iterator[dict[str, str]]:
     shim.parent.mkdir()
     shim.write_text(SHIM.format(python=sys.executable, here=Path(__file__).resolve(), socket=address))
     shim.chmod(0o755)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "5000"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
     command = [sys.executable, __file__, "--serve", str(address)]
     server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
     try:
