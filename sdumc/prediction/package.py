@@ -264,6 +264,15 @@ def open_experiment(path: Path) -> tuple[Path, Any]:
     return folders[0], keep
 
 
+def _without_places(train_sets: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The train sets with the ends of their folders' names: two parts, or as many as tell them apart."""
+    parts = [Path(part["folder"]).absolute().parts[1:] for part in train_sets]
+    count = 2
+    while len({p[-count:] for p in parts}) < len({*parts}):
+        count += 1
+    return [{**part, "folder": "/".join(p[-count:])} for part, p in zip(train_sets, parts, strict=True)]
+
+
 def _unpack(path: Path, folder: Path) -> None:
     """Unpack plain files only, below ``folder``: an archive from elsewhere must not write to other places."""
     with tarfile.open(path) as archive:
@@ -391,7 +400,7 @@ def pack(
         SCORES: json.dumps(scores, indent=2) + "\n",
         "README.md": model_card(
             *(name, exp_dir.name, checkpoint, config, record.features, models, scores, backbones, scale),
-            read_train_sets(exp_dir),
+            _without_places(read_train_sets(exp_dir)),
         ),
     }
     (_write_archive if is_archive(output) else _write_folder)(output, name, files, texts)

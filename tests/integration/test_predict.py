@@ -674,6 +674,8 @@ def test_error_streams_have_our_own_lines_only(exp, tmp_path, monkeypatch):
     expected = [
         *["INFO 6 of 6 utterances, # a second"] * 5,
         f"INFO {tmp_path}/video.scp: 6 utterances, # frames, 24 dimensions, 0 absent",
+        "INFO data/all: encoding 6 utterances before the first step",
+        "INFO 6 of 6 utterances, # a second",
         "INFO 6 utterances, # parameters, 2 steps",
         "INFO step 2 of 2: train loss #, # steps a second",
         "INFO text of the missing flow: simulated text",
