@@ -193,7 +193,8 @@ def test_the_track_that_a_player_plays(tmp_path, flag):
     flags = av.stream.Disposition
     with av.open(str(tmp_path / "x.mkv"), "w") as c:
         tracks = [c.add_stream("pcm_s16le", rate=RATE, layout="mono") for _ in range(2)]
-        tracks[0].disposition, tracks[1].disposition = flags[flag], flags.default
+        # PyAV 14 takes integers only.
+        tracks[0].disposition, tracks[1].disposition = flags[flag].value, flags.default.value
         for track, level in zip(tracks, (1.0, 0.5), strict=True):
             frame = av.AudioFrame.from_ndarray(
                 (tone() * level * 32767).astype(np.int16)[None], format="s16", layout="mono"
