@@ -309,4 +309,9 @@ def add_reader_options(group: Any, required: bool) -> None:
         metavar="PATH",
         help=f"folder of train_projector, its safetensors, or the released torch file{note}",
     )
+    group.add_argument(
+        "--projector-folds",
+        metavar="DIR",
+        help="cross-fitting: DIR/utt2fold has each utterance's part, DIR/1, DIR/2, ... the projectors that read them",
+    )
     group.add_argument("--encoder-layer", type=int, default=-1, help="encoder layer that the projector reads")

@@ -24,7 +24,8 @@ more_train_dirs= #: dump folders to train on as well, with spaces, such as ../mo
 train_weights=   #: a weight for the train set and each of these: how often their utterances are drawn; empty: all alike
 valid_set=valid  #: set that chooses the model
 test_sets="test" #: sets to score, with spaces
-projector_set=   #: set with transcripts to train the projector on; empty: the train set, whose simulated text is then too good
+projector_set=   #: set with transcripts to train the projector on; empty: the train set
+projector_folds=5 #: if that is the train set: parts of its speakers, each simulated by a projector trained without it; 0: off
 datadir=data     #: folder of the Kaldi data directories
 dumpdir=dump     #: folder of the features
 expdir=exp       #: folder of the experiments
@@ -66,7 +67,7 @@ die() {
 check_options() {
   local name seed
   (($# == 0)) || die "unexpected argument '$1'; --help lists the options"
-  for name in stage stop_stage nproc num_nodes nj; do
+  for name in stage stop_stage nproc num_nodes nj projector_folds; do
     [[ ${!name} =~ ^[0-9]+$ ]] || die "--${name//_/-} is a whole number, not '${!name}'"
   done
   for name in nproc num_nodes nj; do
@@ -298,14 +299,47 @@ make_text() {
 }
 
 train_projector() {
+  local learn
   use_config "${projector_config}"
+  learn=(python3 -m sdumc.bin.train_projector "${config[@]}" --encoder "${encoder}" --llm "${llm}"
+    --train-data-dir "${datadir}/${projector_set}" --valid-data-dir "${datadir}/${valid_set}" --device "${device}")
   step projector --inputs "${datadir}"/{"${projector_set}","${valid_set}"}/{wav.scp,text} "${settings[@]}" \
     --optional-inputs "${encoder}" "${llm}" --outputs "${speech_projector}" \
     --stale "${speech_projector}" "${speech_projector}.partial" \
     --ignore device -- ${cuda_cmd} "${gpu_option[@]}" "${expdir}/log/projector.log" -- \
-    python3 -m sdumc.bin.train_projector "${config[@]}" --encoder "${encoder}" --llm "${llm}" \
-    --train-data-dir "${datadir}/${projector_set}" --valid-data-dir "${datadir}/${valid_set}" \
-    --output "${speech_projector}" --device "${device}"
+    "${learn[@]}" --output "${speech_projector}"
+  if cross_fits; then train_on_parts "${learn[@]}"; fi
+}
+
+# Whether the train set's text is simulated by projectors that have not learned from it, since the one for all other sets
+# has. Their folder has `utt2fold`, the part of each utterance, and a projector for each part, trained without it.
+cross_fits() { [[ -z ${projector} && ${projector_set} == "${train_set}" ]] && ((projector_folds > 1)); }
+parts_of_train() { awk '$2 > n { n = $2 } END { print n + 0 }' "${expdir}/projector_folds/utt2fold"; }
+
+train_on_parts() { # COMMAND... that trains a projector
+  local folder=${expdir}/projector_folds data=${datadir}/${train_set} parts
+  step "parts of ${train_set}" --inputs "${data}"/{utt2spk,text} --outputs "${folder}/utt2fold" \
+    -- ${train_cmd} "${expdir}/log/projector_folds.log" -- \
+    python3 utils/split_speakers.py --data-dir "${data}" --parts "${projector_folds}" "${folder}/utt2fold"
+  parts=$(parts_of_train)
+  if ((parts < 2)); then
+    echo "  none   projectors without a part of ${train_set}: it has one transcript"
+    return
+  fi
+  step "projectors without a part of ${train_set}" \
+    --inputs "${folder}/utt2fold" "${datadir}"/{"${train_set}","${valid_set}"}/{wav.scp,text} "${settings[@]}" \
+    --optional-inputs "${encoder}" "${llm}" --outputs $(seq -f "${folder}/%g/projector.safetensors" "${parts}") \
+    --stale "${folder}/[0-9]*" --ignore device \
+    -- ${cuda_cmd} "${gpu_option[@]}" "JOB=1:${parts}" "${expdir}/log/projector_without_part.JOB.log" -- \
+    "$@" --folds "${folder}/utt2fold" --leave-out JOB --output "${folder}/JOB"
+}
+
+# use_folds SET: sets `folds`, the option with which a set's sound is read through the projectors of its parts.
+use_folds() {
+  folds=()
+  if [[ $1 == "${train_set}" && -e ${expdir}/projector_folds/utt2fold ]] && cross_fits && (($(parts_of_train) > 1)); then
+    folds=(--projector-folds "${expdir}/projector_folds")
+  fi
 }
 
 recognize_speech() {
@@ -324,11 +358,12 @@ simulate_text() {
   if [[ -n ${rescorer} ]]; then rescoring=(--rescorer "${rescorer}"); fi
   for set in ${all_sets}; do
     data=${datadir}/${set}
+    use_folds "${set}"
     plan_feature text_sim "${set}" "${settings[@]}" \
-      --optional-inputs "${encoder}" "${llm}" "${speech_projector}" "${rescoring[@]:1}" "${data}/text_asr" \
+      --optional-inputs "${encoder}" "${llm}" "${speech_projector}" "${folds[@]:1}" "${rescoring[@]:1}" "${data}/text_asr" \
       --outputs "${data}/text_sim" "${dumpdir}/${set}/text_sim.scp" -- \
       sdumc.bin.simulate_text "${config[@]}" --encoder "${encoder}" --projector "${speech_projector}" --llm "${llm}" \
-      "${rescoring[@]}"
+      "${folds[@]}" "${rescoring[@]}"
   done
   run_planned
 }
@@ -383,13 +418,16 @@ extract_text() { # NAME: text or text_asr
   fi
   for set in ${all_sets}; do
     text=${datadir}/${set}/${name}
+    folds=()
+    if ((${#files[@]})); then use_folds "${set}"; fi
     if [[ -z ${llm} ]] || { [[ -z ${encoder} && ${reads} == simulated ]] && ! has_transcripts_alone "${set}"; }; then
       no_feature "${name}" "${set}" "needs --llm and, unless the missing flow reads other text, --encoder"
     elif [[ ! -f ${text} ]]; then
       no_feature "${name}" "${set}" "there is no ${text}"
     else
-      plan_feature "${name}" "${set}" --inputs "${text}" --optional-inputs "${text}.absent" "${llm}" "${files[@]}" "${settings[@]}" \
-        --outputs "${dumpdir}/${set}/${name}.scp" -- sdumc.bin.extract_text "${config[@]}" "${models[@]}" \
+      plan_feature "${name}" "${set}" --inputs "${text}" --optional-inputs "${text}.absent" "${llm}" "${files[@]}" "${folds[@]:1}" \
+        "${settings[@]}" \
+        --outputs "${dumpdir}/${set}/${name}.scp" -- sdumc.bin.extract_text "${config[@]}" "${models[@]}" "${folds[@]}" \
         --llm "${llm}" --name "${name}" --text "${text}"
     fi
   done

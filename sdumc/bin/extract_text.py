@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     texts, without = _read_texts(args, text_file)
     reader = None
     if args.context == "audio+prompt":
-        reader, settings = load_reader(args)
+        reader, settings = load_reader(args, data)
         llm = reader.llm
     else:
         llm, settings = load_llm(args)
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "data_hash": data_hash(data, text_file),
     }
     if encoder.reads_sound:
-        batches = sound_batches(args, data, utterances)
+        batches = sound_batches(args, data, utterances, reader)
     else:
         spoken = {u: float(len(texts.get(u, ""))) / 15 for u in utterances}  # as long as it takes to say them
         batches = make_batches(spoken, args.batch_size, args.batch_seconds)

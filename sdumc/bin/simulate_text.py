@@ -57,12 +57,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     asr_file = Path(args.asr_text) if args.asr_text else Path(args.data_dir) / "text_asr"
     asr_texts = read_table(asr_file, allow_empty=True) if args.asr_text or asr_file.is_file() else {}
     status_file = Path(args.dump_dir) / "text_asr.status.tsv"
-    reader, settings = load_reader(args)
+    reader, settings = load_reader(args, data)
     rescorer, rescoring = load_rescorer(args)
     settings = {
         "extractor": "text_sim",
         **settings,
-        **projector_data(args.projector, data.utterances),
+        **projector_data(args.projector, [] if args.projector_folds else data.utterances),
         "context": "audio+prompt",
         "beam": args.beam,
         "max_new_tokens": args.max_new_tokens,
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with open_shard(args, settings, utterances) as writer:
         extract_simulated_text(
             data,
-            sound_batches(args, data, utterances),
+            sound_batches(args, data, utterances, reader),
             reader,
             writer,
             asr_texts,

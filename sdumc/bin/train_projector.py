@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import signal
 from collections.abc import Sequence
 from dataclasses import fields
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdumc.cli import Parser, add_compute_options, add_prompt_option, at_least, run, setup_logging
-from sdumc.errors import EXIT_REQUEUE
+from sdumc.errors import EXIT_REQUEUE, UserError
 from sdumc.machine import StopSignal
 
 if TYPE_CHECKING:
     from sdumc.pretrained.llm import SpeechLLM
     from sdumc.pretrained.speech import SpeechEncoder
+
+log = logging.getLogger("sdumc")
 
 
 def get_parser() -> Parser:
@@ -28,6 +31,10 @@ def get_parser() -> Parser:
     group.add_argument("--train-data-dir", required=True, metavar="DIR", help="Kaldi data directory with text")
     group.add_argument("--valid-data-dir", metavar="DIR", help="the step with the lowest loss here is kept")
     group.add_argument("--text-case", choices=("keep", "lower"), default="keep", help="change the transcripts' case")
+    group.add_argument("--folds", metavar="FILE", help="the part of each utterance, for --leave-out")
+    group.add_argument(
+        "--leave-out", metavar="PART", help="cross-fitting: do not learn from this part of the train set"
+    )
     group.add_argument("--output", required=True, metavar="DIR", help="folder to write, e.g. exp/projector")
     group = parser.add_argument_group("models")
     group.add_argument("--encoder", required=True, metavar="DIR", help="speech encoder: a transformers folder")
@@ -83,6 +90,25 @@ def describe_models(args: argparse.Namespace, encoder: SpeechEncoder, llm: Speec
     }
 
 
+def leave_out(args: argparse.Namespace, texts: dict[str, str]) -> dict[str, Any]:
+    """Remove the transcripts of the part that is not to be learned from; gives what describes it in config.yaml."""
+    from sdumc.data.tables import read_table
+    from sdumc.files import settings_hash
+
+    if not args.folds or not args.leave_out:
+        if args.folds or args.leave_out:
+            raise UserError("--folds and --leave-out belong together; give both or none")
+        return {}
+    part_of = read_table(args.folds)
+    out = [u for u in texts if part_of.get(u, args.leave_out) == args.leave_out]
+    if args.leave_out not in part_of.values() or len(out) == len(texts):
+        raise UserError(f"{args.folds}: there is no part {args.leave_out}, or nothing is left to learn from without it")
+    log.info("without part %s of %s: %d of %d utterances", args.leave_out, args.folds, len(out), len(texts))
+    for utt in out:
+        del texts[utt]
+    return {"left_out": args.leave_out, "left_out_hash": settings_hash({"utterances": out})}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     stop = StopSignal(signal.SIGTERM, signal.SIGUSR1)
@@ -95,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sdumc.pretrained.speech import SpeechEncoder
     from sdumc.training.checkpoint import hold_folder
     from sdumc.training.data import TranscribedSpeech
-    from sdumc.training.projector import ProjectorSettings, partial_folder, train_projector
+    from sdumc.training.projector import ProjectorSettings, is_finished, partial_folder, train_projector
 
     settings = ProjectorSettings(**{f.name: getattr(args, f.name) for f in fields(ProjectorSettings)})
     dirs = {"train": args.train_data_dir, "valid": args.valid_data_dir}
@@ -107,8 +133,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, data in sets.items():
         described |= {f"{name}_data_dir": str(data.path), f"{name}_data_hash": data_hash(data, data.path / "text")}
         texts = {u: t.lower() if args.text_case == "lower" else t for u, t in data.text.items()}
+        if name == "train":
+            described |= leave_out(args, texts)
         speech[name] = TranscribedSpeech(data, texts, encoder, settings.cache_mb * 2**20 // len(sets))
     train, valid, output = speech["train"], speech.get("valid"), Path(args.output)
+    if is_finished(output, described, settings):
+        log.info("%s: there already, from the same models, data and settings; remove it to train again", output)
+        return 0
     with hold_folder(partial_folder(output)):
         result = train_projector(llm, encoder, train, valid, settings, output, described, stop)
     if result is None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -113,6 +113,10 @@ class TextEncoder:
         """Whether sound stands before the text."""
         return self.context == "audio+prompt"
 
+    def of(self, utt: str) -> TextEncoder:
+        """The encoder of an utterance, and of all others of its batch."""
+        return self if self.reader is None else replace(self, reader=self.reader.of(utt))
+
     def __call__(self, texts: Sequence[str], waves: Sequence[np.ndarray | None]) -> list[Tensor]:
         """Texts, and the sound (T_i,) of each at 16 kHz or None -> states (N_i, D) float32.
 
@@ -170,7 +174,7 @@ def extract_text(
     def compute(items: Sequence[tuple[str, Any]]) -> list[Output]:
         said = [(utt, x) for utt, x in items if utt in texts]
         waves = [None if isinstance(x, _Unreadable) else x for _, x in said]
-        states = encoder([texts[utt] for utt, _ in said], waves) if said else []
+        states = encoder.of(items[0][0])([texts[utt] for utt, _ in said], waves) if said else []
         notes = [{BAD_MEDIA: x.reason} if isinstance(x, _Unreadable) else {} for _, x in said]
         found = {u: Output(s.cpu().numpy(), notes=n) for (u, _), s, n in zip(said, states, notes, strict=True)}
         return [found[utt] if utt in found else Output(absent=(without or {})[utt]) for utt, _ in items]

@@ -24,13 +24,22 @@ import numpy as np
 from sdumc.data.kaldi_dir import KaldiDir, load_kaldi_dir, shard
 from sdumc.data.media import probe, read_audio
 from sdumc.data.shards import ShardWriter
+from sdumc.data.tables import read_table
 from sdumc.errors import UserError
 from sdumc.extraction.finishing import BAD_MEDIA
 from sdumc.machine import halve_when_out_of_memory, installed_versions, pick_device
 from sdumc.pretrained.llm import SpeechLLM, prompt_text
 from sdumc.pretrained.loading import DTYPES, fingerprint
 from sdumc.pretrained.recogniser import CtcRecogniser, WhisperRecogniser, load_recogniser
-from sdumc.pretrained.speech import SpeechEncoder, SpeechReader, check_projector_prompt, projector_file
+from sdumc.pretrained.speech import (
+    SpeechEncoder,
+    SpeechReader,
+    check_projector_prompt,
+    learned_from,
+    projector_file,
+)
+
+FOLDS = "utt2fold"  # in a folder of projectors that were trained without a part each: the part of each utterance
 
 
 def durations(data: KaldiDir, utterances: Sequence[str]) -> dict[str, float]:
@@ -208,13 +217,22 @@ def data_hash(data: KaldiDir, *files: str | os.PathLike) -> str:
     return digest.hexdigest()[:16]
 
 
-def sound_batches(args: argparse.Namespace, data: KaldiDir, utterances: Sequence[str]) -> list[list[str]]:
-    """The job's utterances in batches by the length of their sound."""
-    return make_batches(durations(data, utterances), args.batch_size, args.batch_seconds)
+def sound_batches(
+    args: argparse.Namespace, data: KaldiDir, utterances: Sequence[str], reader: SpeechReader | None = None
+) -> list[list[str]]:
+    """The job's utterances in batches by the length of their sound, each for one of the readers that ``reader`` has."""
+    groups: dict[int, list[str]] = {}
+    for utt in utterances:
+        groups.setdefault(id(reader.of(utt)) if reader else 0, []).append(utt)
+    return [
+        batch
+        for group in groups.values()
+        for batch in make_batches(durations(data, group), args.batch_size, args.batch_seconds)
+    ]
 
 
-def load_reader(args: argparse.Namespace) -> tuple[SpeechReader, dict[str, Any]]:
-    """Encoder, projector and LLM of the command line, and the part of a feature's settings that describes them.
+def load_reader(args: argparse.Namespace, data: KaldiDir) -> tuple[SpeechReader, dict[str, Any]]:
+    """Encoder, projectors and LLM of the command line, and the part of a feature's settings that describes them.
 
     Raises:
         UserError: a folder is incomplete, parts do not fit, or the projector was trained with another prompt.
@@ -235,7 +253,42 @@ def load_reader(args: argparse.Namespace) -> tuple[SpeechReader, dict[str, Any]]
     reader = SpeechReader.load(encoder, str(projector), llm)
     if llm.scale_depends_on_version or reader.embedding_scale != 1:
         settings["embedding_scale"] = reader.embedding_scale
+    if args.projector_folds:
+        settings |= add_folds(reader, Path(args.projector_folds), data)
     return reader, settings
+
+
+def add_folds(reader: SpeechReader, folder: Path, data: KaldiDir) -> dict[str, Any]:
+    """Give each utterance the projector in ``folder`` that was trained without its part (cross-fitting).
+
+    Returns:
+        The part of a feature's settings that describes it.
+
+    Raises:
+        UserError: the folder is not whole, an utterance has no part, or a projector has learned from what it reads.
+    """
+    again = "run stage 2 again, or all of it with --force"
+    table, readers, hashes = folder / FOLDS, {}, []
+    part_of = read_table(table)
+    if lost := next((u for u in data.utterances if u not in part_of), None):
+        raise UserError(f"{table}: utterance {lost!r} of {data.path} has no part; {again}")
+    for part in sorted(set(part_of.values()), key=lambda p: (len(p), p)):
+        path = projector_file(str(folder / part))
+        learned, own = learned_from(str(path)), {u for u, p in part_of.items() if p == part}
+        if learned is None or learned & own:
+            seen = min(learned & own) if learned else min(own)
+            raise UserError(f"{path}: may have learned from utterance {seen!r}, which it is to read; {again}")
+        check_projector_prompt(str(path), reader.llm.prompt, reader.llm.template)
+        readers[part] = SpeechReader.load(reader.encoder, str(path), reader.llm)
+        hashes.append(fingerprint(path))
+    reader.others = {u: readers[part_of[u]] for u in data.utterances}
+    together = {(speaker, part_of[u]) for u, speaker in data.utt2spk.items()}
+    by_speaker = len(together) == len(set(data.utt2spk.values())) < len(data.utterances)
+    return {
+        "projector_parts": len(readers),
+        "projector_parts_of": "speakers" if by_speaker else "utterances",
+        "projector_parts_hash": hashlib.sha256(repr((sorted(part_of.items()), hashes)).encode()).hexdigest()[:16],
+    }
 
 
 def load_rescorer(args: argparse.Namespace) -> tuple[CtcRecogniser | WhisperRecogniser | None, dict[str, Any]]:

@@ -173,7 +173,8 @@ def extract_simulated_text(
     def compute(items: Sequence[tuple[str, np.ndarray]]) -> list[Output]:
         replacements = [asr_texts.get(utt) for utt, _ in items]
         mute = [utt in no_speech for utt, _ in items]
-        results = simulate(reader, [wave for _, wave in items], replacements, search, keep_first, mute, speech_test)
+        own = reader.of(items[0][0])  # a batch is for one of them
+        results = simulate(own, [wave for _, wave in items], replacements, search, keep_first, mute, speech_test)
         return [Output(r.states.cpu().numpy(), notes=_notes(r)) for r in results]
 
     def unheard(reason: str) -> Output:

@@ -13,8 +13,8 @@ import math
 import os
 import pickle
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -363,13 +363,19 @@ def load_projector(
 class SpeechReader:
     """Encoder, projector and LLM together; ``contexts`` turns sound into the input before the answer.
 
-    ``embedding_scale`` is what projected sound is multiplied by on its way into the LLM's first layer.
+    ``embedding_scale`` is what projected sound is multiplied by on its way into the LLM's first layer. ``others`` has
+    the readers of those utterances that another projector is to read (cross-fitting).
     """
 
     encoder: SpeechEncoder
     projector: Projector
     llm: SpeechLLM
     embedding_scale: float | None = 1.0
+    others: Mapping[str, SpeechReader] = field(default_factory=dict)
+
+    def of(self, utt: str) -> SpeechReader:
+        """The reader of an utterance."""
+        return self.others.get(utt, self)
 
     @classmethod
     def load(
@@ -412,14 +418,17 @@ def _projector_config(projector_path: str) -> tuple[Path, dict[str, Any]]:
     return config, read_yaml(config) if config.is_file() else {}
 
 
+def learned_from(projector_path: str) -> frozenset[str] | None:
+    """The utterances that a projector was trained on; None if it does not say."""
+    trained = _projector_config(projector_path)[0].with_name(TRAINED_ON)
+    return frozenset(trained.read_text(encoding="utf-8").splitlines()) if trained.is_file() else None
+
+
 def projector_data(projector_path: str, utterances: Sequence[str]) -> dict[str, Any]:
     """What a projector was trained on: ``projector_data``, the data directory, and ``projector_saw``, how many of
     ``utterances`` that holds. Both are None for a projector that does not say."""
-    config, content = _projector_config(projector_path)
-    trained = config.with_name(TRAINED_ON)
-    saw = None
-    if trained.is_file():
-        saw = len(set(trained.read_text(encoding="utf-8").splitlines()) & set(utterances))
+    learned, (_, content) = learned_from(projector_path), _projector_config(projector_path)
+    saw = None if learned is None else len(learned.intersection(utterances))
     return {"projector_data": content.get("train_data_dir"), "projector_saw": saw}
 
 

@@ -177,6 +177,8 @@ def _about_projector(train: Dump | None) -> tuple[str, list[str]]:
     saw, data = meta.get("projector_saw"), Path(str(meta.get("projector_data"))).name
     if train is None or saw is None:
         return "", []
+    if parts := meta.get("projector_parts"):
+        return f"projector cross-fitted over {parts} parts of the {meta.get('projector_parts_of', 'speakers')}", []
     if not saw:
         return f"projector trained on another set, {data}", []
     every = len(train.utterances)
@@ -185,7 +187,7 @@ def _about_projector(train: Dump | None) -> tuple[str, list[str]]:
         [
             f"The projector was trained on {saw} of the {every} utterances of {train.path.name}, so the simulated text "
             "that the model learned from is better than that of other sets, and the model trusts simulated text too "
-            "much. `--projector-set` names other transcribed speech."
+            "much. `--projector-folds` or other transcribed speech (`--projector-set`) mends that."
         ],
     )
 

@@ -310,7 +310,7 @@ class TranscribedSpeech:
     def __init__(self, data: KaldiDir, texts: Mapping[str, str], encoder: SpeechEncoder, cache_bytes: int):
         if not texts:
             raise UserError(f"{data.path}: training a projector needs transcripts, and there is no text")
-        if missing := len(data.utterances) - len(texts):
+        if missing := len(data.utterances) - len(data.text):
             log.info("%s: %d of %d utterances have no transcript", data.path, missing, len(data.utterances))
         self.data, self.texts, self.encoder = data, texts, encoder
         self.room = cache_bytes

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sdumc.errors import UserError
 from sdumc.extraction.loop import read_ahead
-from sdumc.files import write_text
+from sdumc.files import read_yaml, write_text
 from sdumc.machine import StopSignal, halve_when_out_of_memory, installed_versions
 from sdumc.pretrained.beam_search import prompt_positions
 from sdumc.pretrained.llm import SpeechLLM
@@ -130,7 +130,7 @@ def train_projector(
     checked = spread(valid.utterances, settings.valid_utterances) if valid else []
 
     # --- resume -------------------------------------------------------------------------------------------------------
-    identity = {"valid_data_dir": None, "valid_data_hash": None, **described, **asdict(settings)}
+    identity = identity_of(described, settings)
     saved = load_checkpoint(partial / CHECKPOINT, identity, FREE_TO_CHANGE, _ELSEWHERE)
     if saved is not None:
         state.load_state_dict(saved)
@@ -172,6 +172,19 @@ def train_projector(
     write_text(partial / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     publish(partial, output)
     return result
+
+
+def identity_of(described: Mapping[str, Any], settings: ProjectorSettings) -> dict[str, Any]:
+    """All that decides the result."""
+    return {"valid_data_dir": None, "valid_data_hash": None, **described, **asdict(settings)}
+
+
+def is_finished(output: Path, described: Mapping[str, Any], settings: ProjectorSettings) -> bool:
+    """Whether ``output`` is what :func:`train_projector` would write."""
+    found = read_yaml(output / "config.yaml") if (output / FILE_NAME).is_file() else {}
+    identity = identity_of(described, settings)
+    same = found.keys() - {"versions", "result"} == identity.keys()
+    return same and all(found[name] == value for name, value in identity.items() if name not in FREE_TO_CHANGE)
 
 
 def partial_folder(output: Path) -> Path:

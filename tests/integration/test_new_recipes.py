@@ -143,6 +143,9 @@ def test_recipes_from_a_table(tmp_path, models, warm, walk):
         assert f"{trained} trained, on" in text and terms in text.partition("trained, on")[2].partition(".")[0]
     log = (exp / "log/train.log").read_text()
     assert f"of {READS[walk]}" in log, log
+    # The projector learns from the three train clips, of three speakers; and one more without each of them.
+    crossed = "projector cross-fitted over 3 parts of the utterances" in results
+    assert crossed == (walk == "the toolkit's form") == (recipe / "exp/projector_folds/3/train_utterances").exists()
     if walk == "texts alone":
         for line in ("text_sim: there is no sound to simulate text from", "audio: there is no sound"):
             assert f"none   {line}" in output

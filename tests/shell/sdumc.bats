@@ -201,6 +201,51 @@ setup() {
   [[ ${status} != 0 ]]
 }
 
+@test "cross-fitting: a projector for each part of the train set, which then reads that part" {
+  # Six utterances of three speakers; a fake recipe has one utterance, of which no part can be left out.
+  run recipe --stop-stage 2
+  [[ ${status} == 0 && ${output} == *"none   projectors without a part of train: it has one transcript"* ]]
+  [[ $(calls | grep -c '^train_projector') == 1 && $(calls) != *--projector-folds* ]]
+  for name in utt2spk text wav.scp; do printf '%s\n' "a-1 a" "a-2 a" "b-1 b" "b-2 b" "c-1 c" "c-2 c" >"data/train/${name}"; done
+  forget_calls
+  run recipe --stop-stage 3
+  [[ ${status} == 0 && ${output} == *"run    projectors without a part of train (new)"* ]]
+  [[ $(cut -d' ' -f2 exp/projector_folds/utt2fold | uniq -c | wc -l) == 3 ]]
+  [[ $(calls | grep '^train_projector' | grep -c -e '--train-data-dir data/train .*--folds exp/projector_folds/utt2fold --leave-out [123] --output exp/projector_folds/[123]$') == 3 ]]
+  [[ $(calls | grep -c '^train_projector .*--output exp/projector$') == 1 && -f exp/log/projector_without_part.3.log ]]
+  # Real, ASR and simulated text of train alone, in two jobs each.
+  [[ $(calls | grep -e '--projector-folds exp/projector_folds' | grep -c '^\(simulate\|extract\)_text .*--projector exp/projector .*data/train ') == 6 ]]
+  [[ $(calls | grep -c -e '--projector-folds') == 6 ]]
+  forget_calls
+  run recipe --stop-stage 3
+  [[ ${status} == 0 && -z $(calls) ]]
+  # Fewer parts: all of them anew, what read train too, and nothing else.
+  run recipe --stop-stage 3 --projector-folds 2
+  [[ ${output} == *"run    projectors without a part of train (changed: exp/projector_folds/utt2fold"* && ! -e exp/projector_folds/3 && $(calls | grep -c '^train_projector') == 2 ]]
+  [[ $(calls | grep '^simulate_text\|^extract' | grep -vc 'data/train') == 0 && $(calls | grep -c '^simulate_text') == 2 ]]
+  forget_calls
+  run recipe --stop-stage 3 --projector-folds 0
+  [[ $(calls) != *--projector-folds* && $(calls) != *train_projector* && $(calls | grep -c '^simulate_text') == 2 ]]
+  # Not where the projector is given, or learns from another set.
+  forget_calls
+  cp -r data/train data/other
+  recipe --stop-stage 2 --projector-set other --expdir exp2
+  recipe --stop-stage 2 --projector models/llm --expdir exp3
+  [[ $(calls) != *--projector-folds* && $(calls) != *--leave-out* && ! -e exp2/projector_folds && ! -e exp3 ]]
+}
+
+@test "cross-fitting: the part and the log of a training that fails" {
+  recipe --stop-stage 1
+  for name in utt2spk text wav.scp; do printf '%s\n' "a-1 a" "b-1 b" >"data/train/${name}"; done
+  FAIL_WITH="--leave-out 2" run recipe --stop-stage 2
+  [[ ${status} == 3 && ${output} == *"log: exp/log/projector_without_part.2.log"* && ${output} == *"job 2 of 1:2 failed"* ]]
+  run recipe --stop-stage 2
+  [[ ${status} == 0 && ${output} == *"projectors without a part of train (going on)"* ]]
+  echo "b-1" >>data/train/utt2spk
+  run recipe --stop-stage 2
+  [[ ${status} == 1 && ${output} == *"data/train/utt2spk: utterance 'b-1' has no speaker"* ]]
+}
+
 @test "a settings file's base counts as a setting, quoted or with a comment" {
   printf '"base": "../shared/video.yaml"  # of all recipes\nkey: 1\n' >conf/video.yaml
   mkdir shared

@@ -602,6 +602,10 @@ def test_plan_by_hand():
     assert lines["2 text_sim N / s"] == "0.1"  # 250 s
     assert lines["4 train, each seed epochs (N_train / 96) b"] == "0.0"  # 25 x 8 batches x 0.5 s = 100 s
     assert lines["2 text_asr H / a"] == "?"
+    for folds, hours in ((5, "6.0"), (0, "1.0"), (1, "1.0")):
+        words = [sys.executable, plan, "--projector-step", "1", "--projector-steps", "3600", "--projector-folds", folds]
+        done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=True)
+        assert f"2 projector x (1 + F), if none is given           {hours}" in done.stdout
     words = [sys.executable, plan, "--models", "small", "--clips", "1000", "--hours", "2", "--tokens", "250"]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     lines = {" ".join(line.split()[:-1]): line.split()[-1] for line in done.stdout.splitlines() if line.strip()}

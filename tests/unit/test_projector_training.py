@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +17,8 @@ import yaml
 from helpers import tiny_models
 from safetensors.torch import load_file
 
-from sdumc.bin import simulate_text, train_projector
+from sdumc.bin import extract_text, finish_dump, simulate_text, train_projector
+from sdumc.data.dump import load_dump, load_matrix
 from sdumc.errors import EXIT_REQUEUE, UserError
 from sdumc.machine import installed_versions
 from sdumc.pretrained.speech import projector_data
@@ -205,3 +211,142 @@ def test_in_parts(work, tmp_path, monkeypatch, caplog):
     limit = 0
     with pytest.raises(UserError, match="one utterance alone does not fit"):
         train(work, tmp_path / "none")
+
+
+# ------------------------------------------------------------------------------------------------------- cross-fitting
+
+
+def split(folder, parts: int, utt2spk: str, text: str = "", seed: int = 1) -> tuple[dict[str, str], str]:
+    """What utils/split_speakers.py makes of the tables: part by utterance, and what it says."""
+    folder.mkdir(exist_ok=True)
+    (folder / "utt2spk").write_text(utt2spk)
+    (folder / "text").write_text(text or "".join(f"{line.split()[0]} words\n" for line in utt2spk.splitlines()))
+    script = Path(__file__).parents[2] / "utils/split_speakers.py"
+    words = ["--data-dir", folder, "--parts", parts, "--seed", seed, folder / "f/utt2fold"]
+    done = subprocess.run([sys.executable, script, *map(str, words)], capture_output=True, text=True)
+    if done.returncode:
+        return {}, done.stderr
+    lines = (folder / "f/utt2fold").read_text().splitlines()
+    assert lines == sorted(lines)
+    return dict(line.split() for line in lines), done.stdout
+
+
+def test_parts_have_other_speakers_and_are_balanced(tmp_path):
+    sizes = {f"s{i:02d}": 1 + i * i % 11 for i in range(30)}
+    utt2spk = "".join(f"{s}-{n} {s}\n" for s, size in sizes.items() for n in range(size))
+    part_of, said = split(tmp_path, 5, utt2spk)
+    assert len(part_of) == sum(sizes.values())
+    assert len({(utt[:3], part) for utt, part in part_of.items()}) == 30
+    counts = Counter(part_of.values())
+    assert set(counts) == set("12345") and max(counts.values()) - min(counts.values()) <= 2
+    assert f"{len(part_of)} utterances of 30 speakers" in said and "warning" not in said
+    written = (tmp_path / "f/utt2fold").stat().st_mtime_ns
+    assert split(tmp_path, 5, utt2spk)[0] == part_of and split(tmp_path, 5, utt2spk, seed=2)[0] != part_of
+    split(tmp_path, 5, utt2spk)
+    assert written < (written := (tmp_path / "f/utt2fold").stat().st_mtime_ns)
+    split(tmp_path, 5, utt2spk)
+    assert written == (tmp_path / "f/utt2fold").stat().st_mtime_ns  # unchanged: nothing is made again
+
+
+def test_parts_of_strange_sets(tmp_path):
+    fewer, _ = split(tmp_path, 5, "a-1 a\na-2 a\nb-1 b\n")
+    assert set(fewer.values()) == {"1", "2"} and fewer["a-1"] == fewer["a-2"] != fewer["b-1"]
+    one, said = split(tmp_path, 3, "a-1 a\na-2 a\na-3 a\na-4 a\n")
+    assert (
+        sorted(Counter(one.values()).values()) == [1, 1, 2] and "all are of one speaker: the parts are of utt" in said
+    )
+    own, said = split(tmp_path, 2, "a a\nb b\nc c\nd d\n")
+    assert sorted(Counter(own.values()).values()) == [2, 2] and "each utterance has a speaker of its own" in said
+    # Only c's and d's speech is transcribed: without the part of either there is still something to learn from.
+    some, _ = split(tmp_path, 4, "a-1 a\nb-1 b\nc-1 c\nc-2 c\nd-1 d\n", "c-1 well\nd-1 no\n")
+    assert set(some.values()) == {"1", "2"} and some["c-1"] == some["c-2"] != some["d-1"] and len(some) == 5
+    assert split(tmp_path, 4, "a-1 a\n")[0] == {"a-1": "1"}
+    assert "warning: one part has 5 of 6" in split(tmp_path, 2, "".join(f"a-{i} a\n" for i in range(5)) + "b-1 b\n")[1]
+    for table in ("a-1 a\na-2\n", "a-1 a\n"):
+        _, said = split(tmp_path, 2, table, "a-1 yes\na-2 no\n")
+        assert "utt2spk: utterance 'a-2' has no speaker" in said
+
+
+@pytest.fixture(scope="module")
+def folds(work, tmp_path_factory):
+    """Projectors that have not heard speaker 0 (part 1) and speaker 1 (part 2)."""
+    folder = tmp_path_factory.mktemp("cross") / "projector_folds"
+    folder.mkdir()
+    ids = [line.split()[0] for line in (work / "data/utt2spk").read_text().splitlines()]
+    (folder / "utt2fold").write_text("".join(f"{u} {1 + int(u[3])}\n" for u in ids))
+    for part in ("1", "2"):
+        words = ["--folds", str(folder / "utt2fold"), "--leave-out", part, "--learning-rate", "0.1"]
+        assert train(work, folder / part, *words) == 0
+    return folder
+
+
+def test_a_part_is_left_out(work, folds, undisturbed, monkeypatch, capsys):
+    ids = (undisturbed / "train_utterances").read_text().split()
+    for part in "12":
+        learned = (folds / part / "train_utterances").read_text().split()
+        assert learned == [u for u in ids if u[3] != str(int(part) - 1)]
+        assert yaml.safe_load((folds / part / "config.yaml").read_text())["left_out"] == part
+    # What is finished is not trained again, unless its settings have changed; nor is it mistaken for another part's.
+    before = weights(folds / "2")
+    monkeypatch.setattr(training, "learning_rate", None)
+    words = ["--folds", str(folds / "utt2fold"), "--learning-rate", "0.1"]
+    assert train(work, folds / "2", *words, "--leave-out", "2") == 0
+    assert "there already" in capsys.readouterr().err and weights(folds / "2") == before
+    for more in ([*words, "--leave-out", "1"], ["--learning-rate", "0.1"], [*words, "--leave-out", "2", "--seed", "7"]):
+        with pytest.raises(TypeError):
+            train(work, folds / "2", *more)
+        shutil.rmtree(training.partial_folder(folds / "2"))
+
+
+def test_wrong_parts_are_refused(work, folds, tmp_path):
+    for words, message in [
+        (["--leave-out", "1"], "--folds and --leave-out belong together"),
+        (["--folds", str(folds / "utt2fold"), "--leave-out", "3"], "there is no part 3"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            train(work, tmp_path / "p", *words)
+
+
+def reading(work, dump, projector, *more: str) -> list[str]:
+    models = ["--encoder", str(work / "encoder"), "--llm", str(work / "llm"), "--projector", str(projector)]
+    places = ["--data-dir", str(work / "data"), "--dump-dir", str(dump), "--device", "cpu", "--layers", "-2"]
+    return [*places, *models, "--batch-size", "3", *more]
+
+
+def read(work, dump, projector, *more: str) -> dict[str, torch.Tensor]:
+    """Simulated and real text of the data by a projector: its states by feature and utterance."""
+    for job in ("1/2", "2/2"):
+        words = reading(work, dump, projector, "--shard", job, *more)
+        simulate_text.main([*words, "--max-new-tokens", "12", "--speech-test", "level"])
+        extract_text.main(words)
+    for name in ("text", "text_sim"):
+        finish_dump.main(["--data-dir", str(work / "data"), "--dump-dir", str(dump), "--name", name, "--num-jobs", "2"])
+    found = load_dump(dump).features
+    places = {(name, u): at for name in ("text", "text_sim") for u, at in found[name].entries.items()}
+    return {key: torch.from_numpy(load_matrix(at)) for key, at in places.items()}
+
+
+def test_each_part_is_read_by_the_projector_that_has_not_heard_it(work, folds, undisturbed, tmp_path):
+    alone = {part: read(work, tmp_path / part, folds / part) for part in "12"}
+    crossed = read(work, tmp_path / "crossed", undisturbed, "--projector-folds", str(folds))
+    assert len(crossed) == 18
+    for (name, utt), states in crossed.items():
+        own, other = (alone[p][name, utt] for p in ("12" if utt[3] == "0" else "21"))
+        torch.testing.assert_close(states, own, atol=1e-4, rtol=1e-3)
+        assert other.shape != states.shape or (other - states).abs().max() > 1e-2
+    described = yaml.safe_load((tmp_path / "crossed/text_sim.yaml").read_text())
+    assert (described["projector_parts"], described["projector_parts_of"]) == (2, "speakers")
+    assert described["projector_saw"] == 0 and described["projector"] == str(undisturbed)  # the one for new clips
+    assert yaml.safe_load((tmp_path / "1/text_sim.yaml").read_text())["projector_saw"] == 4
+
+
+def test_projectors_that_have_heard_what_they_read_are_refused(work, folds, undisturbed, tmp_path):
+    words = reading(work, tmp_path / "dump", undisturbed, "--projector-folds", str(tmp_path / "folds"))
+    shutil.copytree(folds, tmp_path / "folds")
+    for part, source in (("1", "2"), ("2", "1")):
+        shutil.copy(folds / source / "train_utterances", tmp_path / "folds" / part)
+    with pytest.raises(UserError, match=r"folds/1/projector.safetensors: may have learned from utterance 'spk0-000'"):
+        simulate_text.main(words)
+    (tmp_path / "folds/utt2fold").write_text("spk0-000 1\n")
+    with pytest.raises(UserError, match=r"utt2fold: utterance 'spk0-002' of .* has no part; run stage 2 again"):
+        simulate_text.main(words)

@@ -138,6 +138,17 @@ def test_doubtful_runs_are_named(tree, quick):
         assert "Seed 1: no epoch" not in text
 
 
+@pytest.mark.parametrize("of", ["speakers", "utterances"])
+def test_the_first_table_says_that_simulated_text_is_cross_fitted(tree, quick, of):
+    path = Path("dump/train/text_sim.yaml")
+    meta = f"projector_data: data/train\nprojector_saw: 0\nprojector_parts: 4\nprojector_parts_of: {of}\n"
+    path.write_text(path.read_text() + meta)
+    main(ARGS)
+    for text in (Path("RESULTS.md").read_text(), html.unescape(Path("exp/report/report.html").read_text())):
+        assert f"missing: simulated text (projector cross-fitted over 4 parts of the {of})" in text
+        assert "The projector was trained on" not in text
+
+
 @pytest.mark.parametrize(("saw", "words"), [(0, "another set, libri"), (60, "train itself"), (None, "")])
 def test_the_first_table_says_what_the_projector_was_trained_on(tree, quick, saw, words):
     path = Path("dump/train/text_sim.yaml")

@@ -66,6 +66,7 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument("--pictures", type=float, default=0.0, help="p, faces and video features: pictures a second")
     g.add_argument("--projector-step", type=float, default=0.0, help="seconds a step, if a projector is trained")
     g.add_argument("--projector-steps", type=int, default=100000)
+    g.add_argument("--projector-folds", type=int, default=5, help="F, projectors for cross-fitting; 0: none")
     g.add_argument("--train-step", type=float, default=0.0, help="b, training: seconds a batch of 96")
     g.add_argument("--epochs", type=int, default=25)
     return parser
@@ -78,8 +79,9 @@ def gpu_hours(a: argparse.Namespace) -> dict[str, float | None]:
         return amount / speed if speed else None
 
     batches = -(-a.clips * a.train_share // 96)
+    projectors = 1 + (a.projector_folds if a.projector_folds > 1 else 0)
     return {
-        "2 projector (if none is given; not for ASR text)": a.projector_steps * a.projector_step / 3600 or None,
+        "2 projector x (1 + F), if none is given": projectors * a.projector_steps * a.projector_step / 3600 or None,
         "2 text_asr            H / a": over(a.hours, a.asr),
         "2 text_sim            N / s": over(a.clips / 3600, a.simulation),
         "3 audio               H / w": over(a.hours, a.audio),

@@ -19,7 +19,7 @@ def write(*paths: Path) -> None:
 def main(name: str) -> None:
     with open(Path(os.environ["FAKE"]) / "calls", "a") as f:
         f.write(" ".join([name, *sys.argv[1:]]) + "\n")
-    if os.environ.get("FAIL") == name:
+    if os.environ.get("FAIL") == name or os.environ.get("FAIL_WITH", "no such words") in " ".join(sys.argv):
         print("this is what went wrong", file=sys.stderr)
         sys.exit(3)
     dump, data, exp = Path(option("dump-dir")), Path(option("data-dir")), Path(option("exp-dir"))
