@@ -39,6 +39,12 @@ def get_parser() -> Parser:
     group = parser.add_argument_group("models")
     group.add_argument("--encoder", required=True, metavar="DIR", help="speech encoder: a transformers folder")
     group.add_argument("--encoder-layer", type=int, default=-1, help="encoder layer that the projector reads")
+    group.add_argument(
+        "--whisper-window",
+        choices=("30s", "clip"),
+        default="30s",
+        help="what a Whisper encoder reads: the clip padded to 30 s, or the clip alone, which is ten times as fast",
+    )
     group.add_argument("--llm", required=True, metavar="DIR", help="causal LLM: a transformers folder")
     add_prompt_option(group)
     group.add_argument("--k", type=at_least(1, int), default=5, metavar="N", help="encoder frames per LLM embedding")
@@ -53,6 +59,14 @@ def get_parser() -> Parser:
 
 def _add_training(g: Any) -> None:
     whole, positive = at_least(0, int), at_least(1, int)
+    g.add_argument(
+        "--ctc-steps",
+        type=whole,
+        default=0,
+        metavar="N",
+        help="steps of a warm start before the others, without the LLM's layers: frames become like the embeddings of "
+        "the transcript's tokens",
+    )
     g.add_argument("--steps", type=positive, default=10000, metavar="N", help="optimiser steps")
     g.add_argument("--batch-size", type=positive, default=16, metavar="N", help="utterances per step")
     g.add_argument("--learning-rate", type=at_least(0), default=1e-4, metavar="X", help="highest, after the warm-up")
@@ -80,6 +94,7 @@ def describe_models(args: argparse.Namespace, encoder: SpeechEncoder, llm: Speec
         "encoder": args.encoder,
         "encoder_hash": fingerprint(encoder.folder),
         "encoder_layer": args.encoder_layer,
+        "whisper_window": args.whisper_window,
         "llm": args.llm,
         "llm_hash": fingerprint(llm.folder),
         "embedding_scale": llm.embedding_scale,
@@ -128,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sets = {name: load_kaldi_dir(path) for name, path in dirs.items() if path}
     device, dtype = pick_device(args.device), DTYPES[args.dtype]
     llm = SpeechLLM(args.llm, dtype, device, prompt_text(args.prompt), template=args.prompt_template)
-    encoder = SpeechEncoder(args.encoder, dtype, device, args.encoder_layer)
+    encoder = SpeechEncoder(args.encoder, dtype, device, args.encoder_layer, window=args.whisper_window)
     described, speech = describe_models(args, encoder, llm), {}
     for name, data in sets.items():
         described |= {f"{name}_data_dir": str(data.path), f"{name}_data_hash": data_hash(data, data.path / "text")}

@@ -37,6 +37,7 @@ from sdumc.pretrained.speech import (
     check_projector_prompt,
     learned_from,
     projector_file,
+    projector_window,
 )
 
 FOLDS = "utt2fold"  # in a folder of projectors that were trained without a part each: the part of each utterance
@@ -242,7 +243,8 @@ def load_reader(args: argparse.Namespace, data: KaldiDir) -> tuple[SpeechReader,
     llm, settings = load_llm(args)
     projector = projector_file(args.projector)
     check_projector_prompt(str(projector), llm.prompt, llm.template)
-    encoder = SpeechEncoder(args.encoder, DTYPES[args.dtype], pick_device(args.device), args.encoder_layer)
+    dtype, device, window = DTYPES[args.dtype], pick_device(args.device), projector_window(str(projector))
+    encoder = SpeechEncoder(args.encoder, dtype, device, args.encoder_layer, window=window)
     settings |= {
         "encoder": args.encoder,
         "encoder_hash": fingerprint(encoder.folder),
@@ -251,6 +253,8 @@ def load_reader(args: argparse.Namespace, data: KaldiDir) -> tuple[SpeechReader,
         "projector_hash": fingerprint(projector),
     }
     reader = SpeechReader.load(encoder, str(projector), llm)
+    if encoder.is_whisper and window != "30s":
+        settings["whisper_window"] = window
     if llm.scale_depends_on_version or reader.embedding_scale != 1:
         settings["embedding_scale"] = reader.embedding_scale
     if args.projector_folds:

@@ -228,13 +228,15 @@ class Extractors:
 
     # ---- sound
 
-    def _encoder(self, s: dict[str, Any], key: str, role: str, layer: int, normalised: bool) -> SpeechEncoder:
+    def _encoder(
+        self, s: dict[str, Any], key: str, role: str, layer: int, normalised: bool, window: str = "30s"
+    ) -> SpeechEncoder:
         """A speech encoder; where audio features and simulated text have the same one, its weights are loaded once."""
         folder, dtype = str(self._place(s, key, role)), self._dtype(s)
         names = [u.hash for u in self.record.models() if u.role in ("audio", "encoder")]
         shared = len(set(names)) < len(names) and None not in names
         loaded = self._once(load_whole, folder, dtype, self.device) if shared else None
-        return self._once(SpeechEncoder, folder, dtype, self.device, layer, normalised, loaded)
+        return self._once(SpeechEncoder, folder, dtype, self.device, layer, normalised, loaded, window)
 
     def audio(self, waves: Sequence[np.ndarray]) -> list[torch.Tensor]:
         """Sound (T_i,) at 16 kHz -> audio features (frames_i, D) float32 on the CPU."""
@@ -251,7 +253,9 @@ class Extractors:
 
     def _reader(self, s: dict[str, Any]) -> SpeechReader:
         llm = self._llm(s)
-        encoder = self._encoder(s, "encoder", "encoder", s.get("encoder_layer", -1), True)
+        encoder = self._encoder(
+            s, "encoder", "encoder", s.get("encoder_layer", -1), True, s.get("whisper_window", "30s")
+        )
         projector = str(projector_file(self._place(s, "projector", "projector")))
         return self._once(SpeechReader.load, encoder, projector, llm, s.get("embedding_scale"))
 

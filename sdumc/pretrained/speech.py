@@ -34,6 +34,9 @@ log = logging.getLogger("sdumc")
 
 RATE = 16000  # Hz, the sample rate of every encoder's input
 MIN_SAMPLES = 2000  # shorter clips are padded with silence to 0.125 s: six frames, enough for one projector group
+# What Whisper's encoder reads: each clip padded with silence to 30 s, as in its training; or the clip at its own
+# length, as in SLAM-LLM's recipes, which for clips of a few seconds costs a tenth.
+WINDOWS = ("30s", "clip")
 _WHISPER_WINDOW = 30 * RATE
 _WHISPER_STRIDE = 320  # samples from one frame to the next
 
@@ -96,6 +99,21 @@ class WaveInput:
         }, lengths
 
 
+class _FirstPositions(nn.Module):
+    """The first ``num_embeddings`` of Whisper's positions: its encoder reads shorter sound than 30 s with these."""
+
+    def __init__(self, positions: Any):
+        super().__init__()
+        self.positions, self.num_embeddings = positions, 0
+
+    @property
+    def weight(self) -> Tensor:
+        return self.positions.weight[: self.num_embeddings]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.positions(ids)
+
+
 def load_whole(name: str, dtype: torch.dtype, device: torch.device) -> Any:
     """The model of an encoder's folder, with all its layers."""
     from transformers import AutoModel
@@ -123,6 +141,7 @@ class SpeechEncoder:
             one; transformers 5 lists the state before that norm there; after the adapter of a wav2vec 2.0 with one),
             -5 the released audio features. Layers above it are not computed.
         normalised: scale each clip to zero mean and unit variance (not used by Whisper, which has its own scaling).
+        window: what Whisper reads: :data:`WINDOWS`. Others read the clip.
         loaded: the folder's model (:func:`load_whole`), when encoders of several layers share its weights.
 
     Attributes:
@@ -141,14 +160,18 @@ class SpeechEncoder:
         layer: int = -1,
         normalised: bool = True,
         loaded: Any = None,
+        window: str = "30s",
     ):
         self.folder: Path = model_folder(name)
         self.device, self.dtype = torch.device(device), dtype
         config = read_model_config(self.folder)
         self.is_whisper = config["model_type"] == "whisper"
+        self.window = window if self.is_whisper else "clip"
         model = load_whole(str(self.folder), dtype, self.device) if loaded is None else _with_own_parts(loaded)
         if self.is_whisper:
             model = model.get_encoder()
+            if window == "clip":
+                model.config, model.embed_positions = copy.copy(model.config), _FirstPositions(model.embed_positions)
             self.spectrogram = whisper_spectrogram(self.folder)
         elif hasattr(model, "feature_extractor") and hasattr(model, "_get_feat_extract_output_lengths"):
             self.input = WaveInput(model, normalised, dtype, self.device)
@@ -163,9 +186,15 @@ class SpeechEncoder:
             one_by_one, frames = try_clips(self._encode, self.num_frames, dtype, refusal)
             return [one_by_one, int(frames[0].shape[1])]
 
-        settings = ("encoder", dtype, self.layer, normalised)
+        settings = (
+            "encoder",
+            dtype,
+            self.layer,
+            normalised,
+            *([window] if self.is_whisper and window != "30s" else []),
+        )
         self.one_by_one, self.dim = passed(self.folder, self.device, settings, trial)
-        if self.one_by_one:
+        if self.one_by_one and not self.is_whisper:
             log.info("%s: its frames depend on the other clips of a batch; clips go one at a time", self.folder)
 
     def _keep_layers(self, layer: int) -> None:
@@ -233,19 +262,34 @@ class SpeechEncoder:
         return output.last_hidden_state if tapped is None else tapped
 
     def _whisper(self, waves: Sequence[np.ndarray]) -> list[Tensor]:
-        # Whisper's input is exactly 30 s, padded with silence; a longer clip is split into windows.
+        # Whisper's input is at most 30 s; a longer clip is split into windows.
         pieces = [
             (i, wave[start : start + _WHISPER_WINDOW])
             for i, wave in enumerate(waves)
             for start in range(0, max(1, len(wave)), _WHISPER_WINDOW)
         ]
-        features = self.spectrogram([p for _, p in pieces], sampling_rate=RATE, return_tensors="pt").input_features
-        output = self._take(self.model(features.to(self.device, self.dtype)))
+        read = self._read_window if self.window == "30s" else self._read_clips
         parts: list[list[Tensor]] = [[] for _ in waves]
-        for (i, piece), x in zip(pieces, output, strict=True):
+        for (i, piece), x in zip(pieces, read([p for _, p in pieces]), strict=True):
             frames = self.num_frames(len(piece)) if len(parts[i]) == 0 else math.ceil(len(piece) / _WHISPER_STRIDE)
             parts[i].append(x[:frames])
         return [torch.cat(p) for p in parts]
+
+    def _read_window(self, pieces: Sequence[np.ndarray]) -> Tensor:
+        """Each piece padded with silence to 30 s, as Whisper was trained."""
+        features = self.spectrogram(list(pieces), sampling_rate=RATE, return_tensors="pt").input_features
+        return self._take(self.model(features.to(self.device, self.dtype)))
+
+    def _read_clips(self, pieces: Sequence[np.ndarray]) -> list[Tensor]:
+        """Each piece at its own length."""
+        outputs = []
+        for piece in pieces:
+            frames = math.ceil(max(len(piece), MIN_SAMPLES) / _WHISPER_STRIDE)
+            wave = np.pad(piece, (0, frames * _WHISPER_STRIDE - len(piece)))
+            features = self.spectrogram(wave, sampling_rate=RATE, return_tensors="pt", padding=False).input_features
+            self.model.embed_positions.num_embeddings = self.model.config.max_source_positions = frames
+            outputs.append(self._take(self.model(features.to(self.device, self.dtype)))[0])
+        return outputs
 
 
 def whisper_spectrogram(folder: Path) -> Any:
@@ -260,6 +304,7 @@ def whisper_spectrogram(folder: Path) -> Any:
 
 _PREFIX = "encoder_projector."
 _KEYS = ("linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias")
+_BLANK_KEYS = ("blank.weight", "blank.bias")
 FILE_NAME = "projector.safetensors"
 TRAINED_ON = "train_utterances"  # beside it: the ids of the utterances that train_projector learned from
 
@@ -267,14 +312,16 @@ TRAINED_ON = "train_utterances"  # beside it: the ids of the utterances that tra
 class Projector(nn.Module):
     """Drop T mod k frames, concatenate each k frames, Linear, ReLU, Linear (SLAM-LLM's "linear" projector).
 
-    The released one has k = 5, encoder_dim = 1024, hidden = 2048, llm_dim = 4096.
+    The released one has k = 5, encoder_dim = 1024, hidden = 2048, llm_dim = 4096. One that had a warm start also tells
+    positions between tokens (``blank``), which the LLM does not read: a linear score of the output, above 0.
     """
 
-    def __init__(self, encoder_dim: int, llm_dim: int, k: int = 5, hidden: int = 2048):
+    def __init__(self, encoder_dim: int, llm_dim: int, k: int = 5, hidden: int = 2048, blank: bool = False):
         super().__init__()
         self.k, self.encoder_dim, self.llm_dim, self.hidden = k, encoder_dim, llm_dim, hidden
         self.linear1 = nn.Linear(k * encoder_dim, hidden)
         self.linear2 = nn.Linear(hidden, llm_dim)
+        self.blank = nn.Linear(llm_dim, 1) if blank else None
 
     def forward(self, frames: Tensor) -> Tensor:
         """(..., T, encoder_dim) -> (..., T // k, llm_dim)."""
@@ -283,16 +330,25 @@ class Projector(nn.Module):
         return self.linear2(torch.relu(self.linear1(x)))
 
 
-def project(projector: Projector, frames: list[Tensor]) -> list[Tensor]:
+def project_all(projector: Projector, frames: Sequence[Tensor]) -> list[Tensor]:
     """Apply the projector to clips of different lengths, (T_i, D) -> (T_i // k, llm_dim), in one call."""
     parameter = projector.linear1.weight
-    padded = nn.utils.rnn.pad_sequence(frames, batch_first=True).to(parameter.device, parameter.dtype)
+    padded = nn.utils.rnn.pad_sequence(list(frames), batch_first=True).to(parameter.device, parameter.dtype)
     output = projector(padded)
     return [x[: len(f) // projector.k] for x, f in zip(output, frames, strict=True)]
 
 
+def project(projector: Projector, frames: Sequence[Tensor]) -> list[Tensor]:
+    """What the LLM reads of clips (T_i, D): all positions, or those that are not blank, and at least one."""
+    output = project_all(projector, frames)
+    if projector.blank is None:
+        return output
+    scores = [projector.blank(x)[:, 0].detach() for x in output]
+    return [x[s <= max(0.0, float(s.min()))] if len(x) else x for x, s in zip(output, scores, strict=True)]
+
+
 def save_projector(path: str | os.PathLike, projector: Projector, trained_on: Sequence[str] = ()) -> None:
-    """Write the four tensors under the released names as safetensors, atomically; and beside it the utterances, if any,
+    """Write the tensors under the released names as safetensors, atomically; and beside it the utterances, if any,
     that it was trained on."""
     tensors = {_PREFIX + k: v.detach().cpu().float().contiguous() for k, v in projector.state_dict().items()}
     with atomic_write(path, "wb") as f:
@@ -318,7 +374,7 @@ def load_projector(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Projector:
-    """Load our safetensors or the released flat torch dict, strictly: exactly these four tensors, fitting shapes.
+    """Load our safetensors or the released flat torch dict, strictly: exactly its tensors, fitting shapes.
 
     Raises:
         UserError: not such a file, other keys, or dimensions that do not fit the encoder or the LLM.
@@ -338,10 +394,12 @@ def load_projector(
         )
     if all(str(k).startswith(_PREFIX) for k in tensors):
         tensors = {k[len(_PREFIX) :]: v for k, v in tensors.items()}
-    if set(tensors) != set(_KEYS):
+    blank = set(_BLANK_KEYS) <= set(tensors)
+    known = {*_KEYS, *(_BLANK_KEYS if blank else ())}
+    if set(tensors) != known:
         raise UserError(
-            f"{path}: not this projector; missing {sorted(set(_KEYS) - set(tensors))}, "
-            f"unknown {sorted(map(str, set(tensors) - set(_KEYS)))[:4]}"
+            f"{path}: not this projector; missing {sorted(known - set(tensors))}, "
+            f"unknown {sorted(map(str, set(tensors) - known))[:4]}"
         )
     hidden, inputs = tensors["linear1.weight"].shape
     outputs, hidden2 = tensors["linear2.weight"].shape
@@ -349,7 +407,7 @@ def load_projector(
         raise UserError(f"{path}: takes {inputs} inputs, which is no multiple of the encoder's {encoder_dim}")
     if outputs != llm_dim or hidden2 != hidden:
         raise UserError(f"{path}: gives {outputs}-dimensional embeddings, the LLM takes {llm_dim}")
-    projector = Projector(encoder_dim, llm_dim, k=inputs // encoder_dim, hidden=hidden)
+    projector = Projector(encoder_dim, llm_dim, k=inputs // encoder_dim, hidden=hidden, blank=blank)
     try:
         projector.load_state_dict(tensors, strict=True)
     except RuntimeError as e:
@@ -432,6 +490,12 @@ def projector_data(projector_path: str, utterances: Sequence[str]) -> dict[str, 
     return {"projector_data": content.get("train_data_dir"), "projector_saw": saw}
 
 
+def projector_window(projector_path: str) -> str:
+    """What a Whisper encoder read when a projector was trained: one of :data:`WINDOWS`."""
+    _, content = _projector_config(projector_path)
+    return str(content.get("whisper_window", "30s"))
+
+
 def check_projector_prompt(projector_path: str, prompt: str, template: str) -> None:
     """Raise a :class:`UserError` when a projector that was trained here saw another prompt or template than is used
     now; ``template`` is a resolved one (:func:`sdumc.pretrained.llm.resolve_template`)."""
@@ -486,3 +550,5 @@ def rescale(projector: Projector, projector_path: str, trained: float | None, ll
     with torch.no_grad():
         for parameter in projector.linear2.parameters():
             parameter.mul_(trained / now)
+        if projector.blank is not None:
+            projector.blank.weight.mul_(now / trained)

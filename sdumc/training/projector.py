@@ -1,4 +1,5 @@
-"""Training the projector, top to bottom: cross entropy of transcripts through the frozen LLM.
+"""Training the projector, top to bottom: a warm start without the LLM's layers, if one is asked for; then cross entropy
+of transcripts through the frozen LLM.
 
 A step's input is laid out exactly as in simulation (:mod:`sdumc.pretrained.llm`), followed by the transcript and EOS,
 on which alone the loss is taken.
@@ -6,12 +7,14 @@ on which alone the loss is taken.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
+import random
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from sdumc.pretrained.llm import SpeechLLM
 from sdumc.pretrained.quality import word_error_rate
 from sdumc.pretrained.speech import FILE_NAME, Projector, SpeechEncoder, project, save_projector
 from sdumc.training.checkpoint import CHECKPOINT, LOCK, SavedState, load_checkpoint, log_to, save_checkpoint
+from sdumc.training.ctc import TokenScores
 from sdumc.training.data import TranscribedSpeech, epoch_batches, spread
 
 log = logging.getLogger("sdumc")
@@ -39,12 +43,19 @@ _ELSEWHERE = "another --output (run.sh: --force starts again)"
 _LOG_EVERY = 20.0  # seconds
 _VALID_SECONDS = 400.0  # most seconds of sound in a batch of the valid set, padded
 
+# The warm start. It costs so little that its settings matter less than those of the steps through the LLM.
+_CTC_BATCH = 16
+_CTC_RATE = 1e-3
+_CTC_WARMUP = 50
+_CTC_OTHERS = 1500  # tokens, drawn for each step, that a batch's own compete with
+
 
 @dataclass(frozen=True)
 class ProjectorSettings:
     """What decides a run's result, besides models and data; the defaults are those of the command line.
 
     Attributes:
+        ctc_steps: steps of the warm start (:func:`warm_start`) before the others; 0 for none.
         steps: optimiser steps, each on ``batch_size`` utterances.
         learning_rate: reached after ``warmup_steps``; it then falls linearly to zero at ``steps``.
         weight_decay: of AdamW.
@@ -57,6 +68,7 @@ class ProjectorSettings:
         cache_mb: bounds the encoder outputs kept in memory; what does not fit is encoded anew each time.
     """
 
+    ctc_steps: int
     steps: int
     batch_size: int
     learning_rate: float
@@ -83,10 +95,12 @@ class ProjectorState(SavedState):
         step: steps done.
         parts: in how many parts a batch goes through the LLM, as the GPU's memory asks for.
         best: ``step``, ``loss`` and ``projector`` (its weights) of the lowest loss on valid so far.
+        warm: the warm start, while it is not done.
     """
 
     projector: Projector
     optimiser: torch.optim.Optimizer
+    warm: WarmStart | None = None
     step: int = 0
     parts: int = 1
     best: dict[str, Any] | None = None
@@ -121,12 +135,8 @@ def train_projector(
     partial = partial_folder(output)
     partial.mkdir(parents=True, exist_ok=True)
     log_to(partial / "train.log")
-    torch.manual_seed(settings.seed)
-    projector = Projector(encoder.dim, llm.dim, settings.k, settings.hidden).to(llm.device)
-    optimiser = torch.optim.AdamW(
-        projector.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
-    )
-    state = ProjectorState(projector, optimiser)
+    state = new_state(llm, encoder, train, settings)
+    projector, optimiser = state.projector, state.optimiser
     checked = spread(valid.utterances, settings.valid_utterances) if valid else []
 
     # --- resume -------------------------------------------------------------------------------------------------------
@@ -140,8 +150,11 @@ def train_projector(
         valid.fill_cache(checked)
     size = sum(p.numel() for p in projector.parameters())
     log.info("%d utterances, %d parameters, %d steps", len(train.utterances), size, settings.steps)
+    save = functools.partial(save_state, partial, state, identity)
 
     # --- train --------------------------------------------------------------------------------------------------------
+    if settings.ctc_steps and not warm_start(state, llm, train, valid, checked, settings, save, stop):
+        return None
     shown = Shown(settings.steps, state.step)
     for batch, waves in read_ahead(list(remaining_batches(train.utterances, settings, state.step)), train.read):
         for group in optimiser.param_groups:
@@ -158,7 +171,7 @@ def train_projector(
         if valid and (measured or last):
             keep_if_best(state, validate(projector, llm, valid, checked))
         if stop.raised or last or state.step % settings.checkpoint_interval == 0:
-            save_checkpoint(partial / CHECKPOINT, state.state_dict(), identity)
+            save()
         if stop.raised and not last:
             log.info("stopped by a signal at step %d; run the same command again to go on", state.step)
             return None
@@ -168,9 +181,7 @@ def train_projector(
     if valid:
         result.update(measure_best(state, llm, valid, checked, settings))
     save_projector(partial / FILE_NAME, projector, train.utterances)
-    config = {**described, **asdict(settings), "versions": installed_versions(), "result": result}
-    write_text(partial / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    publish(partial, output)
+    publish(partial, output, {**identity, "versions": installed_versions(), "result": result})
     return result
 
 
@@ -185,6 +196,24 @@ def is_finished(output: Path, described: Mapping[str, Any], settings: ProjectorS
     identity = identity_of(described, settings)
     same = found.keys() - {"versions", "result"} == identity.keys()
     return same and all(found[name] == value for name, value in identity.items() if name not in FREE_TO_CHANGE)
+
+
+def new_state(
+    llm: SpeechLLM, encoder: SpeechEncoder, train: TranscribedSpeech, settings: ProjectorSettings
+) -> ProjectorState:
+    """A run before its first step."""
+    torch.manual_seed(settings.seed)
+    has_warm_start = settings.ctc_steps > 0
+    projector = Projector(encoder.dim, llm.dim, settings.k, settings.hidden, has_warm_start).to(llm.device)
+    optimiser = torch.optim.AdamW(
+        projector.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
+    )
+    warm = begin_warm_start(projector, llm, encoder, train) if has_warm_start else None
+    return ProjectorState(projector, optimiser, warm)
+
+
+def save_state(partial: Path, state: ProjectorState, identity: Mapping[str, Any]) -> None:
+    save_checkpoint(partial / CHECKPOINT, state.state_dict(), identity)
 
 
 def partial_folder(output: Path) -> Path:
@@ -208,6 +237,98 @@ def learning_rate(step: int, settings: ProjectorSettings) -> float:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
     left = max(1, settings.steps - settings.warmup_steps)
     return settings.learning_rate * max(0.0, (settings.steps - step) / left)
+
+
+# ----------------------------------------------------------------------------------------------------------- warm start
+
+
+@dataclass
+class WarmStart(SavedState):
+    """The warm start between two of its ``step``\\ s: the scores, and the optimiser of these and of the projector."""
+
+    scores: TokenScores
+    optimiser: torch.optim.Optimizer
+    step: int = 0
+
+
+def begin_warm_start(
+    projector: Projector, llm: SpeechLLM, encoder: SpeechEncoder, train: TranscribedSpeech
+) -> WarmStart:
+    """A warm start before its first step, for the tokens of the train transcripts."""
+    tokens = sorted({i for text in train.texts.values() for i in llm.answer_ids(text)})
+    if not tokens:
+        raise UserError(f"{train.data.path}/text: no transcript has a word, so that there is nothing to learn")
+    scores = TokenScores(tokens, llm.embed(tokens).detach().float(), encoder.dim).to(llm.device)
+    return WarmStart(scores, torch.optim.AdamW([*projector.parameters(), *scores.parameters()], betas=(0.9, 0.98)))
+
+
+def warm_start(
+    state: ProjectorState,
+    llm: SpeechLLM,
+    train: TranscribedSpeech,
+    valid: TranscribedSpeech | None,
+    checked: Sequence[str],
+    settings: ProjectorSettings,
+    save: Callable[[], None],
+    stop: StopSignal,
+) -> bool:
+    """Let each projected frame be like the embedding of a token of the transcript: CTC (Graves et al., 2006) over the
+    LLM's tokens, without the LLM's layers, so that a step costs little.
+
+    Returns:
+        Whether all steps are done; False when a signal stopped the run.
+    """
+    warm, projector = state.warm, state.projector
+    assert warm is not None
+    column = {int(token): i for i, token in enumerate(warm.scores.tokens)}
+    plan = replace(
+        settings, steps=settings.ctc_steps, batch_size=_CTC_BATCH, learning_rate=_CTC_RATE, warmup_steps=_CTC_WARMUP
+    )
+    if warm.step == 0:
+        warm.scores.measure(train)
+    shown = Shown(plan.steps, warm.step, "warm start, step")
+    for batch, waves in read_ahead(list(remaining_batches(train.utterances, plan, warm.step)), train.read):
+        for group in warm.optimiser.param_groups:
+            group["lr"] = learning_rate(warm.step, plan)
+        answers = [[column[i] for i in llm.answer_ids(train.texts[u])] for u in batch]
+        others = random.Random(f"{settings.seed} {warm.step}").sample(range(len(column)), min(_CTC_OTHERS, len(column)))
+        loss, tokens = warm.scores.loss(projector, train.frames(batch, waves), answers, others)
+        warm.optimiser.zero_grad(set_to_none=True)
+        (loss / max(1, tokens)).backward()
+        nn.utils.clip_grad_norm_(warm.optimiser.param_groups[0]["params"], 1.0)
+        warm.optimiser.step()
+        warm.step += 1
+        last = warm.step == plan.steps
+        total = loss.item()
+        if not math.isfinite(total):
+            raise UserError(
+                f"warm start of the projector: loss {total} at step {warm.step}; the batch: {' '.join(batch)}"
+            )
+        shown.add(warm.step, total, tokens, now=last)
+        if last:
+            log_wer(llm, warm.scores, projector, valid, checked)
+            warm.scores.fold(projector)
+        if stop.raised or last or warm.step % settings.checkpoint_interval == 0:
+            save()
+        if stop.raised and not last:
+            log.info("stopped by a signal at step %d of the warm start; run the same command again", warm.step)
+            return False
+    return True
+
+
+def log_wer(
+    llm: SpeechLLM, scores: TokenScores, projector: Projector, valid: TranscribedSpeech | None, checked: Sequence[str]
+) -> None:
+    """How well the tokens alone, most likely ones at each position, spell the valid set's words."""
+    if valid is None:
+        return
+    heard: dict[str, str] = {}
+    for batch, waves in read_ahead(valid.batches(checked, _VALID_SECONDS), valid.read):
+        tokens = scores.best(projector, valid.frames(batch, waves))
+        heard.update({u: llm.decode(t) for u, t in zip(batch, tokens, strict=True)})
+    wer = word_error_rate(valid.texts, heard)["wer"]
+    if wer is not None:
+        log.info("warm start done: WER of its tokens on valid, without the LLM: %.1f%%", 100 * wer)
 
 
 # ----------------------------------------------------------------------------------------------------------------- loss
@@ -361,8 +482,8 @@ def measure_best(
 class Shown:
     """A line in the log now and then: the train loss since the last one, and the speed."""
 
-    def __init__(self, steps: int, done: int):
-        self.steps, self.first = steps, done
+    def __init__(self, steps: int, done: int, what: str = "step"):
+        self.steps, self.first, self.what = steps, done, what
         self.begin = self.last = time.monotonic()
         self.loss, self.tokens = 0.0, 0
 
@@ -372,13 +493,15 @@ class Shown:
         time_now = time.monotonic()
         if now or time_now - self.last > _LOG_EVERY:
             rate = (step - self.first) / (time_now - self.begin)
-            mean = self.loss / self.tokens
-            log.info("step %d of %d: train loss %.4f, %.2f steps a second", step, self.steps, mean, rate)
+            mean, of = self.loss / max(1, self.tokens), self.steps
+            log.info("%s %d of %d: train loss %.4f, %.2f steps a second", self.what, step, of, mean, rate)
             self.last, self.loss, self.tokens = time_now, 0.0, 0
 
 
-def publish(partial: Path, output: Path) -> None:
-    """Give a finished folder its final name, without checkpoint and lock, in place of an earlier one."""
+def publish(partial: Path, output: Path, config: Mapping[str, Any]) -> None:
+    """Write ``config.yaml``, and give the finished folder its final name, without checkpoint and lock, in place of an
+    earlier one."""
+    write_text(partial / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
     (partial / CHECKPOINT).unlink()
     (partial / LOCK).unlink(missing_ok=True)
     old = output.with_name(output.name + ".old")

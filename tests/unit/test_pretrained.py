@@ -85,6 +85,19 @@ def test_encoder_batch_equals_single(folders, kind, layer):
         assert torch.allclose(frames, alone, atol=1e-4)
 
 
+@pytest.mark.parametrize("layer", [-1, 1, 0])
+def test_whisper_reads_the_clip_alone(folders, layer):
+    """Frames are as many, and the same in a batch as alone; 30 s of sound are read alike with either window."""
+    short, whole = (SpeechEncoder(str(folders["whisper"]), layer=layer, window=w) for w in ("clip", "30s"))
+    waves = [tiny_models.wave(s, i) for i, s in enumerate([0.9, 0.05, 31.0])]
+    batch = short(waves)
+    for wave, frames in zip(waves, batch, strict=True):
+        assert len(frames) == whole.num_frames(len(wave))
+        assert torch.equal(frames, short([wave])[0])
+    assert torch.allclose(batch[2][:1500], whole(waves[2:])[0][:1500], atol=1e-4)
+    assert not torch.allclose(batch[0], whole(waves[:1])[0], atol=1e-4) or layer == 0
+
+
 def test_encoder_layers_are_transformers_own(folders):
     from transformers import WavLMModel
 

@@ -21,8 +21,8 @@ from sdumc.bin import extract_text, finish_dump, simulate_text, train_projector
 from sdumc.data.dump import load_dump, load_matrix
 from sdumc.errors import EXIT_REQUEUE, UserError
 from sdumc.machine import installed_versions
-from sdumc.pretrained.speech import projector_data
-from sdumc.training import checkpoint
+from sdumc.pretrained.speech import Projector, project, projector_data
+from sdumc.training import checkpoint, ctc
 from sdumc.training import projector as training
 from sdumc.training.checkpoint import hold_folder
 
@@ -186,6 +186,69 @@ def test_a_folder_that_got_its_final_name_while_it_was_waited_for(tmp_path, monk
     monkeypatch.setattr(checkpoint, "lock_folder", lock_late)
     with hold_folder(folder):
         assert (folder / checkpoint.LOCK).exists()
+
+
+def test_what_a_warm_start_learns():
+    """Frames that are noisy pictures of tokens: CTC finds the tokens, and puts projected frames near their embeddings;
+    afterwards the projector alone does the same, and leaves out what is between them."""
+    torch.manual_seed(1)
+    pictures, embeddings = 3 * torch.randn(6, 8), torch.randn(6, 24)
+    projector = Projector(8, 24, k=2, hidden=64, blank=True)
+    scores = ctc.TokenScores(range(100, 106), embeddings, 8)
+    scores.mean.fill_(0.5)
+    scores.deviation.fill_(3.0)
+    optimiser = torch.optim.AdamW([*projector.parameters(), *scores.parameters()], lr=5e-3)
+
+    def clip():
+        tokens = torch.randperm(6)[:4].tolist()
+        frames = torch.zeros(32, 8)
+        for place, token in enumerate(tokens):
+            frames[8 * place : 8 * place + 2] = pictures[token]
+        return frames + 0.3 * torch.randn_like(frames), tokens
+
+    for _ in range(200):
+        clips = [clip() for _ in range(8)]
+        loss, tokens = scores.loss(projector, [x for x, _ in clips], [a for _, a in clips], [0, 1])
+        optimiser.zero_grad()
+        (loss / tokens).backward()
+        optimiser.step()
+    frames, answer = clip()
+    assert scores.best(projector, [frames]) == [[100 + i for i in answer]]
+    before = project(projector, scores.normalised([frames]))[0]
+    scores.fold(projector)
+    after = project(projector, [frames])[0]
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
+    assert torch.cosine_similarity(after[:, None], embeddings[None], dim=-1).argmax(1).tolist() == answer
+    assert 0.7 < (after.norm(dim=1).mean() / embeddings.norm(dim=1).mean()).item() < 1.4
+
+
+def test_ctc_leaves_out_what_does_not_fit():
+    scores = [torch.zeros(4, 3).log_softmax(-1), torch.zeros(2, 3).log_softmax(-1)]
+    assert ctc.ctc_loss(scores, [[1, 1, 2], [1, 1]])[1] == 3  # two of the same need a blank between
+    loss, tokens = ctc.ctc_loss(scores[1:], [[1, 1]])
+    assert (float(loss), tokens) == (0.0, 0)
+
+
+@pytest.mark.parametrize("moment", [3, 6, 9])
+def test_a_warm_start_that_is_killed(work, tmp_path, monkeypatch, moment):
+    """Six steps of it, then four through the LLM; killed before, at and after the change, it ends with the same."""
+    options = ("--ctc-steps", "6", "--steps", "4", "--checkpoint-interval", "1", "--k", "2")
+    assert train(work, tmp_path / "whole", *options) == 0
+    calls, original = [], training.learning_rate
+
+    def dying(*arguments):
+        calls.append(0)
+        if len(calls) == moment:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(training, "learning_rate", dying)
+    with pytest.raises(KeyboardInterrupt):
+        train(work, tmp_path / "killed", *options)
+    assert train(work, tmp_path / "killed", *options) == 0
+    assert len(calls) == 11  # one call for each step, and one more for the step that was killed
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+    assert yaml.safe_load((tmp_path / "killed/config.yaml").read_text())["ctc_steps"] == 6
 
 
 def test_in_parts(work, tmp_path, monkeypatch, caplog):
