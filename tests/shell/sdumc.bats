@@ -24,7 +24,7 @@ setup() {
 @test "wrong options end with a message before anything is done" {
   for words in "--stag 3" "--nj four" "--nj 0" "--stage 5 --stop-stage 4" "--stop-stage 7" "--ngpu x" "--num-nodes 2" \
     "--cmd-backend pbs" "stray" "--train-set a/b" "--seeds one" "--test-sets=" "--expdir=a;b" "--exp-tag x*y" \
-    "--more-train-dirs=a;b" "--conditions fulll" "--missing-text real" "--protocols frame"; do
+    "--more-train-dirs=a;b" "--projector-folds some" "--conditions fulll" "--missing-text real" "--protocols frame"; do
     # shellcheck disable=SC2086
     run recipe ${words}
     [[ ${status} == 2 && ${output} == *"error: "* ]]
