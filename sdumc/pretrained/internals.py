@@ -4,6 +4,11 @@ Attention. Layers of a causal LM look at all earlier positions, or at those in a
 transformers makes itself count columns. In our search and teacher forcing, a column of the cache is not a position (the
 beams of an utterance share a row), so these masks are made here, from positions.
 
+Their trial. When an LLM is loaded (:func:`find_attention`), two contexts of different lengths are searched in a batch,
+with two beams, and the winners are read once more. The reference is the model's own forward pass over each of them
+alone, without our masks and without a cache. An LLM whose layers do more than attention by positions (recurrent layers,
+ALiBi, inputs per layer) is found here in a second, instead of in a traceback after hours or in wrong features.
+
 States. `output_hidden_states=True` holds every layer of every position until the pass ends. A :class:`StateTap` adds up
 just the layers asked for, at just the positions asked for, as they are computed.
 """
@@ -11,14 +16,19 @@ just the layers asked for, at just the positions asked for, as they are computed
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from sdumc.errors import UserError
+
+if TYPE_CHECKING:
+    from sdumc.pretrained.beam_search import Winner
+    from sdumc.pretrained.llm import SpeechLLM
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers, as configs name them
 
@@ -69,7 +79,7 @@ EVERYTHING = Attention({FULL: None})
 
 
 def possible_attentions(config: Any, name: str) -> list[Attention]:
-    """What a model may do, as its config reads, the likeliest first; :mod:`sdumc.pretrained.loading` decides.
+    """What a model may do, as its config reads, the likeliest first; :func:`find_attention` decides.
 
     Raises:
         UserError: some layers are of a kind that cannot be driven with a mask by positions.
@@ -106,6 +116,110 @@ def short_windows(config: Any, window: int) -> Iterator[None]:
         config.sliding_window = kept
 
 
+_TOKENS = 4  # written in a trial
+_LENGTHS = (2, 7)  # of the contexts
+_WINDOW = 3  # positions that windows are shortened to, so that the trial goes beyond them
+# Largest relative difference of a state, and largest difference of the mean log-probability of a token. In the low
+# precisions, the order of summation alone changes states by a few per cent in deep models.
+_STATES_TOLERANCE = {torch.float32: (0.01, 0.02), torch.float16: (0.1, 0.5), torch.bfloat16: (0.15, 0.5)}
+
+
+class _Unlike(Exception):
+    """A trial's outcome is not the reference; the message says in what."""
+
+
+def find_attention(llm: SpeechLLM) -> Attention:
+    """How far the layers of ``llm`` look back, by its config and by trial.
+
+    Raises:
+        UserError: this LLM cannot be searched in batches as we do it; the reason in one line.
+    """
+    name, config = str(llm.folder), llm.base.config
+    _check_architecture(llm, name)
+    reasons = []
+    for attention in possible_attentions(config, name):
+        try:
+            with short_windows(config, _WINDOW):
+                _try(llm, attention.shortened(_WINDOW))
+            return attention
+        except (UserError, torch.cuda.OutOfMemoryError):
+            raise
+        except _Unlike as e:
+            reasons.append(str(e))
+        except Exception as e:  # the forward pass of an architecture that we know nothing of may raise anything
+            text = str(e).strip()
+            reasons.append(f"{type(e).__name__}: {text.splitlines()[0][:150]}" if text else type(e).__name__)
+    raise UserError(f"{name}: {type(llm.model).__name__} failed a trial ({reasons[0]}); give another LLM")
+
+
+def _check_architecture(llm: SpeechLLM, name: str) -> None:
+    """Refuse what is known to fail by how it is built, in any precision."""
+    config, kind = llm.base.config, type(llm.model).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"{name}: {kind} has an encoder of its own; give a decoder-only LLM")
+    if getattr(config, "alibi", False) or "position_ids" not in inspect.signature(type(llm.model).forward).parameters:
+        raise UserError(
+            f"{name}: {kind} takes no position ids (ALiBi or recurrent layers), which batches of prompts and beams "
+            "need; give another LLM"
+        )
+
+
+@torch.inference_mode()
+def _try(llm: SpeechLLM, attention: Attention) -> None:
+    """Search, force, and compare with plain passes; raises :class:`_Unlike`, or whatever the model raises."""
+    contexts = _contexts(llm)
+    prompted = llm.read(contexts)
+    columns = [keys.shape[2] for keys, _ in prompted.past if keys is not None]
+    if columns != [max(_LENGTHS)] * llm.num_layers:
+        raise _Unlike("not every layer keeps keys and values of all positions: recurrent, shared or hybrid layers")
+    winners = llm.search(prompted, 2, _TOKENS, 1.0, attention, eos_ids=[-1])
+    states = llm.force(prompted, [w.tokens for w in winners], attention)
+    for context, winner, mine in zip(contexts, winners, states, strict=True):
+        _compare(llm, context, winner, mine)
+
+
+def _contexts(llm: SpeechLLM) -> list[Tensor]:
+    """Embeddings (P, D) of tokens spread over the vocabulary, without random numbers."""
+    size = min(llm.model.get_input_embeddings().weight.shape[0], len(llm.tokenizer))
+    return [llm.embed([(5 + 7919 * (i + 13 * n)) % size for i in range(n)]) for n in _LENGTHS]
+
+
+def _compare(llm: SpeechLLM, context: Tensor, winner: Winner, states: Tensor) -> None:
+    """Compare one utterance with the model's own forward pass over context and winner.
+
+    Args:
+        states: (N + 1, D) of the winner's N tokens, as :meth:`SpeechLLM.force` gives them.
+    """
+    whole = torch.cat([context, llm.embed(winner.tokens).to(context)])
+    mask = torch.ones(1, len(whole), dtype=torch.long, device=whole.device)
+    output = llm.model(inputs_embeds=whole[None], attention_mask=mask, use_cache=False, output_hidden_states=True)
+    hidden = output.hidden_states
+    if len(hidden) != llm.num_layers + 1:
+        raise _Unlike(f"{len(hidden)} hidden states of {llm.num_layers} layers")
+    start = len(context) - 1
+    expected = torch.stack([hidden[layer][0, start:].float() for layer in llm.layers]).sum(0)
+    log_probs = torch.log_softmax(output.logits[0, start:-1].float(), dim=-1)
+    tokens = torch.tensor(winner.tokens, device=whole.device)
+    score = float(log_probs.gather(1, tokens[:, None]).mean())
+    if not (expected.isfinite().all() and log_probs.isfinite().all()):
+        raise UserError(
+            f"{llm.folder}: this LLM computes NaN or infinity in {str(llm.dtype).removeprefix('torch.')}; use another "
+            "--dtype (bf16 or fp32)"
+        )
+    if states.shape != expected.shape:
+        raise _Unlike(f"states {tuple(states.shape)} where the model itself gives {tuple(expected.shape)}")
+    apart = (states - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-6)
+    # Where experts are chosen, rounding may choose another one for a token now and then: most tokens must agree.
+    far = float(apart.max() if llm.dtype == torch.float32 else apart.median())
+    most, most_score = _STATES_TOLERANCE[llm.dtype]
+    if not far <= most:
+        raise _Unlike(f"in a batch, its states are {100 * far:.0f}% off those of the text alone")
+    if not abs(score - winner.score) <= most_score:
+        raise _Unlike(
+            f"in a search, its log-probabilities are {abs(score - winner.score):.2f} off those of the text alone"
+        )
+
+
 def longest_context(model: Any, config: Any) -> int | None:
     """How many positions an LLM can read in a search that computes each of them once; None where nothing limits it.
 
@@ -140,7 +254,7 @@ _TABLES = ("wpe", "embed_positions", "position_embeddings")
 
 def find_decoder(base: nn.Module, name: str) -> tuple[nn.Module, nn.ModuleList]:
     """The module that runs the layers of a headless transformers model (OPT: ``decoder``), and the layers."""
-    for path in ("layers", "encoder.layers", "decoder.layers", "h"):
+    for path in ("layers", "encoder.layers", "decoder.layers", "h", "blocks"):
         owner: Any = base
         *above, last = path.split(".")
         for part in above:

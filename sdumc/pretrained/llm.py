@@ -17,16 +17,26 @@ import torch
 from torch import Tensor
 
 from sdumc.errors import UserError
+from sdumc.files import read_json
 from sdumc.pretrained.beam_search import Winner, beam_search, call_with_cache, new_cache, prompt_positions
 from sdumc.pretrained.internals import (
     Attention,
     StateTap,
     decoder_layers,
     embedding_scale,
+    find_attention,
     layer_index,
     longest_context,
 )
-from sdumc.pretrained.loading import find_attention, load_model, load_tokenizer, model_folder, passed, read_model_config
+from sdumc.pretrained.loading import (
+    attempt,
+    load_model,
+    load_tokenizer,
+    model_folder,
+    passed,
+    plain_config,
+    read_model_config,
+)
 
 PROMPTS = {
     "short": "Transcribe speech to text. ",
@@ -173,6 +183,7 @@ def _check_kind(folder: Path) -> None:
 
     config = read_model_config(folder)
     kind = config["model_type"]
+    attempt(lambda: plain_config(folder, config), f"{folder}/config.json: cannot be used")
     if kind not in CAUSAL or config.get("is_encoder_decoder"):
         raise UserError(f"{folder}: a {kind} model is no causal LLM; give the folder of a decoder-only language model")
 
@@ -188,7 +199,7 @@ class SpeechLLM:
 
     Raises:
         UserError: incomplete folder, unusable tokenizer, no EOS token, no such layer, a template without the prompt, or
-            an LLM that fails the trial (:mod:`sdumc.pretrained.loading`).
+            an LLM that fails the trial (:func:`sdumc.pretrained.internals.find_attention`).
     """
 
     def __init__(
@@ -207,19 +218,22 @@ class SpeechLLM:
         _check_kind(self.folder)
         self.tokenizer = load_tokenizer(self.folder)
         self.bos_id: int | None = self.tokenizer.bos_token_id
+        self._rows: int | None = None
         self._set_prompt(prompt, template)
         self.model = load_model(AutoModelForCausalLM, self.folder, dtype, self.device)
         self.base = self.model.base_model
         if self.base is self.model:  # Llama 4, and Gemma 3 of transformers 4, name a part that is not there
             self.base = getattr(self.model, "model", self.model)
-        self.dim: int = self.model.get_input_embeddings().weight.shape[1]
+        self.base = getattr(self.base, "language_model", self.base)  # of Gemma 3, which sees pictures too
+        self._rows, self.dim = self.model.get_input_embeddings().weight.shape
+        self._check_ids([*self._before, *self._after])
         self.num_layers = len(decoder_layers(self.base, str(self.folder)))
         for layer in self.layers:
             layer_index(layer, self.num_layers, str(self.folder))
         if not self.layers:
             raise UserError("no LLM layer was chosen; give at least one, e.g. -1")
         self.eos_ids = self._eos_ids()
-        self.most_positions = longest_context(self.model, self.base.config)
+        self.most_positions = longest_context(self.base, self.base.config)
         reach, per_kind = passed(self.folder, self.device, ("llm", dtype, self.layers), self._try_attention)
         self.attention = Attention(reach, per_kind)
         self._log_what_is_not_followed()
@@ -265,15 +279,28 @@ class SpeechLLM:
         return self.model.config.model_type in ("gemma", "gemma2")
 
     def _eos_ids(self) -> list[int]:
+        read_json(self.folder / "generation_config.json", "fetch the model again", absent={})  # or it would not count
         named = getattr(self.model.generation_config, "eos_token_id", None)
         named = named if isinstance(named, (list, tuple)) else [named]
         found = {i for i in [self.tokenizer.eos_token_id, *named] if i is not None}
-        if not found:
+        if wrong := [i for i in found if not isinstance(i, int)]:
+            raise UserError(f"{self.folder}/generation_config.json: eos_token_id must be numbers, not {wrong[0]!r}")
+        if not (found := {i for i in found if 0 <= i < (self._rows or 0)}):
             raise UserError(f"{self.folder}: neither tokenizer nor generation config names an end-of-sentence token")
         return sorted(found)
 
     def _ids(self, text: str) -> list[int]:
-        return [] if not text else list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = [] if not text else list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        self._check_ids(ids)
+        return ids
+
+    def _check_ids(self, ids: list[int]) -> None:
+        """Refuse tokens that the model has no embedding of: a GPU would not say so, but stop."""
+        if self._rows is not None and ids and (most := max(ids)) >= self._rows:
+            raise UserError(
+                f"{self.folder}: its tokenizer gives {self.tokenizer.decode([most])!r} the number {most}, but the "
+                f"model has {self._rows} tokens; the tokenizer is another model's, or tokens were added to it"
+            )
 
     def answer_ids(self, text: str) -> list[int]:
         """Token ids of ``text`` as the answer that follows the prompt, in training and in :meth:`encode`.

@@ -3,10 +3,7 @@
 Folders are checked first, the dtype is explicit, nothing comes from the network. Then our batches, masks and cache must
 not change what the model computes.
 
-LLMs: two contexts of different lengths are searched in a batch, with two beams, and the winners are read once more. The
-reference is the model's own forward pass over each of them alone, without our masks and without a cache. An LLM whose
-layers do more than attention by positions (recurrent layers, ALiBi, inputs per layer) is found here in a second,
-instead of in a traceback after hours or in wrong features.
+LLMs have a trial of their own (:func:`sdumc.pretrained.internals.find_attention`).
 
 Encoders, recognisers and vision models: a clip or picture must give the same alone and in a batch. Padding, batch
 statistics and randomness make some architectures break that rule. No list of names is complete, so every model is
@@ -22,15 +19,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
-import inspect
 import json
 import logging
 import os
+import re
 import zipfile
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -38,18 +35,26 @@ from torch import Tensor
 
 from sdumc.errors import UserError
 from sdumc.files import read_json, recall, remember
-from sdumc.pretrained.beam_search import Winner
-from sdumc.pretrained.internals import Attention, possible_attentions, short_windows
-
-if TYPE_CHECKING:
-    from sdumc.pretrained.llm import SpeechLLM
-
 
 log = logging.getLogger("sdumc")
+R = TypeVar("R")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _OTHER_KIND = ("Unrecognized configuration class", "does not recognize this architecture")
 _SMALL_FILE = 256 * 2**20  # bytes; a fingerprint reads smaller weight files whole
+_POINTER = b"version https://git-lfs"  # how a file begins that Git LFS has not fetched
+# Weights in numbers of 8 bits and less, as safetensors names them. (uint8 and integers are masks and indices too.)
+_PACKED = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "I8", "U8", "I32")
+_PACKED_NAMES = (
+    ".qweight",
+    ".qzeros",
+    ".weight_packed",
+    ".weight_scale",
+    ".weight_scale_inv",
+    ".absmax",
+    ".scales",
+    "_blocks",
+)
 
 
 def model_folder(name: str | os.PathLike) -> Path:
@@ -79,11 +84,63 @@ def model_folder(name: str | os.PathLike) -> Path:
 def read_model_config(folder: Path) -> dict[str, Any]:
     """``config.json`` of a model folder as a dict; :class:`UserError` if it is absent or not JSON."""
     path = folder / "config.json"
+    _check_files(folder)
     if (config := read_json(path, "fetch the model again", absent=None)) is None:
-        raise UserError(f"{folder}: not a model folder, it has no config.json")
+        raise UserError(f"{folder}: not a model folder, it has no config.json{_what_else(folder)}")
     if not isinstance(config, dict) or "model_type" not in config:
         raise UserError(f"{path}: no `model_type` in it; this is not a transformers model folder")
     return config
+
+
+def plain_config(folder: Path, config: dict[str, Any]) -> Any:
+    """The configuration object of a folder with this ``config.json``; its own code, if it has any, is not run.
+
+    Raises:
+        UserError: it is of a kind that transformers does not have. Other errors: its values do not fit.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES as KINDS
+
+    if config["model_type"] in KINDS:
+        return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    own = ", and code that comes with a model (`auto_map`) is not run" if "auto_map" in config else ""
+    raise UserError(f"{folder}: this transformers does not know {config['model_type']} models{own}; give another model")
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse a folder whose settings cannot be read, or are links or pointers to what is not there."""
+    try:
+        files = sorted(f for f in folder.iterdir() if f.suffix in (".json", ".model", ".txt", ".jinja"))
+        gone = [f.name for f in files if not f.exists()]
+        unfetched = [f.name for f in files if f.is_file() and _is_pointer(f)]
+    except OSError as e:
+        raise UserError(f"{e.filename or folder}: cannot be read ({e.strerror}); ask its owner for the right") from None
+    if gone:
+        raise UserError(f"{folder}: links to files that are not there: {', '.join(gone)}; fetch the model again")
+    if unfetched:
+        raise UserError(f"{folder}: {_UNFETCHED}: {', '.join(unfetched)}; run `git lfs pull` in it")
+
+
+_UNFETCHED = "pointers of Git LFS stand for these files"
+
+
+def _is_pointer(file: Path) -> bool:
+    with open(file, "rb") as f:
+        return f.read(len(_POINTER)) == _POINTER
+
+
+def _what_else(folder: Path) -> str:
+    """What a folder without the files of a model has, as the end of a refusal."""
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        base = read_json(adapter, "fetch it again").get("base_model_name_or_path")
+        return f", but a PEFT adapter of {base}: merge the two (`merge_and_unload`), and give the folder of the result"
+    if gone := sorted(f.name for f in folder.iterdir() if not f.exists()):
+        return f", but links to files that are not there: {', '.join(gone)}; fetch the model again"
+    forms = (".gguf", ".ggml", ".onnx", ".h5", ".msgpack", ".nemo", ".ckpt", ".pth", ".pt", ".safetensors")
+    if others := sorted(f.name for f in folder.iterdir() if f.suffix in forms):
+        return f", but {others[0]}, a form that is not read; give the model as transformers saves it"
+    return ""
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -110,7 +167,7 @@ def weight_files(folder: Path) -> list[Path]:
         return files
     raise UserError(
         f"{folder}: incomplete model, there is neither model.safetensors nor pytorch_model.bin "
-        "(nor their index); fetch the model again"
+        f"(nor their index){_what_else(folder) or '; fetch the model again'}"
     )
 
 
@@ -118,29 +175,70 @@ def whole_weights(folder: Path) -> list[Path]:
     """:func:`weight_files`, after checking that none is cut short; the weights themselves are not read.
 
     Raises:
-        UserError: as there, or a file is cut short.
+        UserError: as there, or a file is cut short, or holds quantised weights of which config.json says nothing.
     """
     files = weight_files(folder)
+    if unfetched := [f.name for f in files if _is_pointer(f)]:
+        raise UserError(f"{folder}: {_UNFETCHED}: {', '.join(unfetched)}; run `git lfs pull` in it")
     if short := [f.name for f in files if _cut_short(f)]:
         raise UserError(f"{folder}: incomplete model, cut short: {', '.join(short)}; fetch the model again")
     return files
 
 
-def _cut_short(file: Path) -> bool:
-    """Whether a weight file ends before its own table of contents says; nothing but that table is read."""
+def _table(file: Path) -> dict[str, Any]:
+    """The table of contents of a safetensors file: name -> ``dtype``, ``shape``, ``data_offsets``.
+
+    Raises:
+        ValueError, KeyError, TypeError, IndexError, AttributeError: there is none; the file is damaged.
+    """
     with open(file, "rb") as f:
         start = f.read(8)
-        if start[:2] == b"PK":  # a zip archive of torch, its table is at the end
-            return not zipfile.is_zipfile(f)
-        if file.suffix != ".safetensors":
-            return False  # torch's old format has no table
         length = int.from_bytes(start, "little")
-        try:
-            table = json.loads(f.read(length)) if length < 100 * 2**20 else {}
-            ends = [entry["data_offsets"][1] for name, entry in table.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-            return True
-        return len(start) < 8 or file.stat().st_size < 8 + length + max(ends, default=0)
+        table = json.loads(f.read(length)) if len(start) == 8 and length < 100 * 2**20 else None
+    if file.stat().st_size < 8 + length + max(
+        (e["data_offsets"][1] for n, e in table.items() if n != _META), default=0
+    ):
+        raise ValueError("cut short")
+    return {name: entry for name, entry in table.items() if name != _META}
+
+
+_META = "__metadata__"
+
+
+def _cut_short(file: Path) -> bool:
+    """Whether a weight file ends before its own table of contents says; nothing but that table is read."""
+    if file.suffix != ".safetensors":
+        with open(file, "rb") as f:
+            start = f.read(2)
+            # A zip archive of torch has its table at the end; its old format, a pickle, has none.
+            return not zipfile.is_zipfile(f) if start == b"PK" else start[:1] != b"\x80"
+    try:
+        _table(file)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        return True
+    return False
+
+
+def _check_numbers(folder: Path, files: Sequence[Path], config: dict[str, Any]) -> None:
+    """Refuse quantised weights that transformers would take for plain numbers, in silence."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as KNOWN
+
+    settings = config.get("quantization_config") or config.get("compression_config")
+    if settings:
+        method = settings.get("quant_method") if isinstance(settings, dict) else None
+        if method is not None and not any(known.startswith(str(method)) for known in KNOWN):
+            raise UserError(f"{folder}: its weights are quantised ({method}), {_FULL}")
+        return
+    for file in files:
+        table = _table(file) if file.suffix == ".safetensors" else {}
+        packed = [
+            n for n, e in table.items() if (n.endswith("weight") and e["dtype"] in _PACKED) or n.endswith(_PACKED_NAMES)
+        ]
+        if packed:
+            raise UserError(f"{folder}: its weights are quantised ({packed[0]}: {table[packed[0]]['dtype']}), {_FULL}")
+
+
+_FULL = "in a way that transformers does not read; give the model with full weights (16 or 32 bits)"
 
 
 def fingerprint(path: str | os.PathLike) -> str:
@@ -179,16 +277,22 @@ def load_model(
     Raises:
         UserError: the folder is incomplete, damaged, or of another architecture.
     """
-    kind = read_model_config(folder)["model_type"]
-    safetensors = whole_weights(folder)[0].suffix == ".safetensors"
+    config = read_model_config(folder)
+    kind, files = config["model_type"], whole_weights(folder)
+    attempt(lambda: plain_config(folder, config), f"{folder}/config.json: cannot be used")
+    _check_numbers(folder, files, config)
+    if (folder / "adapter_config.json").is_file():  # it would count where peft is installed, and there alone
+        raise UserError(f"{folder}: beside the model is a PEFT adapter; merge the two, or remove adapter_config.json")
     try:
         with quiet_transformers():
             model, info = model_class.from_pretrained(
                 str(folder),
                 dtype=dtype,
                 local_files_only=True,
-                use_safetensors=safetensors,
+                use_safetensors=files[0].suffix == ".safetensors",
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are listed, and refused below
+                trust_remote_code=False,
             )
     except Exception as e:  # transformers, safetensors and torch raise different errors for a damaged folder
         if any(words in str(e) for words in _OTHER_KIND):  # a list of all the models that there are
@@ -197,13 +301,54 @@ def load_model(
                 + (f"; give {supported}" if supported else "")
             ) from None
         raise UserError(f"{folder}: cannot be loaded as {model_class.__name__}: {first_line(e)}") from None
+    if others := sorted(info["mismatched_keys"]):
+        name, stored, expected = others[0]
+        raise UserError(
+            f"{folder}: {len(others)} weights have other sizes than config.json says, e.g. {name}: {tuple(stored)}, "
+            f"not {tuple(expected)}; fetch the model again"
+        )
     missing = sorted(k for k in info["missing_keys"] if not k.startswith(("masked_spec_embed", *optional)))
     if missing:
         raise UserError(
             f"{folder}: incomplete model for {type(model).__name__}, {len(missing)} weights are not in the files, "
             f"e.g. {missing[0]}; fetch the model again or give another model"
         )
+    if unused := sorted(k for k in info["unexpected_keys"] if _is_further_layer(k, model)):
+        log.warning("%s: config.json has fewer layers than the files: %s is not used", folder, unused[0])
     return model.to(device).eval().requires_grad_(False)
+
+
+def _is_further_layer(key: str, model: Any) -> bool:
+    """Whether a weight that the model did not take belongs to a layer after its last one, as ``model.layers.12.``."""
+    found = re.match(r"(.*layers?\.)\d+\.", key)
+    return found is not None and any(name.startswith(f"{found[1]}0.") for name, _ in model.named_parameters())
+
+
+def preprocessor(folder: Path) -> dict[str, Any]:
+    """Settings of the feature extractor; transformers 5 writes them into ``processor_config.json``."""
+    files = [read_json(folder / f"{n}_config.json", "fetch the model again", absent={}) for n in _PREPROCESSORS]
+    nested = files[1].get("feature_extractor")
+    return files[0] or (nested if isinstance(nested, dict) else {})
+
+
+_PREPROCESSORS = ("preprocessor", "processor")
+
+
+def load_preprocessor(folder: Path, load: Callable[[], R], refusal: str) -> R:
+    """What ``load()`` makes of a folder's settings for sound or pictures; a UserError with ``refusal`` if it fails."""
+    if not any((folder / f"{n}_config.json").exists() for n in _PREPROCESSORS):
+        raise UserError(f"{refusal}: there is no preprocessor_config.json; fetch the model again")
+    return attempt(load, refusal)
+
+
+def check_rate(folder: Path, rate: int) -> None:
+    """Refuse a model of sound whose folder names another sample rate than ``rate``: it would hear all too fast or slow.
+
+    Raises:
+        UserError: so, or the settings cannot be read.
+    """
+    if (own := preprocessor(folder).get("sampling_rate", rate)) != rate:
+        raise UserError(f"{folder}: this model hears sound of {own} Hz; give one of {rate} Hz")
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -211,14 +356,16 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as e:
         raise UserError(f"{folder}: its tokenizer cannot be loaded: {first_line(e)}") from None
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message that is not empty, or the error's name."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
+    """The first line of an error's message that says something, at most 250 characters, or the error's name."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]) or type(error).__name__
+    return text if len(text) <= 250 else f"{text[:250]} ..."
 
 
 @contextlib.contextmanager
@@ -235,18 +382,6 @@ def quiet_transformers():
         hf_logging.set_verbosity(level)
         if bars:
             hf_logging.enable_progress_bar()
-
-
-_TOKENS = 4  # written in a trial
-_LENGTHS = (2, 7)  # of the contexts
-_WINDOW = 3  # positions that windows are shortened to, so that the trial goes beyond them
-# Largest relative difference of a state, and largest difference of the mean log-probability of a token. In the low
-# precisions, the order of summation alone changes states by a few per cent in deep models.
-_STATES_TOLERANCE = {torch.float32: (0.01, 0.02), torch.float16: (0.1, 0.5), torch.bfloat16: (0.15, 0.5)}
-
-
-class _Unlike(Exception):
-    """A trial's outcome is not the reference; the message says in what."""
 
 
 _remembers = False
@@ -284,100 +419,7 @@ def _processor(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
 
 
-def find_attention(llm: SpeechLLM) -> Attention:
-    """How far the layers of ``llm`` look back, by its config and by trial.
-
-    Raises:
-        UserError: this LLM cannot be searched in batches as we do it; the reason in one line.
-    """
-    name, config = str(llm.folder), llm.base.config
-    _check_architecture(llm, name)
-    reasons = []
-    for attention in possible_attentions(config, name):
-        try:
-            with short_windows(config, _WINDOW):
-                _try(llm, attention.shortened(_WINDOW))
-            return attention
-        except (UserError, torch.cuda.OutOfMemoryError):
-            raise
-        except _Unlike as e:
-            reasons.append(str(e))
-        except Exception as e:  # the forward pass of an architecture that we know nothing of may raise anything
-            text = str(e).strip()
-            reasons.append(f"{type(e).__name__}: {text.splitlines()[0][:150]}" if text else type(e).__name__)
-    raise UserError(f"{name}: {type(llm.model).__name__} failed a trial ({reasons[0]}); give another LLM")
-
-
-def _check_architecture(llm: SpeechLLM, name: str) -> None:
-    """Refuse what is known to fail by how it is built, in any precision."""
-    config, kind = llm.base.config, type(llm.model).__name__
-    if getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"{name}: {kind} has an encoder of its own; give a decoder-only LLM")
-    if getattr(config, "alibi", False) or "position_ids" not in inspect.signature(type(llm.model).forward).parameters:
-        raise UserError(
-            f"{name}: {kind} takes no position ids (ALiBi or recurrent layers), which batches of prompts and beams "
-            "need; give another LLM"
-        )
-
-
-@torch.inference_mode()
-def _try(llm: SpeechLLM, attention: Attention) -> None:
-    """Search, force, and compare with plain passes; raises :class:`_Unlike`, or whatever the model raises."""
-    contexts = _contexts(llm)
-    prompted = llm.read(contexts)
-    columns = [keys.shape[2] for keys, _ in prompted.past if keys is not None]
-    if columns != [max(_LENGTHS)] * llm.num_layers:
-        raise _Unlike("not every layer keeps keys and values of all positions: recurrent, shared or hybrid layers")
-    winners = llm.search(prompted, 2, _TOKENS, 1.0, attention, eos_ids=[-1])
-    states = llm.force(prompted, [w.tokens for w in winners], attention)
-    for context, winner, mine in zip(contexts, winners, states, strict=True):
-        _compare(llm, context, winner, mine)
-
-
-def _contexts(llm: SpeechLLM) -> list[Tensor]:
-    """Embeddings (P, D) of tokens spread over the vocabulary, without random numbers."""
-    size = min(llm.model.get_input_embeddings().weight.shape[0], len(llm.tokenizer))
-    return [llm.embed([(5 + 7919 * (i + 13 * n)) % size for i in range(n)]) for n in _LENGTHS]
-
-
-def _compare(llm: SpeechLLM, context: Tensor, winner: Winner, states: Tensor) -> None:
-    """Compare one utterance with the model's own forward pass over context and winner.
-
-    Args:
-        states: (N + 1, D) of the winner's N tokens, as :meth:`SpeechLLM.force` gives them.
-    """
-    whole = torch.cat([context, llm.embed(winner.tokens).to(context)])
-    mask = torch.ones(1, len(whole), dtype=torch.long, device=whole.device)
-    output = llm.model(inputs_embeds=whole[None], attention_mask=mask, use_cache=False, output_hidden_states=True)
-    hidden = output.hidden_states
-    if len(hidden) != llm.num_layers + 1:
-        raise _Unlike(f"{len(hidden)} hidden states of {llm.num_layers} layers")
-    start = len(context) - 1
-    expected = torch.stack([hidden[layer][0, start:].float() for layer in llm.layers]).sum(0)
-    log_probs = torch.log_softmax(output.logits[0, start:-1].float(), dim=-1)
-    tokens = torch.tensor(winner.tokens, device=whole.device)
-    score = float(log_probs.gather(1, tokens[:, None]).mean())
-    if not (expected.isfinite().all() and log_probs.isfinite().all()):
-        raise UserError(
-            f"{llm.folder}: this LLM computes NaN or infinity in {str(llm.dtype).removeprefix('torch.')}; use another "
-            "--dtype (bf16 or fp32)"
-        )
-    if states.shape != expected.shape:
-        raise _Unlike(f"states {tuple(states.shape)} where the model itself gives {tuple(expected.shape)}")
-    apart = (states - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-6)
-    # Where experts are chosen, rounding may choose another one for a token now and then: most tokens must agree.
-    far = float(apart.max() if llm.dtype == torch.float32 else apart.median())
-    most, most_score = _STATES_TOLERANCE[llm.dtype]
-    if not far <= most:
-        raise _Unlike(f"in a batch, its states are {100 * far:.0f}% off those of the text alone")
-    if not abs(score - winner.score) <= most_score:
-        raise _Unlike(
-            f"in a search, its log-probabilities are {abs(score - winner.score):.2f} off those of the text alone"
-        )
-
-
 _TOLERANCE = {torch.float32: 0.01, torch.float16: 0.05, torch.bfloat16: 0.2}
-R = TypeVar("R")
 
 
 def trial_waves() -> list[np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,16 @@ from sdumc.errors import UserError
 from sdumc.files import read_json
 from sdumc.pretrained.loading import (
     attempt,
+    check_rate,
     load_model,
+    load_preprocessor,
     load_tokenizer,
     model_folder,
     passed,
+    preprocessor,
     quiet_transformers,
     read_model_config,
+    trial_waves,
     try_clips,
 )
 from sdumc.pretrained.quality import find_loop
@@ -46,6 +51,7 @@ def load_recogniser(
     """
     folder = model_folder(name)
     config = read_model_config(folder)
+    check_rate(folder, RATE)
     if config["model_type"] == "whisper":
         return WhisperRecogniser(folder, dtype, device, language, max_new_tokens)
     if any(str(a).endswith("ForCTC") for a in config.get("architectures") or []):
@@ -83,19 +89,24 @@ class CtcRecogniser:
         kind = self.model.config.model_type
         refusal = f"{folder}: this {kind} model cannot be used as a recogniser"
         self.features = None
-        num_frames = None
-        if self.model.main_input_name == "input_values":
-            normalised = _preprocessor(folder).get("do_normalize", True)
+        self.shortest = MIN_SAMPLES
+        num_frames, base = None, self.model.base_model
+        if hasattr(self.model, "_get_feat_extract_output_lengths") and hasattr(base, "feature_extractor"):
+            normalised = preprocessor(folder).get("do_normalize", True)
             self.input = WaveInput(self.model, normalised, dtype, self.device)
             num_frames = self._num_frames
         else:
             self.features = _feature_extractor(folder, kind)
 
         def trial() -> list:
-            return [try_clips(self._scores, num_frames, dtype, refusal)[0]]
+            if self.features is not None:
+                self.shortest = attempt(self._shortest, refusal)
+            one_by_one, scores = try_clips(self._scores, num_frames, dtype, refusal)
+            return [one_by_one, self.shortest, int(scores[0].shape[1])]
 
-        (self.one_by_one,) = passed(folder, self.device, ("ctc", dtype), trial)
+        self.one_by_one, self.shortest, outputs = passed(folder, self.device, ("ctc", dtype), trial)
         _check_joins_repeats(self.tokenizer, folder)
+        _check_letters(self.tokenizer, outputs, folder)
         self.unknown = self.tokenizer.unk_token_id
         # Vocabularies of letters are often in one case.
         cases: tuple[Callable[[str], str], ...] = (str, str.lower, str.upper)
@@ -103,6 +114,16 @@ class CtcRecogniser:
 
     def _num_frames(self, num_samples: int) -> int:
         return int(self.model._get_feat_extract_output_lengths(max(num_samples, MIN_SAMPLES)))
+
+    def _shortest(self) -> int:
+        """Samples of the shortest clip that the model can read: strides and kernels need some."""
+        for size in (MIN_SAMPLES, 2 * MIN_SAMPLES, 4 * MIN_SAMPLES):
+            try:
+                if len(self._scores_of_spectrogram(np.zeros(size, np.float32))):
+                    return size
+            except Exception:  # whatever its layers raise
+                continue
+        return 8 * MIN_SAMPLES
 
     @torch.no_grad()
     def _scores(self, waves: Sequence[np.ndarray]) -> list[torch.Tensor]:
@@ -117,14 +138,22 @@ class CtcRecogniser:
 
     def _scores_of_spectrogram(self, wave: np.ndarray) -> torch.Tensor:
         assert self.features is not None
-        wave = np.pad(np.asarray(wave, np.float32), (0, max(0, MIN_SAMPLES - len(wave))))
+        wave = np.pad(np.asarray(wave, np.float32), (0, max(0, self.shortest - len(wave))))
         inputs = self.features([wave], sampling_rate=RATE, return_tensors="pt")
         arguments = {k: v.to(self.device, self.dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
         return self.model(**arguments).logits[0]
 
     def hear(self, waves: Sequence[np.ndarray]) -> list[Heard]:
-        """Clips (T_i,) at 16 kHz -> transcripts."""
-        return [Heard(text) for text in self(waves)]
+        """Clips (T_i,) at 16 kHz -> transcripts, and the log-probability of each given the sound, by its tokens."""
+        found, blank = [], self.tokenizer.pad_token_id
+        for frames in self._frames(waves):
+            ids = [i for i, _ in itertools.groupby(frames.argmax(-1).tolist()) if i != blank]
+            score = round(self._log_probability(frames, [ids])[0] / len(ids), 3) if ids else None
+            found.append(Heard(self._text(frames), log_probability=score))
+        return found
+
+    def _frames(self, waves: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        return [self._scores([w])[0] for w in waves] if self.one_by_one else self._scores(waves)
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -137,34 +166,58 @@ class CtcRecogniser:
 
         What the vocabulary does not have (punctuation, digits) does not count.
         """
-        scores = [self._scores([w])[0] for w in waves] if self.one_by_one else self._scores(waves)
-        blank, found = self.tokenizer.pad_token_id, []
-        for frames, candidates in zip(scores, texts, strict=True):
+        found = []
+        for frames, candidates in zip(self._frames(waves), texts, strict=True):
             targets = [[i for i in self._ids(self.case(t)) if i != self.unknown] for t in candidates]
-            lengths = torch.tensor([len(t) for t in targets])
-            padded = torch.zeros(len(targets), max(1, int(lengths.max())), dtype=torch.long)
-            for row, target in zip(padded, targets, strict=True):
-                row[: len(target)] = torch.tensor(target, dtype=torch.long)
-            log_probs = torch.log_softmax(frames.float().cpu(), dim=-1)[:, None].expand(-1, len(targets), -1)
-            heard = torch.full_like(lengths, len(frames))
-            loss = torch.nn.functional.ctc_loss(log_probs, padded, heard, lengths, blank=blank, reduction="none")
-            found.append((-loss).tolist())
+            found.append(self._log_probability(frames, targets))
         return found
+
+    def _log_probability(self, frames: torch.Tensor, targets: Sequence[Sequence[int]]) -> list[float]:
+        """Of the scores of a clip's frames (T, V), the log-probability of each sequence of tokens, over all paths."""
+        lengths = torch.tensor([len(t) for t in targets])
+        padded = torch.zeros(len(targets), max(1, int(lengths.max())), dtype=torch.long)
+        for row, target in zip(padded, targets, strict=True):
+            row[: len(target)] = torch.tensor(target, dtype=torch.long)
+        log_probs = torch.log_softmax(frames.float().cpu(), dim=-1)[:, None].expand(-1, len(targets), -1)
+        heard = torch.full_like(lengths, len(frames))
+        blank = self.tokenizer.pad_token_id
+        loss = torch.nn.functional.ctc_loss(log_probs, padded, heard, lengths, blank=blank, reduction="none")
+        return (-loss).tolist()
 
     def __call__(self, waves: Sequence[np.ndarray]) -> list[str]:
         """Clips (T_i,) at 16 kHz -> transcripts."""
-        scores = [self._scores([w])[0] for w in waves] if self.one_by_one else self._scores(waves)
-        texts = (self.tokenizer.decode(x.argmax(-1).tolist()) for x in scores)
-        return [" ".join(t.replace("<s>", "").replace("</s>", "").split()) for t in texts]
+        return [self._text(frames) for frames in self._frames(waves)]
+
+    def _text(self, frames: torch.Tensor) -> str:
+        text = self.tokenizer.decode(frames.argmax(-1).tolist())
+        return " ".join(text.replace("<s>", "").replace("</s>", "").split())
 
 
 def _feature_extractor(folder: Path, kind: str) -> Any:
     from transformers import AutoFeatureExtractor
 
-    return attempt(
-        lambda: AutoFeatureExtractor.from_pretrained(str(folder), local_files_only=True),
+    return load_preprocessor(
+        folder,
+        lambda: AutoFeatureExtractor.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False),
         f"{folder}: a {kind} model reads spectrograms, and its feature extractor cannot be loaded",
     )
+
+
+def _check_letters(tokenizer: Any, outputs: int, folder: Path) -> None:
+    """Raise a :class:`UserError` if the tokenizer does not name the model's ``outputs``, or not their blank."""
+    named = sum(
+        t is not None and t != tokenizer.unk_token for t in tokenizer.convert_ids_to_tokens(list(range(outputs)))
+    )
+    if named < 0.9 * outputs:
+        raise UserError(
+            f"{folder}: its tokenizer has names for {named} of the model's {outputs} outputs; it is another model's"
+        )
+    blank = tokenizer.pad_token_id
+    if blank is None or blank >= outputs:
+        raise UserError(
+            f"{folder}: its tokenizer's padding token, which stands for the blank of CTC, is {tokenizer.pad_token!r} "
+            f"({blank}), none of the model's {outputs} outputs; correct pad_token in tokenizer_config.json"
+        )
 
 
 def _check_joins_repeats(tokenizer: Any, folder: Path) -> None:
@@ -179,10 +232,11 @@ def _check_joins_repeats(tokenizer: Any, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Heard:
-    """What a recogniser makes of a clip: the words, and for Whisper how it came to them.
+    """What a recogniser makes of a clip: the words, and how it came to them.
 
     ``no_speech``: its test found no speech. ``temperature``: 0 for the first, greedy, attempt; more where that one was
-    too improbable or repeated itself. ``log_probability``: mean over the tokens of the accepted attempt.
+    too improbable or repeated itself. ``log_probability``: mean over the tokens of the accepted attempt; of a CTC
+    model, that of all its tokens given the sound, divided by their number (None without any).
     """
 
     text: str
@@ -236,6 +290,25 @@ class WhisperRecogniser:
         self.has_time_stamps = self.model.config.vocab_size - self.generation.no_timestamps_token_id > 1500
         self._attempts: list[_Attempt] = []
         self._watch()
+        passed(folder, self.device, ("whisper", dtype, language), self._try)
+
+    def _try(self) -> list:
+        """Write a few tokens for a short clip of noise: spectrogram, model and tokens must fit each other."""
+        refusal, most = f"{self.folder}: this Whisper model cannot be used", self.generation.max_new_tokens
+
+        def write() -> float:
+            features = self.spectrogram(trial_waves()[:1], sampling_rate=RATE, return_tensors="pt").input_features
+            return self._generate(features, 0.0)[1][0].log_probability
+
+        self.generation.max_new_tokens = 3
+        try:
+            score = attempt(write, refusal)
+        finally:
+            self.generation.max_new_tokens = most
+        if not np.isfinite(score):
+            number = str(self.dtype).removeprefix("torch.")
+            raise UserError(f"{refusal}: it computes NaN or infinity in {number}; use another --dtype (bf16 or fp32)")
+        return []
 
     def _token(self, text: str) -> int:
         token = self.tokenizer.convert_tokens_to_ids(text)
@@ -402,9 +475,3 @@ def windows(wave: np.ndarray) -> list[np.ndarray]:
 
 def _json(path: Path) -> dict[str, Any]:
     return read_json(path, "fetch the model again", absent={})
-
-
-def _preprocessor(folder: Path) -> dict[str, Any]:
-    """Settings of the feature extractor; transformers 5 writes them into ``processor_config.json``."""
-    nested = _json(folder / "processor_config.json").get("feature_extractor")
-    return _json(folder / "preprocessor_config.json") or (nested if isinstance(nested, dict) else {})

@@ -28,7 +28,15 @@ from sdumc.errors import UserError
 from sdumc.files import atomic_write, read_yaml, write_text
 from sdumc.pretrained.internals import decoder_layers, layer_index
 from sdumc.pretrained.llm import RELEASED, SpeechLLM
-from sdumc.pretrained.loading import first_line, load_model, model_folder, passed, read_model_config, try_clips
+from sdumc.pretrained.loading import (
+    check_rate,
+    load_model,
+    load_preprocessor,
+    model_folder,
+    passed,
+    read_model_config,
+    try_clips,
+)
 
 log = logging.getLogger("sdumc")
 
@@ -167,6 +175,7 @@ class SpeechEncoder:
         config = read_model_config(self.folder)
         self.is_whisper = config["model_type"] == "whisper"
         self.window = window if self.is_whisper else "clip"
+        check_rate(self.folder, RATE)
         model = load_whole(str(self.folder), dtype, self.device) if loaded is None else _with_own_parts(loaded)
         if self.is_whisper:
             model = model.get_encoder()
@@ -296,10 +305,11 @@ def whisper_spectrogram(folder: Path) -> Any:
     """Whisper's feature extractor; :class:`UserError` if the folder has no usable one."""
     from transformers import WhisperFeatureExtractor
 
-    try:
-        return WhisperFeatureExtractor.from_pretrained(str(folder), local_files_only=True)
-    except Exception as e:
-        raise UserError(f"{folder}: no usable preprocessor_config.json ({first_line(e)})") from None
+    return load_preprocessor(
+        folder,
+        lambda: WhisperFeatureExtractor.from_pretrained(str(folder), local_files_only=True),
+        f"{folder}: no usable preprocessor_config.json",
+    )
 
 
 _PREFIX = "encoder_projector."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -16,8 +17,8 @@ from sdumc.files import read_json
 from sdumc.machine import halve_when_out_of_memory
 from sdumc.pretrained.loading import (
     attempt,
-    first_line,
     load_model,
+    load_preprocessor,
     model_folder,
     passed,
     read_model_config,
@@ -64,6 +65,10 @@ class VisionExtractor:
             raise UserError(f"{folder}: a {kind} model does not take pictures")
         if (frames := getattr(self.model.config, "num_frames", 1)) > 1:
             raise UserError(f"{folder}: a {kind} model reads clips of {frames} pictures, not single ones")
+        parameters = inspect.signature(type(self.model).forward).parameters
+        self.takes = set(parameters)
+        self.needs = [n for n, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        self.needs = [n for n in self.needs if n not in ("self", "pixel_values")]
         self.processor = _image_processor(folder)
         shapes = {n: p.shape for n, p in self.model.named_parameters()}
         has_class = any(n.endswith(_CLASS_TOKENS) for n in shapes)
@@ -111,18 +116,22 @@ class VisionExtractor:
 
     @torch.no_grad()
     def _vectors(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
-        pixels = self.processor(
-            images=list(pictures), return_tensors="pt", input_data_format="channels_last"
-        ).pixel_values
-        more = {}
+        made = self.processor(images=list(pictures), return_tensors="pt", input_data_format="channels_last")
+        pixels = made.pixel_values
+        more = {k: v.to(self.device) for k, v in made.items() if k != "pixel_values" and k in self.takes}
         if self.kind == "vit_mae":  # it sorts the patches by this noise: they stay in their order
             order = torch.arange(self._patches(pixels) or 0, dtype=torch.float32, device=self.device)
             more["noise"] = order.expand(len(pictures), -1)
+        if lacking := [k for k in self.needs if k not in more]:
+            raise UserError(
+                f"{self.folder}: a {self.kind} model wants more than pixels ({', '.join(lacking)}), which its image "
+                f"processor does not make; give {_SUPPORTED}"
+            )
         output = self.model(pixel_values=pixels.to(self.device, self.dtype), **more)
-        return list(self._pooled(output, pixels).flatten(1).float().cpu().numpy())
+        return list(self._pooled(output, pixels, more).flatten(1).float().cpu().numpy())
 
-    def _pooled(self, output: Any, pixels: Tensor) -> Tensor:
-        """(B, D), or (B, D, 1, 1), from a model's output for pictures (B, 3, H, W)."""
+    def _pooled(self, output: Any, pixels: Tensor, more: dict[str, Tensor]) -> Tensor:
+        """(B, D), or (B, D, 1, 1), from a model's output for pictures (B, 3, H, W), or their patches (B, N, values)."""
         if self.pooling == "pooler":
             vectors = getattr(output, "pooler_output", None)
             if vectors is None:
@@ -131,6 +140,9 @@ class VisionExtractor:
         states = output.last_hidden_state
         if states.ndim == 4:  # a map (B, D, rows, columns)
             return states.mean((2, 3))
+        if pixels.ndim == 3 and (mask := more.get("pixel_attention_mask")) is not None:  # SigLIP 2: padded patches
+            real = mask[..., None].to(states)
+            return (states * real).sum(1) / real.sum(1)
         self._check_count(states.shape[1], pixels)
         return states[:, 0] if self.pooling == "cls" else states[:, self.prefix :].mean(1)
 
@@ -145,7 +157,12 @@ class VisionExtractor:
     def _check_count(self, count: int, pixels: Tensor) -> None:
         """Raise a UserError where there are vectors of which it is not known what they stand for."""
         patches = self._patches(pixels)
-        if patches is None or count == self.prefix + patches:
+        if patches is None:
+            raise UserError(
+                f"{self.folder}: this {self.kind} model does not say which of its {count} vectors are patches; use "
+                "--pooling pooler, or another model"
+            )
+        if count == self.prefix + patches:
             return
         if count > patches or self.prefix:  # models in stages end with fewer, and have no class token
             raise UserError(
@@ -154,16 +171,34 @@ class VisionExtractor:
             )
 
 
-def _load(folder: Path, kind: str, dtype: torch.dtype, device: torch.device, pooling: str) -> Any:
-    from transformers import AutoModel, CLIPVisionModel, SiglipVisionModel
+def _model_class(kind: str) -> Any:
+    """The class that reads pictures: of a model with two towers, as CLIP, that of the vision tower."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES as NAMES
 
-    classes: dict[str, Any] = {"clip": CLIPVisionModel, "clip_vision_model": CLIPVisionModel}
-    classes |= {"siglip": SiglipVisionModel, "siglip_vision_model": SiglipVisionModel}
+    name = NAMES.get(kind)
+    stem = name.removesuffix("Model") if isinstance(name, str) else ""
+    try:
+        tower = getattr(transformers, f"{stem}VisionModel", None)
+        whole = getattr(transformers, str(name), None)
+    except ImportError:  # a library that it needs: loading it says which
+        return transformers.AutoModel
+    takes_pictures = [getattr(c, "main_input_name", None) == "pixel_values" for c in (tower, whole)]
+    return tower if takes_pictures == [True, False] else transformers.AutoModel
+
+
+def _load(folder: Path, kind: str, dtype: torch.dtype, device: torch.device, pooling: str) -> Any:
     # A classifier's folder (a facial-expression ViT) has no pooler weights; random ones must not be used.
     optional = () if pooling == "pooler" else ("pooler.", "vision_model.post_layernorm", "vision_model.head")
+    from transformers import AutoModel
+
+    tower = _model_class(kind)
     try:
-        return load_model(classes.get(kind, AutoModel), folder, dtype, device, optional, _SUPPORTED)
+        return load_model(tower, folder, dtype, device, optional, _SUPPORTED)
     except UserError as e:
+        if tower is not AutoModel and "incomplete model for" in str(e):  # its weights have other names than the whole's
+            whole = load_model(AutoModel, folder, dtype, device, optional, _SUPPORTED)
+            return getattr(whole, "vision_model", whole)
         if "pooler" in str(e):
             raise UserError(f"{folder}: has no pooler weights; use --pooling cls or mean") from None
         raise
@@ -175,14 +210,14 @@ def _image_processor(folder: Path) -> Any:
 
     # Versions with classes of that name take the first option; older ones ignore it, and warn without the second.
     option = {"backend": "pil"} if hasattr(transformers, "ViTImageProcessorPil") else {"use_fast": False}
-    try:
-        return transformers.AutoImageProcessor.from_pretrained(str(folder), local_files_only=True, **option)
-    except Exception as e:
-        plain = read_json(folder / "preprocessor_config.json", "fetch the model again", absent={})
-        if "DINOv3" in str(plain.get("image_processor_type")):
-            # It exists for torchvision only. ViT's takes the same settings; it rounds to 8 bits after resizing.
-            return attempt(
-                lambda: transformers.ViTImageProcessor.from_pretrained(str(folder), local_files_only=True),
-                f"{folder}: its image processor cannot be loaded",
-            )
-        raise UserError(f"{folder}: its image processor cannot be loaded: {first_line(e)}") from None
+    refusal = f"{folder}: its image processor cannot be loaded"
+    plain = read_json(folder / "preprocessor_config.json", "fetch the model again", absent={})
+    if "DINOv3" in str(plain.get("image_processor_type")):
+        # It exists for torchvision only. ViT's takes the same settings; it rounds to 8 bits after resizing.
+        return attempt(
+            lambda: transformers.ViTImageProcessor.from_pretrained(str(folder), local_files_only=True), refusal
+        )
+    automatic = transformers.AutoImageProcessor.from_pretrained
+    return load_preprocessor(
+        folder, lambda: automatic(str(folder), local_files_only=True, trust_remote_code=False, **option), refusal
+    )

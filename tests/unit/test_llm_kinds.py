@@ -15,7 +15,7 @@ import transformers
 from helpers import tiny_models
 
 from sdumc.errors import UserError
-from sdumc.pretrained import loading
+from sdumc.pretrained import internals
 from sdumc.pretrained.internals import EVERYTHING
 from sdumc.pretrained.llm import SpeechLLM
 from sdumc.training.projector import answer_loss
@@ -101,6 +101,14 @@ RIGHT = {
         },
     ),
     "vaultgemma": ("VaultGemma", {**GROUPED, **HEADS, **MIXED, "query_pre_attn_scalar": 8}),
+    "dbrx": (
+        "Dbrx",
+        {
+            **{"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 128},
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
+            "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+        },
+    ),
     "gpt-neo-global": (
         "GPTNeo",
         {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]},
@@ -114,7 +122,7 @@ REFUSED = {
         "local attention",
     ),
     "bloom": ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}, "position ids"),
-    "mpt": ("Mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4}, "not supported"),
+    "mpt": ("Mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4}, "position ids"),
     "falcon-rw": ("Falcon", {**NAMES, "alibi": True}, "position ids"),
     "qwen3-next": ("Qwen3Next", {**GROUPED, **HEADS, **LINEAR}, "linear_attention"),
     "lfm2": ("Lfm2", {**GROUPED, "layer_types": ["conv", "full_attention"]}, "conv"),
@@ -154,7 +162,7 @@ REFUSED = {
         },
         "compressed_sparse_attention",
     ),
-    "rwkv": ("Rwkv", {**NAMES, "attention_hidden_size": 32}, "architecture is not supported"),
+    "rwkv": ("Rwkv", {**NAMES, "attention_hidden_size": 32}, "position ids"),
     "openai-gpt": ("OpenAIGPT", OLD, "not every layer keeps keys and values|trial"),
     "trocr": (
         "TrOCR",
@@ -250,6 +258,32 @@ def test_right(kind, tmp_path):
     assert float(together) == pytest.approx(losses, rel=1e-4)
 
 
+def test_the_language_model_of_one_that_sees_too(tmp_path):
+    """Gemma 3 of 4B and more come with a vision tower."""
+    text = SpeechLLM(make(tmp_path / "text", *RIGHT["gemma3"]), layers=[-1, -2])
+    pictures = {**NAMES, "image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(
+        text_config=text.model.config.to_dict(),
+        vision_config=pictures,
+        mm_tokens_per_image=1,
+        **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3, "tie_word_embeddings": False},
+    )
+    model = transformers.Gemma3ForConditionalGeneration(config)
+    model.model.language_model.load_state_dict(text.base.state_dict())
+    model.lm_head.load_state_dict(text.model.lm_head.state_dict())
+    model.save_pretrained(tmp_path / "both")
+    text.tokenizer.save_pretrained(tmp_path / "both")
+    both = SpeechLLM(str(tmp_path / "both"), layers=[-1, -2])
+    assert both.attention == text.attention
+    assert both.most_positions is None
+    contexts = contexts_of(text)[:3]
+    for a, b in zip(
+        text.transcribe(contexts, max_new_tokens=12), both.transcribe(contexts, max_new_tokens=12), strict=True
+    ):
+        assert a.tokens == b.tokens
+        torch.testing.assert_close(a.states, b.states, rtol=1e-4, atol=1e-4)
+
+
 def test_the_windows_of_these_tests_matter(tmp_path, monkeypatch):
     """Without them, search and states are others."""
     folder = make(tmp_path / "llm", *RIGHT["mistral"])
@@ -261,7 +295,7 @@ def test_the_windows_of_these_tests_matter(tmp_path, monkeypatch):
     assert (
         max(float((a - b).abs().max()) for a, b in zip(right, llm.encode(contexts, [[5, 6, 7]] * 8), strict=True)) > 0.1
     )
-    monkeypatch.setattr(loading, "possible_attentions", lambda *_: [EVERYTHING])
+    monkeypatch.setattr(internals, "possible_attentions", lambda *_: [EVERYTHING])
     with pytest.raises(UserError, match="failed a trial"):
         SpeechLLM(folder)
 

@@ -15,7 +15,7 @@ import torch
 from helpers import tiny_models
 
 from sdumc.files import recall, remember
-from sdumc.pretrained import loading
+from sdumc.pretrained import internals, loading
 from sdumc.pretrained.llm import SpeechLLM
 from sdumc.pretrained.speech import SpeechEncoder, load_whole
 from sdumc.pretrained.vision import VisionExtractor
@@ -142,7 +142,7 @@ def loads(monkeypatch, make) -> int:
 
     with monkeypatch.context() as patch:
         patch.setattr("sdumc.pretrained.speech.try_clips", counted(loading.try_clips))
-        patch.setattr("sdumc.pretrained.llm.find_attention", counted(loading.find_attention))
+        patch.setattr("sdumc.pretrained.llm.find_attention", counted(internals.find_attention))
         patch.setattr(VisionExtractor, "_try", counted(VisionExtractor._try))
         make()
     return count
