@@ -92,7 +92,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def plain_config(folder: Path, config: dict[str, Any]) -> Any:
+def plain_config(folder: Path, config: dict[str, Any], supported: str = "") -> Any:
     """The configuration object of a folder with this ``config.json``; its own code, if it has any, is not run.
 
     Raises:
@@ -104,7 +104,10 @@ def plain_config(folder: Path, config: dict[str, Any]) -> Any:
     if config["model_type"] in KINDS:
         return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     own = ", and code that comes with a model (`auto_map`) is not run" if "auto_map" in config else ""
-    raise UserError(f"{folder}: this transformers does not know {config['model_type']} models{own}; give another model")
+    raise UserError(
+        f"{folder}: a {config['model_type']} model is none that this transformers knows{own}; give "
+        f"{supported or 'another model'}"
+    )
 
 
 def _check_files(folder: Path) -> None:
@@ -194,7 +197,9 @@ def _table(file: Path) -> dict[str, Any]:
     with open(file, "rb") as f:
         start = f.read(8)
         length = int.from_bytes(start, "little")
-        table = json.loads(f.read(length)) if len(start) == 8 and length < 100 * 2**20 else None
+        if len(start) < 8 or length > 100 * 2**20:
+            raise ValueError("no table")
+        table = json.loads(f.read(length))
     if file.stat().st_size < 8 + length + max(
         (e["data_offsets"][1] for n, e in table.items() if n != _META), default=0
     ):
@@ -279,7 +284,7 @@ def load_model(
     """
     config = read_model_config(folder)
     kind, files = config["model_type"], whole_weights(folder)
-    attempt(lambda: plain_config(folder, config), f"{folder}/config.json: cannot be used")
+    attempt(lambda: plain_config(folder, config, supported), f"{folder}/config.json: cannot be used")
     _check_numbers(folder, files, config)
     if (folder / "adapter_config.json").is_file():  # it would count where peft is installed, and there alone
         raise UserError(f"{folder}: beside the model is a PEFT adapter; merge the two, or remove adapter_config.json")
@@ -339,6 +344,17 @@ def load_preprocessor(folder: Path, load: Callable[[], R], refusal: str) -> R:
     if not any((folder / f"{n}_config.json").exists() for n in _PREPROCESSORS):
         raise UserError(f"{refusal}: there is no preprocessor_config.json; fetch the model again")
     return attempt(load, refusal)
+
+
+def whisper_spectrogram(folder: Path) -> Any:
+    """Whisper's feature extractor; :class:`UserError` if the folder has no usable one."""
+    from transformers import WhisperFeatureExtractor
+
+    return load_preprocessor(
+        folder,
+        lambda: WhisperFeatureExtractor.from_pretrained(str(folder), local_files_only=True),
+        f"{folder}: no usable preprocessor_config.json",
+    )
 
 
 def check_rate(folder: Path, rate: int) -> None:

@@ -27,9 +27,10 @@ from sdumc.pretrained.loading import (
     read_model_config,
     trial_waves,
     try_clips,
+    whisper_spectrogram,
 )
 from sdumc.pretrained.quality import find_loop
-from sdumc.pretrained.speech import MIN_SAMPLES, RATE, WaveInput, whisper_spectrogram
+from sdumc.pretrained.speech import MIN_SAMPLES, RATE, WaveInput
 
 _WINDOW = 30 * RATE  # samples of Whisper's input: 30 s
 _SEARCH = 5 * RATE  # a longer clip is cut at the quietest moment of a window's last 5 s

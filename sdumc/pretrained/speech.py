@@ -31,11 +31,11 @@ from sdumc.pretrained.llm import RELEASED, SpeechLLM
 from sdumc.pretrained.loading import (
     check_rate,
     load_model,
-    load_preprocessor,
     model_folder,
     passed,
     read_model_config,
     try_clips,
+    whisper_spectrogram,
 )
 
 log = logging.getLogger("sdumc")
@@ -299,17 +299,6 @@ class SpeechEncoder:
             self.model.embed_positions.num_embeddings = self.model.config.max_source_positions = frames
             outputs.append(self._take(self.model(features.to(self.device, self.dtype)))[0])
         return outputs
-
-
-def whisper_spectrogram(folder: Path) -> Any:
-    """Whisper's feature extractor; :class:`UserError` if the folder has no usable one."""
-    from transformers import WhisperFeatureExtractor
-
-    return load_preprocessor(
-        folder,
-        lambda: WhisperFeatureExtractor.from_pretrained(str(folder), local_files_only=True),
-        f"{folder}: no usable preprocessor_config.json",
-    )
 
 
 _PREFIX = "encoder_projector."

@@ -168,6 +168,27 @@ def clip(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def two_towers(folder: Path, name: str):
+    """A model of pictures and texts with classes of that name, or None; its image processor beside it."""
+    import transformers
+
+    if (model_class := getattr(transformers, f"{name}Model", None)) is None:
+        return None
+    torch.manual_seed(0)
+    small = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    text = {**small, "vocab_size": 20, "max_position_embeddings": 8, "project_dim": 16, "projection_size": 24}
+    special = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+    vision = {**small, "image_size": 32, "patch_size": 8, "num_patches": 16, "initializer_range": 0.2}
+    config = getattr(transformers, f"{name}Config")(text_config={**text, **special}, vision_config=vision)
+    model = model_class(config)
+    model.save_pretrained(folder)
+    if name == "Siglip2":
+        _image_processor(folder, "Siglip2ImageProcessor", {"height": 32, "width": 32}, patch_size=8, max_num_patches=16)
+    else:
+        _image_processor(folder, "CLIPImageProcessor", {"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    return model
+
+
 def _image_processor(folder: Path, kind: str, size: dict, **more) -> None:
     settings = {
         "image_processor_type": kind,

@@ -112,6 +112,26 @@ def test_kinds_of_vision_models(tmp_path, kind):
         assert VisionExtractor(str(folder), pooling="pooler")(frames).shape == together.shape
 
 
+@pytest.mark.parametrize("name", ["MetaClip2", "AltCLIP", "Aimv2", "Siglip2"])
+def test_vision_towers_of_models_of_pictures_and_texts(tmp_path, name):
+    model = tiny_models.two_towers(tmp_path / "model", name)
+    if model is None:
+        pytest.skip(f"this transformers has no {name}")
+    extractor, frames = VisionExtractor(str(tmp_path / "model"), pooling="pooler"), pictures(4, size=(40, 40))
+    inputs = extractor.processor(images=frames, return_tensors="pt", input_data_format="channels_last")
+    with torch.no_grad():
+        output = model.eval().vision_model(**inputs)
+    np.testing.assert_allclose(extractor(frames), output.pooler_output.numpy(), atol=1e-5)
+    if name == "Siglip2":  # pictures of any shape: the patches of each, padded
+        real = inputs.pixel_attention_mask.bool()
+        expected = np.stack([s[m].mean(0).numpy() for s, m in zip(output.last_hidden_state, real, strict=True)])
+        mean = VisionExtractor(str(tmp_path / "model"), pooling="mean")
+        np.testing.assert_allclose(mean(frames), expected, atol=1e-5)
+        tiny_models._image_processor(tmp_path / "model", "ViTImageProcessor", {"height": 32, "width": 32})
+        with pytest.raises(UserError, match=r"wants more than pixels \(pixel_attention_mask, spatial_shapes\), which"):
+            VisionExtractor(str(tmp_path / "model"), pooling="mean")
+
+
 @pytest.mark.parametrize("kind", ["timesformer", "videomae"])
 def test_models_of_video_are_refused(tmp_path, kind):
     folder = tiny_models.vision_model(tmp_path / "model", kind)
@@ -125,6 +145,10 @@ def test_the_trial_refuses_what_no_list_names(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="22 vectors for a picture of 16 patches, where 17 are expected"):
         VisionExtractor(yolos, pooling="mean")
     vit = str(tiny_models.vit(tmp_path / "vit"))
+    with monkeypatch.context() as patch:
+        patch.setattr(VisionExtractor, "_patches", lambda *_: None)
+        with pytest.raises(UserError, match="does not say which of its 5 vectors are patches; use --pooling pooler"):
+            VisionExtractor(vit, pooling="mean")
     compute = VisionExtractor._pooled
 
     def refused(change, reason):

@@ -360,6 +360,8 @@ def test_folder_with_a_sentencepiece_model_alone(folders, tmp_path):
     import io
     import json
 
+    from transformers import AutoModelForCausalLM
+
     sentencepiece = pytest.importorskip("sentencepiece")
     model, words = io.BytesIO(), tiny_models.WORDS
     text = [" ".join(np.random.default_rng(i).choice(words, 8)) for i in range(100)]
@@ -376,6 +378,9 @@ def test_folder_with_a_sentencepiece_model_alone(folders, tmp_path):
     )
     folder = tmp_path / "llm"
     shutil.copytree(folders["llm"], folder)
+    larger = AutoModelForCausalLM.from_pretrained(folder)
+    larger.resize_token_embeddings(96)
+    larger.save_pretrained(folder)
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
