@@ -59,7 +59,8 @@ class TokenScores(nn.Module):
         scores = self.scores(rows, embeddings, self.bias[[0, *(c + 1 for c in columns)]])
         loss, tokens = ctc_loss(scores.split([len(x) for x in projected]), [[place[i] for i in a] for a in answers])
         found = scores.detach().exp()
-        blank, weight = found[:, 0], (found[:, :1] < 0.5).float()
+        blank = (found.argmax(1) == 0).float()
+        weight = 1 - blank[:, None]
         expected = found[:, 1:] @ embeddings / found[:, 1:].sum(1, keepdim=True).clamp_min(1e-6)
         distance = (weight * (rows / self.size - expected).square()).sum() / weight.sum().clamp_min(1)
         assert projector.blank is not None
