@@ -30,13 +30,13 @@ from sdumc.extraction.finishing import BAD_MEDIA
 from sdumc.machine import halve_when_out_of_memory, installed_versions, pick_device
 from sdumc.pretrained.llm import SpeechLLM, prompt_text
 from sdumc.pretrained.loading import DTYPES, fingerprint
+from sdumc.pretrained.projector import projector_file
 from sdumc.pretrained.recogniser import CtcRecogniser, WhisperRecogniser, load_recogniser
 from sdumc.pretrained.speech import (
     SpeechEncoder,
     SpeechReader,
     check_projector_prompt,
     learned_from,
-    projector_file,
     projector_window,
 )
 

@@ -27,9 +27,10 @@ from sdumc.files import read_yaml
 from sdumc.machine import halve_when_out_of_memory
 from sdumc.pretrained.llm import SpeechLLM
 from sdumc.pretrained.loading import DTYPES
+from sdumc.pretrained.projector import projector_file
 from sdumc.pretrained.quality import LIKELIHOOD, SOUND, Sounds
 from sdumc.pretrained.recogniser import CtcRecogniser, Heard, WhisperRecogniser, load_recogniser
-from sdumc.pretrained.speech import SpeechEncoder, SpeechReader, load_whole, projector_file
+from sdumc.pretrained.speech import SpeechEncoder, SpeechReader, load_whole
 from sdumc.pretrained.vision import VisionExtractor
 from sdumc.training.checkpoint import RECORD
 
@@ -174,7 +175,7 @@ def _is_hub_name(name: str) -> bool:
 def fingerprint(path: Path, role: str) -> str:
     """Short hash of a model's weights, as the extraction commands record it."""
     from sdumc.pretrained.loading import fingerprint as of
-    from sdumc.pretrained.speech import projector_file
+    from sdumc.pretrained.projector import projector_file
 
     return of(projector_file(path) if role == "projector" else path)
 

@@ -345,7 +345,7 @@ class _Models:
 def _model_files(place: Path, role: str) -> Iterator[tuple[str, Path]]:
     """The needed files of a model: its weights in the format that is read, and all small files beside them."""
     from sdumc.pretrained.loading import weight_files
-    from sdumc.pretrained.speech import projector_file
+    from sdumc.pretrained.projector import projector_file
 
     if role == "projector":
         file = projector_file(place)

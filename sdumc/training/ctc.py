@@ -1,104 +1,74 @@
-"""The projector's warm start: CTC over the LLM's tokens, scored by products with the LLM's own input embeddings."""
+"""The projector's warm start: CTC over the tokens of its vocabulary, without the LLM's layers."""
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from sdumc.extraction.loop import read_ahead
-from sdumc.pretrained.speech import Projector, project_all
+from sdumc.pretrained.projector import Projector, positions
 from sdumc.training.data import TranscribedSpeech, spread
 
-_SHARPNESS = 40.0  # of the scores at first, where a frame equals a token's embedding; learned
-_NEAR, _TOLD = 0.5, 0.3  # weights of the other parts of the loss
+_NEAR = 0.5  # weight of the distance from embeddings
 _STATISTICS_UTTERANCES = 300
 _STATISTICS_SECONDS = 400.0  # of sound in a batch, padded
 
 
-class TokenScores(nn.Module):
-    """How like projected frames are to the LLM's own input embeddings of some tokens, and to a blank that is learned.
+class Normaliser(nn.Module):
+    """Frames with zero mean and unit deviation in each dimension, until :meth:`fold` gives that to the projector."""
 
-    The frames are read with zero mean and unit deviation in each dimension; :meth:`fold` gives that to the projector.
-    """
-
-    tokens: Tensor
-    embeddings: Tensor
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, tokens: Sequence[int], embeddings: Tensor, encoder_dim: int):
+    def __init__(self, dim: int):
         super().__init__()
-        self.size = float(embeddings.norm(dim=1).mean())
-        self.register_buffer("tokens", torch.tensor(list(tokens)))
-        self.register_buffer("embeddings", embeddings / self.size, persistent=False)
-        self.register_buffer("mean", torch.zeros(encoder_dim))
-        self.register_buffer("deviation", torch.ones(encoder_dim))
-        self.blank = nn.Parameter(torch.randn(1, embeddings.shape[1]) / math.sqrt(embeddings.shape[1]))
-        self.bias = nn.Parameter(torch.zeros(1 + len(tokens)))
-        self.sharpness = nn.Parameter(torch.tensor(math.log(_SHARPNESS)))
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("deviation", torch.ones(dim))
 
-    def loss(
-        self, projector: Projector, frames: Sequence[Tensor], answers: Sequence[Sequence[int]], others: Sequence[int]
-    ) -> tuple[Tensor, int]:
-        """What the warm start learns from, summed over the tokens of a batch, and their number. It has three parts: CTC
-        of the answers; how far frames that are no blanks are from the embeddings that they are taken for; and how well
-        the projector tells blanks from them.
-
-        Args:
-            answers: positions in ``tokens``. others: those of the tokens that the answers' compete with.
-        """
-        columns = sorted({*others, *(i for a in answers for i in a)})
-        place = {column: i for i, column in enumerate(columns, start=1)}
-        projected = project_all(projector, self.normalised(frames))
-        rows = torch.cat(projected)
-        embeddings = self.embeddings[columns]
-        scores = self.scores(rows, embeddings, self.bias[[0, *(c + 1 for c in columns)]])
-        loss, tokens = ctc_loss(scores.split([len(x) for x in projected]), [[place[i] for i in a] for a in answers])
-        found = scores.detach().exp()
-        blank = (found.argmax(1) == 0).float()
-        weight = 1 - blank[:, None]
-        expected = found[:, 1:] @ embeddings / found[:, 1:].sum(1, keepdim=True).clamp_min(1e-6)
-        distance = (weight * (rows / self.size - expected).square()).sum() / weight.sum().clamp_min(1)
-        assert projector.blank is not None
-        told = nn.functional.binary_cross_entropy_with_logits(projector.blank(rows)[:, 0], blank)
-        return loss + tokens * (_NEAR * distance + _TOLD * told), tokens
-
-    def normalised(self, frames: Sequence[Tensor]) -> list[Tensor]:
+    def forward(self, frames: Sequence[Tensor]) -> list[Tensor]:
         return [(x.to(self.mean) - self.mean) / self.deviation for x in frames]
 
-    def scores(self, rows: Tensor, embeddings: Tensor, bias: Tensor) -> Tensor:
-        """Projected frames (N, D) -> log-probabilities (N, 1 + tokens), the blank first."""
-        similar = (rows / self.size) @ torch.cat([self.blank, embeddings]).T
-        return (similar * self.sharpness.exp() + bias).log_softmax(-1)
-
-    @torch.no_grad()
-    def best(self, projector: Projector, frames: Sequence[Tensor]) -> list[list[int]]:
-        """The tokens of the best path through each clip."""
-        paths = [
-            self.scores(x, self.embeddings, self.bias).argmax(-1)
-            for x in project_all(projector, self.normalised(frames))
-        ]
-        return [[int(self.tokens[i - 1]) for i in torch.unique_consecutive(path) if i] for path in paths]
-
     def measure(self, train: TranscribedSpeech) -> None:
-        """Mean and deviation of the frames, of some hundred utterances."""
-        batches = read_ahead(
-            train.batches(spread(train.utterances, _STATISTICS_UTTERANCES), _STATISTICS_SECONDS), train.read
-        )
+        """Take mean and deviation from some hundred utterances."""
+        chosen = spread(train.utterances, _STATISTICS_UTTERANCES)
+        batches = read_ahead(train.batches(chosen, _STATISTICS_SECONDS), train.read)
         frames = torch.cat([x.float() for batch, waves in batches for x in train.frames(batch, waves)])
         self.mean.copy_(frames.mean(0))
         self.deviation.copy_(frames.std(0).clamp_min(1e-6))
 
     @torch.no_grad()
     def fold(self, projector: Projector) -> None:
-        """Let the projector do what was done with the frames before it."""
+        """Let the projector's first layer do this from now on."""
         first, k = projector.linear1, projector.k
         first.weight.div_(self.deviation.repeat(k))
         first.bias.sub_(first.weight @ self.mean.repeat(k))
+
+
+def warm_loss(
+    projector: Projector, frames: Sequence[Tensor], answers: Sequence[Sequence[int]], others: Sequence[int]
+) -> tuple[Tensor, int]:
+    """What the warm start learns from, summed over the tokens of a batch, and their number: CTC of the answers, and how
+    far positions that are no blanks are from the embeddings that they are taken for.
+
+    Args:
+        answers: numbers of tokens in the vocabulary. others: those of the tokens that the answers' compete with.
+    """
+    vocabulary = projector.vocabulary
+    assert vocabulary is not None
+    tokens = sorted({*others, *(i for a in answers for i in a)})
+    column = {token: i for i, token in enumerate(tokens, start=1)}
+    output = positions(projector, frames)
+    rows = torch.cat(output)
+    scores = vocabulary.scores(rows, tokens)
+    loss, count = ctc_loss(scores.split([len(x) for x in output]), [[column[i] for i in a] for a in answers])
+    found = scores.detach().exp()
+    spoken = (found.argmax(1) != 0).float()
+    expected = found[:, 1:] @ vocabulary.embeddings[tokens] / found[:, 1:].sum(1, keepdim=True).clamp_min(1e-6)
+    distance = (((rows - expected) / vocabulary.size).square().sum(1) * spoken).sum() / spoken.sum().clamp_min(1)
+    return loss + _NEAR * count * distance, count
 
 
 def ctc_loss(scores: Sequence[Tensor], answers: Sequence[Sequence[int]]) -> tuple[Tensor, int]:

@@ -29,10 +29,11 @@ from sdumc.files import read_yaml, write_text
 from sdumc.machine import StopSignal, halve_when_out_of_memory, installed_versions
 from sdumc.pretrained.beam_search import prompt_positions
 from sdumc.pretrained.llm import SpeechLLM
+from sdumc.pretrained.projector import FILE_NAME, Projector, Vocabulary, positions, project, save_projector
 from sdumc.pretrained.quality import word_error_rate
-from sdumc.pretrained.speech import FILE_NAME, Projector, SpeechEncoder, project, save_projector
+from sdumc.pretrained.speech import SpeechEncoder
 from sdumc.training.checkpoint import CHECKPOINT, LOCK, SavedState, load_checkpoint, log_to, save_checkpoint
-from sdumc.training.ctc import TokenScores
+from sdumc.training.ctc import Normaliser, warm_loss
 from sdumc.training.data import TranscribedSpeech, epoch_batches, spread
 
 log = logging.getLogger("sdumc")
@@ -203,13 +204,17 @@ def new_state(
 ) -> ProjectorState:
     """A run before its first step."""
     torch.manual_seed(settings.seed)
-    has_warm_start = settings.ctc_steps > 0
-    projector = Projector(encoder.dim, llm.dim, settings.k, settings.hidden, has_warm_start).to(llm.device)
+    tokens = tokens_of(llm, train) if settings.ctc_steps else []
+    vocabulary = Vocabulary(llm.embed(tokens).detach().float()) if tokens else None
+    projector = Projector(encoder.dim, llm.dim, settings.k, settings.hidden, vocabulary).to(llm.device)
     optimiser = torch.optim.AdamW(
         projector.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
     )
-    warm = begin_warm_start(projector, llm, encoder, train) if has_warm_start else None
-    return ProjectorState(projector, optimiser, warm)
+    state = ProjectorState(projector, optimiser)
+    if settings.ctc_steps:
+        warm_optimiser = torch.optim.AdamW(projector.parameters(), betas=(0.9, 0.98))
+        state.warm = WarmStart(tokens, Normaliser(encoder.dim).to(llm.device), warm_optimiser)
+    return state
 
 
 def save_state(partial: Path, state: ProjectorState, identity: Mapping[str, Any]) -> None:
@@ -244,22 +249,28 @@ def learning_rate(step: int, settings: ProjectorSettings) -> float:
 
 @dataclass
 class WarmStart(SavedState):
-    """The warm start between two of its ``step``\\ s: the scores, and the optimiser of these and of the projector."""
+    """The warm start between two of its ``step``\\ s.
 
-    scores: TokenScores
+    Attributes:
+        tokens: ids of those in the projector's vocabulary.
+    """
+
+    tokens: list[int]
+    frames: Normaliser
     optimiser: torch.optim.Optimizer
     step: int = 0
 
 
-def begin_warm_start(
-    projector: Projector, llm: SpeechLLM, encoder: SpeechEncoder, train: TranscribedSpeech
-) -> WarmStart:
-    """A warm start before its first step, for the tokens of the train transcripts."""
+def tokens_of(llm: SpeechLLM, train: TranscribedSpeech) -> list[int]:
+    """Ids of the tokens of the train transcripts.
+
+    Raises:
+        UserError: there are none.
+    """
     tokens = sorted({i for text in train.texts.values() for i in llm.answer_ids(text)})
     if not tokens:
         raise UserError(f"{train.data.path}/text: no transcript has a word, so that there is nothing to learn")
-    scores = TokenScores(tokens, llm.embed(tokens).detach().float(), encoder.dim).to(llm.device)
-    return WarmStart(scores, torch.optim.AdamW([*projector.parameters(), *scores.parameters()], betas=(0.9, 0.98)))
+    return tokens
 
 
 def warm_start(
@@ -280,22 +291,22 @@ def warm_start(
     """
     warm, projector = state.warm, state.projector
     assert warm is not None
-    column = {int(token): i for i, token in enumerate(warm.scores.tokens)}
+    number = {token: i for i, token in enumerate(warm.tokens)}
     plan = replace(
         settings, steps=settings.ctc_steps, batch_size=_CTC_BATCH, learning_rate=_CTC_RATE, warmup_steps=_CTC_WARMUP
     )
     if warm.step == 0:
-        warm.scores.measure(train)
+        warm.frames.measure(train)
     shown = Shown(plan.steps, warm.step, "warm start, step")
     for batch, waves in read_ahead(list(remaining_batches(train.utterances, plan, warm.step)), train.read):
         for group in warm.optimiser.param_groups:
             group["lr"] = learning_rate(warm.step, plan)
-        answers = [[column[i] for i in llm.answer_ids(train.texts[u])] for u in batch]
-        others = random.Random(f"{settings.seed} {warm.step}").sample(range(len(column)), min(_CTC_OTHERS, len(column)))
-        loss, tokens = warm.scores.loss(projector, train.frames(batch, waves), answers, others)
+        answers = [[number[i] for i in llm.answer_ids(train.texts[u])] for u in batch]
+        others = random.Random(f"{settings.seed} {warm.step}").sample(range(len(number)), min(_CTC_OTHERS, len(number)))
+        loss, tokens = warm_loss(projector, warm.frames(train.frames(batch, waves)), answers, others)
         warm.optimiser.zero_grad(set_to_none=True)
         (loss / max(1, tokens)).backward()
-        nn.utils.clip_grad_norm_(warm.optimiser.param_groups[0]["params"], 1.0)
+        nn.utils.clip_grad_norm_(projector.parameters(), 1.0)
         warm.optimiser.step()
         warm.step += 1
         last = warm.step == plan.steps
@@ -306,8 +317,8 @@ def warm_start(
             )
         shown.add(warm.step, total, tokens, now=last)
         if last:
-            log_wer(llm, warm.scores, projector, valid, checked)
-            warm.scores.fold(projector)
+            warm.frames.fold(projector)
+            log_wer(llm, warm.tokens, projector, valid, checked)
         if stop.raised or last or warm.step % settings.checkpoint_interval == 0:
             save()
         if stop.raised and not last:
@@ -317,15 +328,16 @@ def warm_start(
 
 
 def log_wer(
-    llm: SpeechLLM, scores: TokenScores, projector: Projector, valid: TranscribedSpeech | None, checked: Sequence[str]
+    llm: SpeechLLM, ids: Sequence[int], projector: Projector, valid: TranscribedSpeech | None, checked: Sequence[str]
 ) -> None:
     """How well the tokens alone, most likely ones at each position, spell the valid set's words."""
-    if valid is None:
+    if valid is None or projector.vocabulary is None:
         return
     heard: dict[str, str] = {}
     for batch, waves in read_ahead(valid.batches(checked, _VALID_SECONDS), valid.read):
-        tokens = scores.best(projector, valid.frames(batch, waves))
-        heard.update({u: llm.decode(t) for u, t in zip(batch, tokens, strict=True)})
+        rows = positions(projector, valid.frames(batch, waves))
+        paths = [projector.vocabulary.best(x) for x in rows]
+        heard.update({u: llm.decode([ids[i] for i in path]) for u, path in zip(batch, paths, strict=True)})
     wer = word_error_rate(valid.texts, heard)["wer"]
     if wer is not None:
         log.info("warm start done: WER of its tokens on valid, without the LLM: %.1f%%", 100 * wer)

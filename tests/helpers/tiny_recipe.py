@@ -52,7 +52,7 @@ def make_recipe(root: Path) -> Path:
         score,
         simulate_text,
     )
-    from sdumc.pretrained.speech import Projector, save_projector
+    from sdumc.pretrained.projector import Projector, save_projector
 
     assert Path.cwd() == root
     tiny_models.wavlm(Path("models/encoder"))

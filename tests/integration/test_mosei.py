@@ -16,7 +16,7 @@ from helpers.recipes import call_recipe, copy_recipes
 from sdumc.corpora.audit import leave_out
 from sdumc.data.dump import load_dump
 from sdumc.data.tables import read_table
-from sdumc.pretrained.speech import Projector
+from sdumc.pretrained.projector import Projector
 
 CONF = {
     "projector": "steps: 2\nbatch-size: 2\nhidden: 16\nk: 5\nwarmup-steps: 1\ndtype: fp32\n",

@@ -71,7 +71,7 @@ def test_stages_3_to_5(cluster, tmp_path, monkeypatch):
     from helpers import tiny_models
 
     from sdumc.data.dump import load_dump
-    from sdumc.pretrained.speech import Projector, save_projector
+    from sdumc.pretrained.projector import Projector, save_projector
 
     recipe = make_recipe(tmp_path)
     monkeypatch.chdir(recipe)

@@ -23,9 +23,10 @@ from sdumc.extraction.loop import make_batches
 from sdumc.extraction.simulation import Search, simulate
 from sdumc.machine import installed_versions
 from sdumc.prediction.extractors import Extractors, load_record
+from sdumc.pretrained.projector import Projector, save_projector
 from sdumc.pretrained.quality import from_numbers
 from sdumc.pretrained.recogniser import load_recogniser
-from sdumc.pretrained.speech import Projector, SpeechReader, save_projector
+from sdumc.pretrained.speech import SpeechReader
 
 
 @pytest.fixture(scope="module")
