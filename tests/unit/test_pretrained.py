@@ -15,16 +15,9 @@ from sdumc.pretrained import internals
 from sdumc.pretrained.beam_search import call_with_cache
 from sdumc.pretrained.llm import SpeechLLM
 from sdumc.pretrained.loading import load_tokenizer, model_folder, weight_files, whole_weights
+from sdumc.pretrained.projector import Projector, load_projector, project, save_projector
 from sdumc.pretrained.recogniser import load_recogniser
-from sdumc.pretrained.speech import (
-    Projector,
-    SpeechEncoder,
-    SpeechReader,
-    load_projector,
-    normalise,
-    project,
-    save_projector,
-)
+from sdumc.pretrained.speech import SpeechEncoder, SpeechReader, normalise
 
 
 @pytest.fixture(scope="module")
