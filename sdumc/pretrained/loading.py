@@ -23,6 +23,7 @@ import json
 import logging
 import os
 import re
+import time
 import zipfile
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -307,10 +308,11 @@ def load_model(
             ) from None
         raise UserError(f"{folder}: cannot be loaded as {model_class.__name__}: {first_line(e)}") from None
     if others := sorted(info["mismatched_keys"]):
-        name, stored, expected = others[0]
+        name, *sizes = [others[0]] if isinstance(others[0], str) else others[0]  # transformers 5 gives the sizes
+        them = f": {tuple(sizes[0])}, not {tuple(sizes[1])}" if sizes else ""
         raise UserError(
-            f"{folder}: {len(others)} weights have other sizes than config.json says, e.g. {name}: {tuple(stored)}, "
-            f"not {tuple(expected)}; fetch the model again"
+            f"{folder}: {len(others)} weights have other sizes than config.json says, e.g. {name}{them}; fetch the "
+            "model again"
         )
     missing = sorted(k for k in info["missing_keys"] if not k.startswith(("masked_spec_embed", *optional)))
     if missing:
@@ -412,13 +414,20 @@ def remember_passed() -> None:
 def passed(folder: Path, device: torch.device, settings: Sequence[Any], attempt: Callable[[], list]) -> list:
     """The plain values that the trial ``attempt()`` of a model gives; or gave before, with the same settings."""
     if not _remembers:
-        return attempt()
+        return _timed(folder, settings, attempt)
     others = sorted([f.name, f.stat().st_size] for f in folder.iterdir() if f.is_file())
     key = [fingerprint(folder), others, _versions(), _processor(device), [str(s) for s in settings]]
     found = recall("trial", key)
     if not isinstance(found, list):
-        found = attempt()
+        found = _timed(folder, settings, attempt)
         remember("trial", key, found)
+    return found
+
+
+def _timed(folder: Path, settings: Sequence[Any], attempt: Callable[[], list]) -> list:
+    start = time.monotonic()
+    found = attempt()
+    log.info("%s: a short trial as %s passed (%.1f s)", folder, settings[0], time.monotonic() - start)
     return found
 
 
