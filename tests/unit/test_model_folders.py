@@ -130,7 +130,11 @@ CASES = {
         settings("config.json", model_type="mine"),
         "a mine model is none .* knows; give a speech enc",
     ),
-    "heads": ("llm", settings("config.json", num_attention_heads=5), "config.json: cannot be used: .* multiple"),
+    "heads": (
+        "llm",
+        settings("config.json", num_attention_heads=5),
+        "config.json: cannot be used: .* multiple|have other sizes",
+    ),
     "sizes": ("vit", settings("config.json", hidden_size=48), r"weights have other sizes than config.json says, e.g. "),
     "generation config": ("llm", text("generation_config.json", "{nonsense"), "generation_config.json: not valid JSON"),
     "end as text": ("llm", settings("generation_config.json", eos_token_id=["</s>"]), "must be numbers, not '</s>'"),
