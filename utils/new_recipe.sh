@@ -27,7 +27,7 @@ for file in cmd.sh path.sh sdumc.sh; do ln -s "../TEMPLATE/${file}" "${new}/${fi
 ln -s ../../utils "${new}/utils"
 mkdir "${new}/conf"
 ln -s ../../TEMPLATE/conf/slurm.conf "${new}/conf/slurm.conf"
-cp egs/TEMPLATE/conf/train.yaml "${new}/conf/"
+cp egs/TEMPLATE/conf/train.yaml egs/TEMPLATE/conf/train_paper.yaml "${new}/conf/"
 if [[ ${features_only} == true ]]; then
   cat >"${new}/run.sh" <<'EOF'
 #!/usr/bin/env bash

@@ -35,6 +35,7 @@ setup() {
 @test "--features-only: starts at stage 4, has no local/" {
   run utils/new_recipe.sh --features-only reviews
   [[ ${status} == 0 && ! -e egs/reviews/local && ! -e egs/reviews/conf/audio.yaml && -f egs/reviews/conf/train.yaml ]]
+  [[ -f egs/reviews/conf/train_paper.yaml ]] # its base is the recipe's own train.yaml
   grep -q -- '--stage 4' egs/reviews/run.sh
 }
 

@@ -103,3 +103,18 @@ def test_only_errors_of_libraries_reach_the_screen(words, chatter):
 def test_deprecations_are_shown_on_request():
     code = [sys.executable, "-W", "default", "-c", LIBRARY]
     assert "will be removed" in subprocess.run(code, cwd=ROOT, capture_output=True, text=True, check=True).stderr
+
+
+@pytest.mark.parametrize("recipe", ["TEMPLATE", "mini", "mosi", "sims"])
+def test_the_paper_s_parts_are_off_in_small_corpora_and_on_beside_it(recipe):
+    """docs/small_corpora.md says why they are off; who wants the paper's network finds it whole."""
+    own, paper = (
+        vars(get_parser().parse_args(["--config", str(ROOT / "egs" / recipe / "conf" / name)]))
+        for name in ("train.yaml", "train_paper.yaml")
+    )
+    assert (own["fusion"], own["similarity"]) == ("concat", 0)
+    whole = {"flows": "both", "imagination": "both", "fusion": "umca", "pooling": "attention"}
+    weights = {"distil_query": 0.1, "distil_content": 0.7, "similarity": 0.13, "contrast": 0.5}
+    assert paper | whole | weights == paper
+    schedule = ("batch_size", "epochs", "min_epoch_steps", "lr", "dropout", "attention_dropout", "average_best")
+    assert [own[key] for key in schedule] == [paper[key] for key in schedule]
