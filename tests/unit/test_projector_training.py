@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -223,6 +224,18 @@ def test_what_a_warm_start_learns(tmp_path):
     torch.testing.assert_close(mixed[1], after, atol=1e-4, rtol=1e-4)
     assert [len(x) for x in mixed] == [3, 4, 0]
     assert len(project(projector, [torch.zeros(8, 8)])[0]) == 1  # nothing but blanks
+
+
+def test_simulation_follows_the_projector(work, tmp_path):
+    """A projector that saw the clip alone is not read with the 30 s of silence that Whisper is used to."""
+    whisper = tiny_models.whisper(tmp_path / "whisper")
+    options = ("--encoder", str(whisper), "--whisper-window", "clip", "--ctc-steps", "3", "--steps", "1", "--k", "2")
+    assert train(work, tmp_path / "projector", *options) == 0
+    common = ["--data-dir", work / "data", "--dump-dir", tmp_path, "--encoder", whisper, "--llm", work / "llm"]
+    simulated = [*common, "--projector", tmp_path / "projector", "--max-new-tokens", "4", "--device", "cpu"]
+    simulate_text.main([*map(str, simulated), "--speech-test", "level"])
+    record = json.loads((tmp_path / "ark/text_sim.1.json").read_text())
+    assert record["settings"]["whisper_window"] == "clip"
 
 
 def test_ctc_leaves_out_what_does_not_fit():
