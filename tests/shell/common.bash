@@ -37,7 +37,7 @@ make_fake_recipe() { # [FOLDER]
   ln -s "${REPO}"/utils/* "${FAKE}/utils/"
   rm "${FAKE}/utils/validate_data_dir.py"
   echo 'import sys' >"${FAKE}/utils/validate_data_dir.py"
-  ln -s "${REPO}"/sdumc/{conditions,errors,processes}.py "${FAKE}/sdumc/"
+  ln -s "${REPO}"/sdumc/{conditions,errors}.py "${FAKE}/sdumc/"
   echo "__version__ = '0'" >"${FAKE}/sdumc/__init__.py"
   touch "${FAKE}/sdumc/bin/__init__.py"
   cp "${REPO}/tests/shell/fake_commands/commands.py" "${FAKE}/sdumc/bin/commands.py"
