@@ -220,11 +220,11 @@ def _compare(llm: SpeechLLM, context: Tensor, winner: Winner, states: Tensor) ->
         )
 
 
-def longest_context(model: Any, config: Any) -> int | None:
+def longest_context(model: Any, tokens: nn.Module, config: Any) -> int | None:
     """How many positions an LLM can read in a search that computes each of them once; None where nothing limits it.
 
     A table of positions ends. Rotary embeddings of the kinds `dynamic` and `longrope` change all their frequencies at
-    a certain length, for which keys that are already in the cache are wrong.
+    a certain length, for which keys that are already in the cache are wrong. ``tokens`` is the table of the tokens.
     """
     limits = []
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
@@ -239,7 +239,6 @@ def longest_context(model: Any, config: Any) -> int | None:
             )
         elif kind == "dynamic":
             limits.append(most)
-    tokens = model.get_input_embeddings()
     for name, module in model.named_modules():
         last = name.rsplit(".", 1)[-1]
         if isinstance(module, torch.nn.Embedding) and module is not tokens and last in _TABLES:

@@ -225,7 +225,8 @@ class SpeechLLM:
         if self.base is self.model:  # Llama 4, and Gemma 3 of transformers 4, name a part that is not there
             self.base = getattr(self.model, "model", self.model)
         self.base = getattr(self.base, "language_model", self.base)  # of Gemma 3, which sees pictures too
-        self._rows, self.dim = self.model.get_input_embeddings().weight.shape
+        tokens = self.model.get_input_embeddings()
+        self._rows, self.dim = tokens.weight.shape
         self._check_ids([*self._before, *self._after])
         self.num_layers = len(decoder_layers(self.base, str(self.folder)))
         for layer in self.layers:
@@ -233,7 +234,7 @@ class SpeechLLM:
         if not self.layers:
             raise UserError("no LLM layer was chosen; give at least one, e.g. -1")
         self.eos_ids = self._eos_ids()
-        self.most_positions = longest_context(self.base, self.base.config)
+        self.most_positions = longest_context(self.base, tokens, self.base.config)
         reach, per_kind = passed(self.folder, self.device, ("llm", dtype, self.layers), self._try_attention)
         self.attention = Attention(reach, per_kind)
         self._log_what_is_not_followed()

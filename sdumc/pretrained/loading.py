@@ -141,9 +141,11 @@ def _what_else(folder: Path) -> str:
         return f", but a PEFT adapter of {base}: merge the two (`merge_and_unload`), and give the folder of the result"
     if gone := sorted(f.name for f in folder.iterdir() if not f.exists()):
         return f", but links to files that are not there: {', '.join(gone)}; fetch the model again"
-    forms = (".gguf", ".ggml", ".onnx", ".h5", ".msgpack", ".nemo", ".ckpt", ".pth", ".pt", ".safetensors")
+    forms = (".gguf", ".ggml", ".onnx", ".h5", ".msgpack", ".nemo", ".ckpt", ".pth", ".pt")
     if others := sorted(f.name for f in folder.iterdir() if f.suffix in forms):
         return f", but {others[0]}, a form that is not read; give the model as transformers saves it"
+    if weights := [f.name for f in (*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"))]:
+        return f", but weights ({min(weights)}): fetch the model's other files too"
     return ""
 
 
@@ -403,6 +405,7 @@ def quiet_transformers():
 
 
 _remembers = False
+_LARGE = 1 << 30  # bytes of weights from which on a trial may take so long that people wonder
 
 
 def remember_passed() -> None:
@@ -427,7 +430,9 @@ def passed(folder: Path, device: torch.device, settings: Sequence[Any], attempt:
 def _timed(folder: Path, settings: Sequence[Any], attempt: Callable[[], list]) -> list:
     start = time.monotonic()
     found = attempt()
-    log.info("%s: a short trial as %s passed (%.1f s)", folder, settings[0], time.monotonic() - start)
+    size = sum(f.stat().st_size for f in weight_files(folder) if f.is_file())
+    level = logging.INFO if size > _LARGE else logging.DEBUG
+    log.log(level, "%s: a short trial as %s passed (%.1f s)", folder, settings[0], time.monotonic() - start)
     return found
 
 
