@@ -96,7 +96,7 @@ class ProjectorState(SavedState):
         step: steps done.
         parts: in how many parts a batch goes through the LLM, as the GPU's memory asks for.
         best: ``step``, ``loss`` and ``projector`` (its weights) of the lowest loss on valid so far.
-        warm: the warm start, while it is not done.
+        warm: the warm start; None if there is none.
     """
 
     projector: Projector
